@@ -1,0 +1,326 @@
+"""What every destination of a backup has in common: changes, the version rule, the chain."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from errors import InvalidChange, LostState, OutOfDate
+
+log = logging.getLogger("backup")
+
+MAX_VERSION = 2**32 - 1
+"""data_version is a u32 in the hook."""
+MAX_CHANGE_SIZE = 256 << 20
+"""Bytes of one change's payload. The largest seen on a node is 400 kB."""
+MAX_CHUNK_SIZE = 1 << 20
+"""Bytes of one piece of a snapshot."""
+CHAIN_SIZE = 16
+EMPTY_CHAIN = bytes(CHAIN_SIZE)
+"""The chain of a backup that holds nothing yet."""
+FOREIGN_KEYS_OFF = "PRAGMA foreign_keys = OFF;"
+
+
+def chain_after(before: bytes, version: int, payload: bytes) -> bytes:
+    """Name the history that ends with this change: 16 bytes of BLAKE2b.
+
+    Args:
+        before: the chain before the change.
+        version: its data_version.
+        payload: its payload.
+    """
+    digest = hashlib.blake2b(before, digest_size=CHAIN_SIZE)
+    digest.update(version.to_bytes(4, "big"))
+    digest.update(payload)
+    return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One call of the db_write hook, or one piece of a snapshot.
+
+    Attributes:
+        version: data_version after the change.
+        snapshot: a piece of at most 1 MiB of an SQLite file, in order, or None.
+        transaction: the statements of one commit, or None.
+
+    Raises:
+        InvalidChange: the fields break a rule, so that an invalid Change cannot exist.
+    """
+
+    version: int
+    snapshot: bytes | None
+    transaction: Sequence[str] | None
+    payload: bytes = field(init=False, repr=False, compare=False)
+    """What is stored: the snapshot's piece, or the statements joined by a NUL, in UTF-8."""
+
+    def __post_init__(self) -> None:
+        if type(self.version) is not int or not 0 <= self.version <= MAX_VERSION:
+            raise InvalidChange(f"{self.version!r} is no data_version between 0 and 2**32 - 1.")
+        if (self.snapshot is None) == (self.transaction is None):
+            raise InvalidChange("A change is either a piece of a snapshot or a transaction.")
+        if self.snapshot is not None:
+            object.__setattr__(self, "payload", self.snapshot)
+        else:
+            assert self.transaction is not None
+            object.__setattr__(self, "payload", _payload(self.version, self.transaction))
+
+    @classmethod
+    def decode(cls, version: int, payload: bytes) -> Change:
+        """The transaction that was stored as ``payload``; InvalidChange if it is none."""
+        try:
+            return cls(version, None, payload.decode().split("\0"))
+        except UnicodeDecodeError as error:
+            raise InvalidChange(f"The change to version {version} is not UTF-8.") from error
+
+    @property
+    def bumps(self) -> bool:
+        """Whether the last statement raises data_version to ``version`` (a commit proper)."""
+        return self.transaction is not None and self.transaction[-1] == bump(self.version)
+
+    @property
+    def base(self) -> int:
+        """The version that the database had before this change."""
+        return self.version - 1 if self.bumps else self.version
+
+
+def bump(version: int) -> str:
+    """The statement that ends a change which raises data_version to ``version``."""
+    return (
+        "UPDATE vars SET intval = intval + 1 WHERE name = 'data_version'"
+        f" AND intval = {version - 1}"
+    )
+
+
+def _payload(version: int, statements: Sequence[str]) -> bytes:
+    if isinstance(statements, str) or not all(isinstance(s, str) for s in statements):
+        raise InvalidChange(f"The change to version {version} is not a list of strings.")
+    if not statements:
+        raise InvalidChange(
+            f"The change to version {version} holds no statement. lightningd announces no"
+            " statements when its own wallet is on PostgreSQL.",
+            "This plugin cannot back up such a node: use PostgreSQL's replication.",
+        )
+    try:
+        payload = "\0".join(statements).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidChange(f"The change to version {version} is no valid text.") from error
+    if len(payload) > MAX_CHANGE_SIZE:
+        raise InvalidChange(
+            f"The change to version {version} has {len(payload)} bytes;"
+            f" the limit is {MAX_CHANGE_SIZE}."
+        )
+    if not all(statements) or payload.count(b"\0") != len(statements) - 1:
+        raise InvalidChange(
+            f"The change to version {version} has an empty statement or one with a NUL"
+            " byte, which SQLite cannot execute."
+        )
+    return payload
+
+
+class Verdict(enum.Enum):
+    """What the version rule says of a change."""
+
+    APPEND = "append"
+    REWIND = "rewind the last change, then append"
+    OUT_OF_DATE = "the node is ahead"
+    LOST_STATE = "the backup is ahead"
+
+
+def judge(base: int, version: int, rewindable: bool, first: bool) -> Verdict:
+    """The version rule.
+
+    Args:
+        base: the version that the node's database has before the change.
+        version: the backup's version.
+        rewindable: the backup's last record is a change that bumps.
+        first: the change is the first of a session, where the last stored one may
+            never have been committed.
+    """
+    if base == version:
+        return Verdict.APPEND
+    if first and rewindable and base == version - 1:
+        return Verdict.REWIND
+    return Verdict.OUT_OF_DATE if base > version else Verdict.LOST_STATE
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A closed SQLite file that a backup is to start with.
+
+    Attributes:
+        path: the file, which nobody changes meanwhile.
+        version: its data_version.
+    """
+
+    path: str
+    version: int
+
+
+@dataclass(slots=True)
+class Status:
+    """What a look at a backup tells; sizes in bytes.
+
+    Attributes:
+        prev_version: the version that a rewind would lead to, or None if none can.
+        version_count: changes since the snapshot, and one for the snapshot.
+        last_change_ns: Unix time of the last record, nanoseconds, or None.
+        torn_tail: an append that was never acknowledged stands at the end.
+        damage: what does not check, or None.
+        disk_free: free bytes for the writer, or None where that cannot be known.
+    """
+
+    url: str
+    layout: str
+    backup_id: str
+    version: int
+    prev_version: int | None
+    version_count: int
+    changes: int
+    snapshot_size: int
+    size: int
+    allocated: int
+    last_change_ns: int | None
+    torn_tail: bool = False
+    damage: str | None = None
+    disk_free: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class Reading(ABC):
+    """One pass over a backup for a restore: iterate it, then ask how it went.
+
+    Attributes:
+        version: data_version that the whole backup leads to.
+        total: bytes to come, or 0 if unknown.
+        position: bytes seen so far.
+        last_change_ns: Unix time of the last record seen, nanoseconds, or None.
+        torn_tail: an unacknowledged append at the end was left out.
+        damage: what stopped the pass before the end, or None.
+    """
+
+    version = 0
+    total = 0
+    position = 0
+    last_change_ns: int | None = None
+    torn_tail = False
+    damage: Exception | None = None
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Change]:
+        """The snapshot's pieces, then the changes that count, in order.
+
+        A change that a rewind took back is left out, and so is a PRAGMA call that no
+        change of the same session follows: it had no effect.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the pass."""
+
+
+class Backend(ABC):
+    """A destination. ``open`` it to write; the other calls need no open.
+
+    Attributes:
+        url: as the operator wrote it.
+        version: data_version of the backup; valid once open.
+        rewindable: whether the last record is a change that may be taken back.
+        version_count: changes since the snapshot, and one for the snapshot.
+        medium: what a slow call waits for, in words.
+        scratch_dir: where a temporary copy of the database belongs, or None if anywhere.
+    """
+
+    medium = "the disk"
+    scratch_dir: str | None = None
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.version = 0
+        self.rewindable = False
+        self.version_count = 0
+
+    @property
+    def prev_version(self) -> int:
+        """The version before the last change, or ``version`` if that cannot be rewound."""
+        return self.version - 1 if self.rewindable else self.version
+
+    @abstractmethod
+    def create(self, snapshot: Snapshot | None) -> None:
+        """Make a new backup, empty or of a snapshot; BackupExists if one is there."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Take back ``create`` when what should follow it failed."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Become the writer: know the newest record and that it is durable."""
+
+    @abstractmethod
+    def add_change(self, change: Change) -> None:
+        """Store a transaction whose base is ``version``; returns when it is durable."""
+
+    @abstractmethod
+    def rewind(self) -> None:
+        """Take back the last change, durably; only if ``rewindable``."""
+
+    @abstractmethod
+    def replace(self, snapshot: Snapshot) -> str:
+        """Start over with ``snapshot``; returns where the old backup is kept."""
+
+    @abstractmethod
+    def read(self) -> Reading:
+        """Begin a pass over the backup."""
+
+    @abstractmethod
+    def status(self) -> Status:
+        """Look at the backup without changing a byte."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up the writer's place."""
+
+
+class Session:
+    """The changes of one lightningd process, held to the version rule.
+
+    Args:
+        backend: open for writing.
+        lightning_dir: the node's network directory, for the next steps named in errors.
+    """
+
+    def __init__(self, backend: Backend, lightning_dir: str) -> None:
+        self._backend = backend
+        self._dir = lightning_dir
+        self._first = True
+
+    def write(self, change: Change) -> None:
+        """Store ``change``; returns when it is durable.
+
+        Raises:
+            OutOfDate, LostState: the change does not continue the backup.
+            BackupError: it could not be stored.
+        """
+        backend = self._backend
+        verdict = judge(change.base, backend.version, backend.rewindable, self._first)
+        if self._first:
+            log.info(
+                f"Comparing backup version {backend.version} with the node's version"
+                f" {change.base} before its first write"
+            )
+        if verdict is Verdict.OUT_OF_DATE:
+            raise OutOfDate(backend.version, change.base, self._dir)
+        if verdict is Verdict.LOST_STATE:
+            raise LostState(backend.version, change.base, backend.url)
+        if verdict is Verdict.REWIND:
+            log.info("Last changes not applied, rewinding non-committed transaction")
+            backend.rewind()
+        elif self._first:
+            log.info("Versions match up")
+        self._first = False
+        backend.add_change(change)

@@ -1,0 +1,210 @@
+"""Every file operation that must survive a loss of power.
+
+Nothing else in the project writes to a backup. A function that returns has put its
+data on stable storage; one that raises OSError has promised nothing, and what the file
+then shows must not be believed: the kernel may have dropped the dirty pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from typing import BinaryIO
+
+from errors import BackupBusy, DiskError
+
+PREALLOCATE_STEP = 1 << 20
+"""Bytes written as zeros ahead of the log's end, so that an append moves no extent."""
+COPY_SIZE = 1 << 20
+"""Bytes moved at once when a file is copied."""
+
+
+def flush(fd: int) -> None:
+    """Put the data of ``fd`` on stable storage, with F_FULLFSYNC where it exists."""
+    full_sync = getattr(fcntl, "F_FULLFSYNC", None)
+    if full_sync is not None:
+        fcntl.fcntl(fd, full_sync)
+    else:
+        os.fdatasync(fd)
+
+
+def sync_dir(path: str) -> None:
+    """Flush the directory ``path``: names created or renamed in it are then durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``; a short write is continued, not believed."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        if written <= 0:
+            raise OSError(errno.EIO, "the system wrote nothing")
+        view = view[written:]
+        offset += written
+
+
+class LogFile:
+    """One open log: read anywhere, append durably.
+
+    Args:
+        path: an existing file. It is opened anew, so a descriptor that saw a failed
+            flush is never used again.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._allocated = os.fstat(self.fd).st_size
+
+    def append(self, offset: int, data: bytes) -> None:
+        """Write ``data`` at ``offset`` and flush. Space is zeroed ahead when it runs out."""
+        write_all(self.fd, data, offset)
+        end = offset + len(data)
+        if end > self._allocated:
+            self._allocated = self._zero_ahead(end)
+        flush(self.fd)
+
+    def _zero_ahead(self, end: int) -> int:
+        target = (end // PREALLOCATE_STEP + 1) * PREALLOCATE_STEP
+        try:
+            write_all(self.fd, bytes(target - end), end)
+        except OSError as error:
+            # The record itself fits: a disk this full is announced elsewhere.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            return end
+        return target
+
+    def cut(self, offset: int, aside: str) -> None:
+        """Copy what stands from ``offset`` on to the new file ``aside``, then zero it."""
+        size = os.fstat(self.fd).st_size
+        copy = create(aside)
+        try:
+            for start in range(offset, size, COPY_SIZE):
+                write_all(copy, os.pread(self.fd, COPY_SIZE, start), start - offset)
+            flush(copy)
+        finally:
+            os.close(copy)
+        sync_dir(os.path.dirname(aside))
+        for start in range(offset, size, COPY_SIZE):
+            write_all(self.fd, bytes(min(COPY_SIZE, size - start)), start)
+        flush(self.fd)
+
+    def close(self) -> None:
+        """Close the descriptor; everything acknowledged was flushed before."""
+        with contextlib.suppress(OSError):  # A disk that failed may fail here again.
+            os.close(self.fd)
+
+
+def create(path: str) -> int:
+    """Create ``path``, which must not exist, readable by its owner only; its descriptor."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+def free_name(path: str) -> str:
+    """``path``, or with a number behind it the first name that is not taken."""
+    candidate, number = path, 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = f"{path}-{number}"
+    return candidate
+
+
+def remove(path: str) -> None:
+    """Remove ``path`` if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def flush_file(file: BinaryIO) -> None:
+    """Flush Python's buffer of ``file``, then the system's."""
+    file.flush()
+    flush(file.fileno())
+
+
+def publish(beside: str, path: str) -> None:
+    """Give the complete, flushed file ``beside`` the name ``path``, never replacing one.
+
+    Raises:
+        FileExistsError: ``path`` is taken.
+    """
+    _link(beside, path)
+    remove(beside)
+    sync_dir(os.path.dirname(path))
+
+
+def replace(beside: str, path: str) -> None:
+    """Put the complete, flushed file ``beside`` in the place of ``path``, atomically."""
+    os.rename(beside, path)
+    sync_dir(os.path.dirname(path))
+
+
+def keep(path: str, kept: str) -> None:
+    """Give the file at ``path`` the second name ``kept``, so that a replace spares it."""
+    _link(path, kept)
+    sync_dir(os.path.dirname(kept))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if isinstance(error, FileExistsError) or os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "exists", target) from error
+        # FAT and some network mounts have no hard links.
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.rename(source, target)
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Create the small file ``path`` with ``data``; never overwrites, never half there."""
+    beside = f"{path}.new"
+    remove(beside)
+    with open(create(beside), "wb") as file:
+        file.write(data)
+        flush_file(file)
+    try:
+        publish(beside, path)
+    except OSError:
+        os.unlink(beside)
+        raise
+
+
+class WriterLock:
+    """The one writer of a backup, by an advisory lock on ``<path>.writer``.
+
+    Raises:
+        BackupBusy: another process holds it.
+        DiskError: locks do not work on this file system.
+    """
+
+    # Lock a sidecar, not the log: compaction replaces the log's inode.
+    def __init__(self, path: str) -> None:
+        sidecar = f"{path}.writer"
+        try:
+            self._fd = os.open(sidecar, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DiskError(sidecar, error, "open the lock file") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 20, 0).strip().decode("ascii", "replace")
+            os.close(self._fd)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise BackupBusy(path, f" (pid {holder})" if holder else "") from error
+            raise DiskError(sidecar, error, "lock (locks must work there)") from error
+        with contextlib.suppress(OSError):  # The pid only makes the refusal clearer.
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+
+    def release(self) -> None:
+        """Let the next writer in."""
+        os.close(self._fd)

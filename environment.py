@@ -1,0 +1,35 @@
+"""Moving into the ``.venv`` beside the code when a package is missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+
+def ensure(*modules: str) -> None:
+    """Import ``modules``; if that fails, start this program again inside ``.venv``, once.
+
+    The ``.venv`` is found by the file's real path, so a symbolic link works. Exits with
+    one line on stderr that says what to type when there is no ``.venv``, or a broken one.
+    """
+    try:
+        for module in modules:
+            importlib.import_module(module)
+        return
+    except ImportError as error:
+        missing = error
+    here = os.path.dirname(os.path.realpath(__file__))
+    venv = os.path.join(here, ".venv")
+    reason = f"{missing}"
+    if os.path.realpath(sys.prefix) != os.path.realpath(venv):
+        python = os.path.join(venv, "bin", "python")
+        try:
+            os.execv(python, [python, *sys.argv])
+        except OSError as error:
+            reason += f", and {python} does not start: {error.strerror}"
+    print(
+        f"{os.path.basename(sys.argv[0])}: {reason}. Run `make -C {here} install`.",
+        file=sys.stderr,
+    )
+    sys.exit(1)

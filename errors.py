@@ -1,0 +1,160 @@
+"""Every failure this project reports, as one tree.
+
+    BackupError                a refusal or failure an operator must read (exit code 1)
+    ├── InvalidChange          a db_write call that cannot be stored
+    ├── ConfigError            backup.lock, a URL or a directory is not usable
+    ├── BackupMissing          there is no backup at the URL
+    ├── BackupExists           something is in the way of a new file
+    ├── BackupBusy             another process holds the backup
+    ├── UnsupportedLayout      a file of another layout
+    ├── Damaged                stored bytes do not check
+    ├── DiskError              the operating system could not store or read
+    ├── OutOfDate              the node is ahead of the backup
+    ├── LostState              the backup is ahead of the node
+    └── DatabaseError          SQLite could not read, replay or copy a database
+
+``str(error)`` is one plain line: what happened, then what to do next.
+"""
+
+from __future__ import annotations
+
+import os
+
+CLI = os.path.join(os.path.dirname(os.path.realpath(__file__)), "backup-cli")
+"""Path of the command line tool, for lines that name the next command."""
+
+
+class BackupError(Exception):
+    """Root of the tree.
+
+    Args:
+        problem: what is wrong, a plain sentence without a newline.
+        next_step: what the operator should do now, or nothing.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, next_step: str = "") -> None:
+        self.problem = " ".join(problem.split())
+        self.next_step = " ".join(next_step.split())
+        super().__init__(f"{self.problem} {self.next_step}".strip())
+
+
+class InvalidChange(BackupError):
+    """A db_write call that breaks a rule of the hook or a limit."""
+
+
+class ConfigError(BackupError):
+    """A URL, a directory or a backup.lock that cannot be used."""
+
+
+class BackupMissing(BackupError):
+    """No backup at ``url``."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        super().__init__(
+            f"There is no backup at {url}.",
+            "If its disk is not mounted, mount it. If the backup was moved, run"
+            f" `{CLI} attach`. For a new backup run `{CLI} init`.",
+        )
+
+
+class BackupExists(BackupError):
+    """``path`` exists and would have to be overwritten."""
+
+    def __init__(self, path: str, next_step: str = "") -> None:
+        self.path = path
+        super().__init__(f"{path} exists already and is never overwritten.", next_step)
+
+
+class BackupBusy(BackupError):
+    """Another process holds the writer lock of ``path``."""
+
+    def __init__(self, path: str, holder: str) -> None:
+        self.path = path
+        self.holder = holder
+        super().__init__(
+            f"Another process{holder} holds the backup {path}.",
+            "Stop that lightningd or server first, then try again.",
+        )
+
+
+class UnsupportedLayout(BackupError):
+    """``path`` is of a layout that cannot be written, or no backup at all."""
+
+    def __init__(self, path: str, found: str, next_step: str) -> None:
+        self.path = path
+        self.found = found
+        super().__init__(f"{path} is {found}.", next_step)
+
+
+class Damaged(BackupError):
+    """Bytes in ``path`` at ``offset`` do not check.
+
+    Attributes:
+        last_good: data_version of the last change before the damage.
+        lost: what is known of the versions behind it, in words.
+    """
+
+    def __init__(self, path: str, offset: int, reason: str, last_good: int, lost: str) -> None:
+        self.path = path
+        self.offset = offset
+        self.reason = reason
+        self.last_good = last_good
+        self.lost = lost
+        super().__init__(
+            f"The backup {path} is damaged at offset {offset}: {reason};"
+            f" it is good up to version {last_good}, {lost}.",
+            f"With the node's own database intact, stop the node and run `{CLI} resync"
+            " --lightning-dir DIR`. If it is lost, run"
+            f" `{CLI} restore --allow-damaged URL DEST`.",
+        )
+
+
+class DiskError(BackupError):
+    """A system call on ``path`` failed; ``errno`` says how."""
+
+    def __init__(self, path: str, error: OSError, doing: str) -> None:
+        self.path = path
+        self.errno = error.errno
+        super().__init__(
+            f"Could not {doing} {path}: {error.strerror or error}.",
+            "Check that disk (free space, cable, mount, kernel log) before going on.",
+        )
+
+
+class OutOfDate(BackupError):
+    """The node's version is above the backup's: it wrote without the plugin."""
+
+    def __init__(self, backup_version: int, node_version: int, lightning_dir: str) -> None:
+        self.backup_version = backup_version
+        self.node_version = node_version
+        super().__init__(
+            f"Backup is out of date: the node is ahead. The node is at version"
+            f" {node_version}, the backup at version {backup_version}, so the node has"
+            " run without it.",
+            f"With the node stopped run `{CLI} resync --lightning-dir {lightning_dir}`.",
+        )
+
+
+class LostState(BackupError):
+    """The backup's version is above the node's, by more than a rewind can explain."""
+
+    def __init__(self, backup_version: int, node_version: int, url: str) -> None:
+        self.backup_version = backup_version
+        self.node_version = node_version
+        super().__init__(
+            f"lightningd seems to have lost some state: the backup is ahead. The node is at"
+            f" version {node_version}, the backup at version {backup_version}. Do not run"
+            " the node on this database.",
+            f"Move the database away and run `{CLI} restore {url} DEST`.",
+        )
+
+
+class DatabaseError(BackupError):
+    """SQLite refused to read, copy or replay; ``path`` names the database."""
+
+    def __init__(self, path: str, reason: str, next_step: str = "") -> None:
+        self.path = path
+        super().__init__(f"{path}: {reason}.", next_step)

@@ -1,0 +1,383 @@
+"""A backup in a local file of layout 2 (records.py): create, append, rewind, replace."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+
+import durable
+import records
+from backend import EMPTY_CHAIN, MAX_CHUNK_SIZE, Backend, Change, Snapshot, Status, chain_after, log
+from errors import (
+    CLI,
+    BackupError,
+    BackupExists,
+    ConfigError,
+    DiskError,
+)
+from logreader import FileReading, LogReader
+from records import Head, Kind, Tail, TailKind
+
+RETRY_FOR_S = 60.0
+"""How long a failing write is tried again before the change is refused."""
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+LOW_DISK_BYTES = 512 << 20
+LOW_DISK_SHARE = 0.05
+_BEFORE_FIRST = Head(
+    *(records.MARKER, 0, 0, b"", 0, 0, 0, 0, 0, 0, b"", 0, EMPTY_CHAIN, EMPTY_CHAIN, 0)
+)
+
+
+def parse_file_url(url: str) -> str:
+    """The absolute path in ``file:///path``; ConfigError says what is wrong with another."""
+    path = url.removeprefix("file://")
+    if path == url or not path.startswith("/") or "\0" in path or path.endswith("/"):
+        raise ConfigError(f"{url!r} is not of the form file:///path/to/file.")
+    return path
+
+
+def write_log(path: str, snapshot: Snapshot | None) -> None:
+    """Write a new log of ``snapshot`` (or an empty one) to the new file ``path``, flushed."""
+    size = os.path.getsize(snapshot.path) if snapshot else 0
+    backup_id, now = secrets.token_bytes(16), time.time_ns()
+    with open(durable.create(path), "wb", buffering=0) as file:
+        fd = file.fileno()
+        durable.write_all(fd, records.encode_header(backup_id, now, size), 0)
+        end = records.FIRST_RECORD
+        if snapshot is not None:
+            first = _BEFORE_FIRST._replace(
+                kind=Kind.SNAPSHOT,
+                backup_id=backup_id,
+                version=snapshot.version,
+                time_ns=now,
+                chain=secrets.token_bytes(len(EMPTY_CHAIN)),
+            )
+            end = _write_snapshot(fd, snapshot.path, size, first)
+        step = durable.PREALLOCATE_STEP
+        durable.write_all(fd, bytes(step - end % step), end)
+        durable.flush(fd)
+
+
+def _write_snapshot(fd: int, path: str, size: int, head: Head) -> int:
+    """Write the file ``path`` in pieces that take ``head``'s fields; the offset behind."""
+    end = records.FIRST_RECORD
+    with open(path, "rb") as source:
+        while piece := source.read(MAX_CHUNK_SIZE):
+            head = head._replace(
+                flags=records.FINAL if source.tell() == size else 0,
+                sequence=head.sequence + 1,
+                offset=end,
+                length=len(piece),
+            )
+            durable.write_all(fd, records.encode(head, piece), end)
+            end = head.end
+        if source.tell() != size:
+            raise ConfigError(f"{path} changed while it was read.", "Stop whoever writes it.")
+    return end
+
+
+def check_log(path: str) -> None:
+    """Read the whole log at ``path``; raises Damaged if not all of it checks."""
+    reader = LogReader(path)
+    try:
+        for _ in reader:
+            pass
+        if reader.damage is None and reader.tail.kind is not TailKind.CLEAN:
+            raise reader.as_damage(reader.tail.offset, reader.tail.reason)
+        if reader.damage is not None:
+            raise reader.damage
+    finally:
+        reader.close()
+
+
+class FileBackend(Backend):
+    """A destination ``file:///path``.
+
+    Args:
+        url: ``file:///path``; ConfigError if it is not of that form.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        # A rename would replace a symbolic link, not the file that it stands for.
+        self.path = os.path.realpath(parse_file_url(url))
+        self.scratch_dir = os.path.dirname(self.path)
+        self._lock: durable.WriterLock | None = None
+        self._file: durable.LogFile | None = None
+        self._has_snapshot = False
+        self._newest = _BEFORE_FIRST
+        self._end = records.FIRST_RECORD
+        self._session = secrets.token_bytes(16)
+        self._failed: DiskError | None = None
+
+    # A new file
+
+    def create(self, snapshot: Snapshot | None) -> None:
+        """See Backend."""
+        directory = os.path.dirname(self.path)
+        if not os.path.isdir(directory):
+            raise ConfigError(f"The directory {directory} does not exist.", "Create or mount it.")
+        if os.path.lexists(self.path):
+            raise BackupExists(self.path, self._what_is_there())
+        with self._locked():
+            try:
+                durable.publish(self._build(snapshot), self.path)
+            except BaseException as error:
+                durable.remove(f"{self.path}.new")
+                durable.remove(f"{self.path}.writer")
+                if isinstance(error, OSError):
+                    raise DiskError(self.path, error, "create") from error
+                raise
+
+    def _what_is_there(self) -> str:
+        try:
+            found = f"It is a backup at version {self.status().version}."
+        except BackupError as error:
+            found = error.problem
+        return f"{found} Choose another name, or run `{CLI} attach` to go on with it."
+
+    def discard(self) -> None:
+        """See Backend."""
+        durable.remove(self.path)
+        durable.remove(f"{self.path}.writer")
+
+    def replace(self, snapshot: Snapshot) -> str:
+        """See Backend."""
+        with self._locked():
+            try:
+                beside = self._build(snapshot)
+                stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+                kept = durable.free_name(f"{self.path}.old-{stamp}")
+                durable.keep(self.path, kept)
+                durable.replace(beside, self.path)
+            except OSError as error:
+                raise DiskError(self.path, error, "replace") from error
+            finally:
+                durable.remove(f"{self.path}.new")
+            if self._file is not None:
+                self._file.close()
+                self._load()
+        return kept
+
+    def _build(self, snapshot: Snapshot | None) -> str:
+        """Write a complete, flushed, verified file beside the log; returns its name."""
+        beside = f"{self.path}.new"
+        durable.remove(beside)
+        write_log(beside, snapshot)
+        check_log(beside)
+        return beside
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if self._lock is not None:
+            yield
+            return
+        lock = durable.WriterLock(self.path)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # Writing
+
+    def open(self) -> None:
+        """See Backend.
+
+        Raises:
+            BackupMissing, BackupBusy, Damaged, UnsupportedLayout, DiskError.
+        """
+        LogReader(self.path).close()  # Refuse what is no backup before a lock is made.
+        self._lock = durable.WriterLock(self.path)
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        reader = LogReader(self.path)
+        try:
+            newest, tail = reader.newest()
+            if tail.kind is TailKind.DAMAGED:
+                reader.last = newest
+                raise reader.as_damage(tail.offset, tail.reason)
+            self._make_durable(newest, tail, reader)
+            self._has_snapshot = reader.log_start != records.FIRST_RECORD
+            self._end = tail.offset
+            assert reader.backup_id is not None
+            self._settle(newest or _BEFORE_FIRST._replace(backup_id=reader.backup_id))
+        except OSError as error:
+            raise DiskError(self.path, error, "open for writing") from error
+        finally:
+            reader.close()
+
+    def _make_durable(self, newest: Head | None, tail: Tail, reader: LogReader) -> None:
+        self._file = durable.LogFile(self.path)
+        if tail.kind is TailKind.TORN:
+            aside = durable.free_name(f"{self.path}.torn-{tail.offset}")
+            self._file.cut(tail.offset, aside)
+            log.warning(
+                f"{self.path}: an append that was never acknowledged stood at offset"
+                f" {tail.offset} ({tail.reason}); moved to {aside}"
+            )
+        # What the page cache shows may never have reached the disk: write it again.
+        start = newest.offset if newest else 0
+        self._file.append(start, reader.pread(start, tail.offset - start))
+
+    def _settle(self, newest: Head) -> None:
+        self._newest = newest
+        self.version, self.rewindable = newest.version, newest.rewindable
+        self.version_count = newest.changes + self._has_snapshot
+
+    def add_change(self, change: Change) -> None:
+        """See Backend."""
+        assert change.base == self.version, "the version rule comes first"
+        before = self._newest
+        self._append(
+            before._replace(
+                kind=Kind.CHANGE,
+                flags=records.BUMPS if change.bumps else 0,
+                version=change.version,
+                changes=before.changes + 1,
+                chain_before=before.chain,
+                chain=chain_after(before.chain, change.version, change.payload),
+            ),
+            change.payload,
+        )
+
+    def rewind(self) -> None:
+        """See Backend."""
+        assert self.rewindable, "the version rule comes first"
+        before = self._newest
+        self._append(
+            before._replace(
+                kind=Kind.REWIND,
+                flags=0,
+                version=before.version - 1,
+                changes=before.changes - 1,
+                chain_before=before.chain,
+                chain=before.chain_before,
+            ),
+            b"",
+        )
+
+    def _append(self, head: Head, payload: bytes) -> None:
+        if self._failed is not None:
+            raise self._failed
+        head = head._replace(
+            sequence=head.sequence + 1,
+            offset=self._end,
+            time_ns=time.time_ns(),
+            session=self._session,
+            length=len(payload),
+        )
+        try:
+            self._store(records.encode(head, payload))
+        except OSError as error:
+            # The record may be there or not: only the next open can tell.
+            self._failed = DiskError(self.path, error, "write to")
+            raise self._failed from error
+        self._end = head.end
+        self._settle(head)
+
+    def _store(self, record: bytes) -> None:
+        """Append ``record``; after an error, again from memory on a fresh descriptor."""
+        assert self._file is not None
+        started, pause, failed = time.monotonic(), FIRST_PAUSE_S, False
+        while True:
+            try:
+                # Do not retry a failed fsync: the kernel may have dropped the dirty pages.
+                if failed:
+                    self._reopen()
+                self._file.append(self._end, record)
+                return
+            except OSError as error:
+                failed, waited = True, time.monotonic() - started
+                if waited + pause > RETRY_FOR_S:
+                    raise
+                log.warning(
+                    f"Writing to {self.path} failed ({error.strerror or error}); the node has"
+                    f" been waiting for {waited:.1f} s, next try in {pause:.1f} s"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _reopen(self) -> None:
+        assert self._file is not None
+        file = durable.LogFile(self.path)
+        if not self._is_ours(file.fd):
+            file.close()
+            raise OSError(errno.ESTALE, "another file stands in its place")
+        self._file.close()
+        self._file = file
+
+    def _is_ours(self, fd: int) -> bool:
+        newest = self._newest
+        try:
+            backup_id, _ = records.decode_header(os.pread(fd, records.FIRST_RECORD, 0))
+        except records.HeaderError:
+            return False
+        if newest.sequence == 0:
+            return backup_id == newest.backup_id
+        found = os.pread(fd, records.HEAD.size, newest.offset)
+        return records.decode_head(found, newest.offset, newest.backup_id) is not None
+
+    def close(self) -> None:
+        """See Backend."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    # Looking
+
+    def read(self) -> FileReading:
+        """See Backend."""
+        return FileReading(self.path)
+
+    def status(self) -> Status:
+        """See Backend. Reads and checks the whole log."""
+        reader = LogReader(self.path)
+        try:
+            for _ in reader:
+                pass
+            last = reader.last or _BEFORE_FIRST
+            log_start = reader.log_start or records.FIRST_RECORD
+            return Status(
+                url=self.url,
+                layout=f"file layout {records.LAYOUT}",
+                backup_id=(reader.backup_id or b"").hex(),
+                version=last.version,
+                prev_version=last.version - 1 if last.rewindable else None,
+                version_count=last.changes + (log_start > records.FIRST_RECORD),
+                changes=last.changes,
+                snapshot_size=records.snapshot_size(log_start),
+                size=reader.position,
+                allocated=reader.allocated,
+                last_change_ns=last.time_ns or None,
+                torn_tail=reader.tail.kind is TailKind.TORN,
+                damage=str(reader.damage) if reader.damage else None,
+                disk_free=shutil.disk_usage(os.path.dirname(self.path)).free,
+                warnings=disk_warnings(self.path),
+            )
+        finally:
+            reader.close()
+
+
+def disk_warnings(path: str) -> list[str]:
+    """What to tell the operator about the space left on the disk of ``path``."""
+    usage = shutil.disk_usage(os.path.dirname(path))
+    if usage.free >= max(LOW_DISK_BYTES, LOW_DISK_SHARE * usage.total):
+        return []
+    return [
+        f"The disk of {path} is nearly full: {usage.free >> 20} MiB of"
+        f" {usage.total >> 20} MiB are free. When it is full the node stops."
+    ]

@@ -1,0 +1,228 @@
+"""Reading a file of layout 2 in order: for restore, status and verification.
+
+A reader needs no lock, writes no byte, and finishes on the file it began with, even
+when a compaction replaces that file meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+
+import records
+from backend import FOREIGN_KEYS_OFF, Change, Reading, chain_after
+from errors import CLI, BackupError, BackupMissing, Damaged, DiskError, UnsupportedLayout
+from records import Head, Kind, Tail, TailKind
+
+GROWING_TAIL_S = 1.0
+"""How long a reader waits for an append in flight before it judges the tail."""
+LAYOUT_1_START = b"\x00\x00\x00\x01"
+
+
+class LogReader:
+    """The records of one file, in order.
+
+    Attributes:
+        allocated: size of the file in bytes.
+        backup_id, log_start: from the file header; None where that is damaged.
+        last: head of the last valid record seen, or None.
+        position: offset of the next record.
+        tail: what stands behind the last record, known after the iteration.
+        damage: why the iteration ended early, or None.
+
+    Raises:
+        BackupMissing, UnsupportedLayout, DiskError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.allocated = os.fstat(self._fd).st_size
+        except FileNotFoundError as error:
+            raise BackupMissing(f"file://{path}") from error
+        except OSError as error:
+            raise DiskError(path, error, "open") from error
+        self.backup_id: bytes | None = None
+        self.log_start: int | None = None
+        self.last: Head | None = None
+        self.position = records.FIRST_RECORD
+        self.tail = Tail(TailKind.CLEAN, self.position)
+        self.damage: Damaged | None = None
+        self._buffer, self._buffer_at = b"", 0
+        try:
+            self._read_header()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _read_header(self) -> None:
+        header = self.pread(0, records.FIRST_RECORD)
+        if header.startswith(LAYOUT_1_START):
+            raise UnsupportedLayout(
+                self.path,
+                "a layout 1 file, of the earlier backup plugin",
+                "Keep it. With the node stopped and its database intact, move this file"
+                f" and backup.lock away and run `{CLI} init`.",
+            )
+        try:
+            self.backup_id, self.log_start = records.decode_header(header)
+        except records.HeaderError as error:
+            if self._newest_anywhere() is None:
+                found = f"not a backup: {error}"
+                raise UnsupportedLayout(self.path, found, "Check the URL.") from error
+            self.damage = self.as_damage(0, str(error))
+
+    def pread(self, offset: int, size: int) -> bytes:
+        """``size`` bytes at ``offset``, fewer at the end of the file."""
+        try:
+            return os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise DiskError(self.path, error, f"read at offset {offset}") from error
+
+    def newest(self) -> tuple[Head | None, Tail]:
+        """The newest valid record and what stands behind it, from the file's end alone.
+
+        Raises:
+            Damaged: the header does not check, so the rest cannot be judged.
+        """
+        if self.damage is not None:
+            raise self.damage
+        assert self.backup_id is not None and self.log_start is not None
+        return records.find_newest(self.pread, self.allocated, self.backup_id, self.log_start)
+
+    def __iter__(self) -> Iterator[tuple[Head, bytes]]:
+        while (record := self._next()) is not None:
+            head, payload = record
+            problem = records.follows(self.last, head, self._log_start_for(head))
+            if head.kind == Kind.CHANGE and not problem:
+                chain = chain_after(head.chain_before, head.version, payload)
+                problem = "" if chain == head.chain else "its content does not match its chain"
+            if problem:
+                self.damage = self.as_damage(head.offset, problem)
+                return
+            self.backup_id, self.last, self.position = head.backup_id, head, head.end
+            yield record
+        if self.tail.kind is TailKind.DAMAGED:
+            self.damage = self.as_damage(self.tail.offset, self.tail.reason)
+        elif self.position < (self.log_start or 0):
+            self.damage = self.as_damage(self.position, "the rest of the snapshot is missing")
+
+    def _log_start_for(self, head: Head) -> int:
+        if self.log_start is not None:
+            return self.log_start
+        # The file header is lost: each record is taken at its own word.
+        if head.kind != Kind.SNAPSHOT:
+            return head.offset
+        return head.end if head.flags & records.FINAL else head.end + 1
+
+    def _next(self) -> tuple[Head, bytes] | None:
+        """The record at ``position``; None at the end, where ``tail`` is then set."""
+        deadline = time.monotonic() + GROWING_TAIL_S
+        while True:
+            record = self._record_at(self.position)
+            if record is not None:
+                return record
+            self._buffer = b""
+            self.allocated = os.fstat(self._fd).st_size
+            self.tail = records.judge_tail(
+                self.pread, self.position, self.allocated, self.backup_id
+            )
+            if self.tail.kind is TailKind.CLEAN or time.monotonic() > deadline:
+                return None
+            time.sleep(0.02)
+
+    def _record_at(self, offset: int) -> tuple[Head, bytes] | None:
+        head = records.decode_head(self._peek(offset, records.HEAD.size), offset, self.backup_id)
+        if head is None:
+            return None
+        payload = self._peek(offset + records.HEAD.size, head.length)
+        if len(payload) != head.length or zlib.crc32(payload) != head.payload_crc:
+            return None
+        return head, payload
+
+    def _peek(self, offset: int, size: int) -> bytes:
+        at = offset - self._buffer_at
+        if at < 0 or at + size > len(self._buffer):
+            self._buffer = self.pread(offset, max(size, records.WINDOW))
+            self._buffer_at, at = offset, 0
+        return self._buffer[at : at + size]
+
+    def as_damage(self, offset: int, reason: str) -> Damaged:
+        """The error that names damage at ``offset`` and the versions behind it."""
+        newest = self._newest_anywhere()
+        good = self.last.version if self.last else 0
+        if newest is None or newest.version <= good:
+            lost = "and whether a later one is lost cannot be told"
+        else:
+            lost = f"versions {good + 1} to {newest.version} stand behind the damage"
+        return Damaged(self.path, offset, reason, good, lost)
+
+    def _newest_anywhere(self) -> Head | None:
+        start = records.FIRST_RECORD
+        return records.find_last(self.pread, start, self.allocated, self.backup_id)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def effective(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[Change]:
+    """What a restore applies: without changes taken back, without an idle PRAGMA OFF."""
+    off: tuple[Head, Change] | None = None
+    for head, payload in _not_rewound(log_records):
+        if head.kind == Kind.SNAPSHOT:
+            yield Change(head.version, payload, None)
+            continue
+        change = Change.decode(head.version, payload)
+        # A new lightningd has foreign_keys ON: OFF holds for its own session alone.
+        if off is not None and off[0].session == head.session:
+            yield off[1]
+        off = None
+        if change.transaction == [FOREIGN_KEYS_OFF]:
+            off = head, change
+        else:
+            yield change
+
+
+def _not_rewound(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[tuple[Head, bytes]]:
+    last: tuple[Head, bytes] | None = None
+    for record in log_records:
+        if record[0].kind == Kind.REWIND:
+            last = None
+            continue
+        if last is not None:
+            yield last
+        last = record
+    if last is not None:
+        yield last
+
+
+class FileReading(Reading):
+    """A pass over a file (see Reading)."""
+
+    def __init__(self, path: str) -> None:
+        self._reader = LogReader(path)
+        self.total = self._reader.allocated
+
+    def __iter__(self) -> Iterator[Change]:
+        try:
+            yield from effective(self._noted())
+        except BackupError as error:
+            self.damage = error
+
+    def _noted(self) -> Iterator[tuple[Head, bytes]]:
+        reader = self._reader
+        for head, payload in reader:
+            self.position = head.end
+            self.version, self.last_change_ns = head.version, head.time_ns
+            yield head, payload
+        self.position = self.total
+        self.torn_tail = reader.tail.kind is TailKind.TORN
+        self.damage = reader.damage
+
+    def close(self) -> None:
+        """See Reading."""
+        self._reader.close()

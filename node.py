@@ -1,0 +1,123 @@
+"""A node's network directory: whether it is the right one, its lock files, its database."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import durable
+from errors import CLI, BackupExists, ConfigError, DiskError
+
+LOCK_NAME = "backup.lock"
+DATABASE_NAME = "lightningd.sqlite3"
+NETWORKS = (
+    *("bitcoin", "testnet", "testnet4", "signet", "regtest"),
+    *("liquid", "liquid-regtest", "litecoin", "litecoin-testnet"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LockFile:
+    """What backup.lock says: JSON ``{"backend_url": "<url>"}``."""
+
+    backend_url: str
+
+
+def read_lock_file(directory: str) -> LockFile:
+    """The backup.lock of the network directory ``directory``.
+
+    Raises:
+        ConfigError: it is missing, or not what it should be.
+    """
+    path = os.path.join(directory, LOCK_NAME)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        url = content["backend_url"]
+        if not isinstance(url, str):
+            raise TypeError("backend_url is no string")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"Could not find backup.lock in the lightning-dir {directory}.",
+            f"Stop lightningd and run `{CLI} init --lightning-dir {directory} URL`, or"
+            " `attach` in place of `init` for a backup that exists.",
+        ) from error
+    except OSError as error:
+        raise DiskError(path, error, "read") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f'{path} is damaged: it should read {{"backend_url": "<url>"}}.',
+            f"Move it away and run `{CLI} attach --lightning-dir {directory} URL`.",
+        ) from error
+    return LockFile(url)
+
+
+def write_lock_file(directory: str, url: str) -> None:
+    """Write a new backup.lock; BackupExists if there is one."""
+    path = os.path.join(directory, LOCK_NAME)
+    try:
+        durable.write_file(path, json.dumps({"backend_url": url}).encode())
+    except FileExistsError as error:
+        raise BackupExists(path) from error
+    except OSError as error:
+        raise DiskError(path, error, "write") from error
+
+
+def network_dir(directory: str) -> str:
+    """The real path of ``directory``, if it can be a node's network directory.
+
+    Raises:
+        ConfigError: it is missing, or the base directory of several networks.
+    """
+    path = os.path.realpath(os.path.expanduser(directory))
+    if not os.path.isdir(path):
+        raise ConfigError(
+            f"The directory {path} does not exist.",
+            f"Check the path, or for a new node run `mkdir -p {path}`.",
+        )
+    if os.path.basename(path) in NETWORKS or os.path.exists(os.path.join(path, DATABASE_NAME)):
+        return path
+    inside = sorted(name for name in NETWORKS if os.path.isdir(os.path.join(path, name)))
+    if inside or os.path.basename(path) == ".lightning":
+        right = " or ".join(os.path.join(path, name) for name in inside or ["bitcoin"])
+        raise ConfigError(
+            f"{path} is not a network directory: lightningd runs the plugin one level below.",
+            f"Use --lightning-dir {right}.",
+        )
+    return path
+
+
+@contextlib.contextmanager
+def stopped(directory: str) -> Iterator[None]:
+    """Make sure that no lightningd runs in ``directory``, and that none starts meanwhile.
+
+    lightningd holds a lockf lock on ``lightningd-<network>.pid`` one level up.
+
+    Raises:
+        ConfigError: it runs.
+    """
+    base, network = os.path.split(directory)
+    path = os.path.join(base, f"lightningd-{network}.pid")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield
+        return
+    except OSError as error:
+        raise DiskError(path, error, "open") from error
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(
+            f"lightningd is running in {directory}: it holds the lock on {path}.",
+            f"Run `lightning-cli --lightning-dir={base} --network={network} stop`, then try again.",
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,336 @@
+"""File layout 2, down to the byte. All numbers are big-endian and unsigned.
+
+File header, written once, 64 bytes:
+
+    offset  size  field      meaning
+         0    16  magic      89 "CLN backup" 0d 0a 1a 0a 00
+        16     4  layout     2
+        20     4  reserved   0
+        24    16  backup id  random; also in every record
+        40     8  created    Unix time in nanoseconds, informative
+        48     8  log start  offset of the first record after the snapshot; 64 without one
+        56     4  reserved   0
+        60     4  crc        CRC-32 of bytes 0 to 59
+
+Then records, back to back from byte 64. Each is a head of 124 bytes, its payload and a
+trailer of 4 bytes:
+
+    offset  size  field         meaning
+         0     4  marker        c5 "rec"
+         4     1  kind          1 snapshot, 2 change, 3 rewind
+         5     1  flags         bit 0: the change bumps data_version
+                                bit 1: last piece of the snapshot
+         6     2  reserved      0
+         8    16  backup id     that of the file header
+        24     8  sequence      1 and up by one a record; goes on across compaction
+        32     8  offset        of this record in this file
+        40     4  data_version  of the database with this record applied
+        44     4  payload crc   CRC-32 of the payload
+        48     8  changes       changes that count since the snapshot, this one included
+        56     8  time          Unix time in nanoseconds, informative
+        64    16  session       random, one for each start of the plugin
+        80     8  length        of the payload
+        88    16  chain before  names the history before this record
+       104    16  chain         names the history with this record
+       120     4  head crc      CRC-32 of bytes 0 to 119
+       124     n  payload       see below
+     124+n     4  trailer       "end" 0a; not zero, so it shows that a write got to its end
+
+Payloads: of a snapshot, a piece of at most 1 MiB of an SQLite file; of a change, its
+statements in UTF-8, joined by one NUL byte (no statement is empty or holds a NUL); of a
+rewind, nothing.
+
+A snapshot is all of the records before "log start", the last one flagged, or there is
+none. It is written and verified before the file gets its name. Its chain is random, or
+for a compacted file the chain of the history it stands for; for an empty backup the
+chain is 16 zero bytes. A change's chain is BLAKE2b-128(chain before, data_version as 4
+bytes, payload). A rewind follows a change that bumps and takes it back: its data_version
+is one less, and its chain is that change's chain before.
+
+Behind the newest record the file is zero, up to any size. Its end may also hold a torn
+tail: an append that never finished, so was never acknowledged (``judge_tail``).
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE
+
+MAGIC = b"\x89CLN backup\r\n\x1a\n\x00"
+LAYOUT = 2
+FILE_HEADER = struct.Struct("!16sII16sQQ4xI")
+MARKER = b"\xc5rec"
+HEAD = struct.Struct("!4sBB2x16sQQIIQQ16sQ16s16sI")
+TRAILER = b"end\n"
+BUMPS = 1
+FINAL = 2
+SECTOR = 512
+"""Bytes that a disk writes all or nothing."""
+WINDOW = 1 << 20
+"""Bytes read at once when a record is searched."""
+
+assert (FILE_HEADER.size, HEAD.size, len(MAGIC)) == (64, 124, 16)
+FIRST_RECORD = FILE_HEADER.size
+OVERHEAD = HEAD.size + len(TRAILER)
+_CRC = struct.Struct("!I")
+
+
+class Kind(enum.IntEnum):
+    """What a record is."""
+
+    SNAPSHOT = 1
+    CHANGE = 2
+    REWIND = 3
+
+
+class Head(NamedTuple):
+    """The head of a record, field by field as in the table above."""
+
+    marker: bytes
+    kind: int
+    flags: int
+    backup_id: bytes
+    sequence: int
+    offset: int
+    version: int
+    payload_crc: int
+    changes: int
+    time_ns: int
+    session: bytes
+    length: int
+    chain_before: bytes
+    chain: bytes
+    crc: int
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte after this record."""
+        return self.offset + OVERHEAD + self.length
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether a rewind may follow this record."""
+        return self.kind == Kind.CHANGE and bool(self.flags & BUMPS)
+
+
+class HeaderError(ValueError):
+    """A file header that does not check; the text says why."""
+
+
+def encode_header(backup_id: bytes, created_ns: int, snapshot_size: int) -> bytes:
+    """The 64 bytes that begin a file whose snapshot has ``snapshot_size`` bytes."""
+    pieces = -(-snapshot_size // MAX_CHUNK_SIZE)
+    log_start = FIRST_RECORD + pieces * OVERHEAD + snapshot_size
+    body = FILE_HEADER.pack(MAGIC, LAYOUT, 0, backup_id, created_ns, log_start, 0)[:-4]
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def decode_header(data: bytes) -> tuple[bytes, int]:
+    """Backup id and log start of a file that begins with ``data``.
+
+    Raises:
+        HeaderError: it does not check.
+    """
+    if len(data) < FILE_HEADER.size:
+        raise HeaderError("the file header is cut off")
+    magic, layout, _, backup_id, _, log_start, crc = FILE_HEADER.unpack_from(data)
+    if zlib.crc32(data[: FILE_HEADER.size - 4]) != crc:
+        raise HeaderError("the file header does not match its checksum")
+    if magic != MAGIC or layout != LAYOUT:
+        raise HeaderError(f"the file header names layout {layout}")
+    return backup_id, log_start
+
+
+def snapshot_size(log_start: int) -> int:
+    """Bytes of the SQLite file that stands before ``log_start``."""
+    stored = log_start - FIRST_RECORD
+    return stored - -(-stored // (MAX_CHUNK_SIZE + OVERHEAD)) * OVERHEAD
+
+
+def encode(head: Head, payload: bytes) -> bytes:
+    """A whole record. Both CRCs of ``head`` are set here, its length must fit."""
+    assert head.length == len(payload)
+    body = HEAD.pack(*head._replace(payload_crc=zlib.crc32(payload)))[:-4]
+    return b"".join((body, _CRC.pack(zlib.crc32(body)), payload, TRAILER))
+
+
+def decode_head(data: bytes, offset: int, backup_id: bytes | None) -> Head | None:
+    """The head at the beginning of ``data``, or None if there is no valid one.
+
+    Args:
+        data: at least HEAD.size bytes, or fewer at the end of a file.
+        offset: where ``data`` stands in the file.
+        backup_id: the file's, or None to take any.
+    """
+    if len(data) < HEAD.size or not data.startswith(MARKER):
+        return None
+    head = Head._make(HEAD.unpack_from(data))
+    if zlib.crc32(data[: HEAD.size - 4]) != head.crc or head.offset != offset:
+        return None
+    if backup_id is not None and head.backup_id != backup_id:
+        return None
+    if head.length > _MAX_LENGTH.get(head.kind, -1):
+        return None
+    return head
+
+
+def follows(before: Head | None, head: Head, log_start: int) -> str:
+    """Why ``head`` cannot come after ``before`` (None: the first record), or ""."""
+    if (head.kind == Kind.SNAPSHOT) != (head.offset < log_start):
+        return "a snapshot stands only at the beginning"
+    if head.kind == Kind.SNAPSHOT:
+        same = before is None or (before.version, before.chain) == (head.version, head.chain)
+        final = bool(head.flags & FINAL) == (head.end == log_start)
+        in_order = before is None or head.sequence == before.sequence + 1
+        return "" if same and final and in_order else "the snapshot's pieces do not fit"
+    last = before or _BEFORE_FIRST._replace(sequence=head.sequence - 1)
+    if head.kind == Kind.REWIND:
+        expected = (last.version - 1, last.changes - 1, last.chain, last.chain_before)
+        possible = last.rewindable
+    else:
+        bumps = head.flags & BUMPS
+        expected = (last.version + bumps, last.changes + 1, last.chain, head.chain)
+        possible = True
+    found = (head.version, head.changes, head.chain_before, head.chain)
+    if head.sequence != last.sequence + 1 or not possible or found != expected:
+        return "the record does not continue the one before"
+    return ""
+
+
+_MAX_LENGTH: dict[int, int] = {
+    Kind.SNAPSHOT: MAX_CHUNK_SIZE,
+    Kind.CHANGE: MAX_CHANGE_SIZE,
+    Kind.REWIND: 0,
+}
+_BEFORE_FIRST = Head(*(MARKER, 0, 0, b"", 0, 0, 0, 0, 0, 0, b"", 0, EMPTY_CHAIN, EMPTY_CHAIN, 0))
+
+# Finding the end of a file.
+
+Pread = Callable[[int, int], bytes]
+"""``pread(offset, size)``: the bytes there, fewer at the end of the file."""
+
+
+class TailKind(enum.Enum):
+    """What stands behind a file's newest valid record."""
+
+    CLEAN = "nothing"
+    TORN = "an append that was never acknowledged"
+    DAMAGED = "something that does not check"
+
+
+class Tail(NamedTuple):
+    """A file's end from ``offset`` on, and why it was taken for what it is."""
+
+    kind: TailKind
+    offset: int
+    reason: str = ""
+
+
+def payload_checks(pread: Pread, head: Head) -> bool:
+    """Whether the payload behind ``head`` is complete and matches its checksum."""
+    crc, position, end = 0, head.offset + HEAD.size, head.end - len(TRAILER)
+    while position < end:
+        data = pread(position, min(WINDOW, end - position))
+        if not data:
+            return False
+        crc = zlib.crc32(data, crc)
+        position += len(data)
+    return crc == head.payload_crc
+
+
+def find_last(pread: Pread, start: int, end: int, backup_id: bytes | None) -> Head | None:
+    """The last record with a valid head that begins in [start, end), if any."""
+    high = end
+    while high > start:
+        low = max(start, high - WINDOW)
+        data = pread(low, high - low + HEAD.size)
+        at = data.rfind(MARKER, 0, high - low + len(MARKER) - 1)
+        while at >= 0:
+            head = decode_head(data[at : at + HEAD.size], low + at, backup_id)
+            if head is not None:
+                return head
+            at = data.rfind(MARKER, 0, at + len(MARKER) - 1)
+        high = low
+    return None
+
+
+def find_next(pread: Pread, start: int, end: int, backup_id: bytes | None) -> Head | None:
+    """The first record with a valid head that begins in [start, end), if any."""
+    for low in range(start, end, WINDOW):
+        data = pread(low, min(WINDOW, end - low) + HEAD.size)
+        at = data.find(MARKER)
+        while 0 <= at < WINDOW and low + at < end:
+            head = decode_head(data[at : at + HEAD.size], low + at, backup_id)
+            if head is not None:
+                return head
+            at = data.find(MARKER, at + 1)
+    return None
+
+
+def judge_tail(pread: Pread, offset: int, size: int, backup_id: bytes | None) -> Tail:
+    """What stands at ``offset``, where no valid record does, in a file of ``size`` bytes.
+
+    Torn means: it was written by an append that did not get to its end, which shows in a
+    write that stops early or in a sector of it that is still zero, and no record follows.
+    A record that was acknowledged cannot look like that: no sector of it is all zero.
+    """
+    written = _last_nonzero(pread, offset, size) - offset
+    if written <= 0:
+        return Tail(TailKind.CLEAN, offset)
+    if find_next(pread, offset + 1, offset + written, backup_id) is not None:
+        return Tail(TailKind.DAMAGED, offset, "a broken record with others behind it")
+    if written < HEAD.size:
+        return Tail(TailKind.TORN, offset, "its head is not complete")
+    head = decode_head(pread(offset, HEAD.size), offset, backup_id)
+    if head is not None and head.kind == Kind.SNAPSHOT:
+        return Tail(TailKind.DAMAGED, offset, "a piece of the snapshot that does not check")
+    extent = HEAD.size if head is None else OVERHEAD + head.length
+    if offset + extent > size or (head and written <= extent - len(TRAILER)):
+        return Tail(TailKind.TORN, offset, "it ends early")
+    if _has_zero_sector(pread, offset, offset + extent):
+        return Tail(TailKind.TORN, offset, "a sector of it was never written")
+    return Tail(TailKind.DAMAGED, offset, "the last record does not check")
+
+
+def find_newest(
+    pread: Pread, size: int, backup_id: bytes, log_start: int
+) -> tuple[Head | None, Tail]:
+    """The newest valid record of a file, and what stands behind it. Reads only the end."""
+    head = find_last(pread, FIRST_RECORD, size, backup_id)
+    tail = judge_tail(pread, FIRST_RECORD if head is None else head.end, size, backup_id)
+    if head is not None and not payload_checks(pread, head):
+        tail = judge_tail(pread, head.offset, size, backup_id)
+        head = find_last(pread, FIRST_RECORD, head.offset, backup_id)
+        if head is not None and not payload_checks(pread, head):
+            tail = Tail(TailKind.DAMAGED, head.offset, "the last records do not check")
+    end = FIRST_RECORD if head is None else head.end
+    if tail.kind is not TailKind.DAMAGED and (end != tail.offset or end < log_start):
+        tail = Tail(TailKind.DAMAGED, end, "what should follow is missing")
+    return head, tail
+
+
+def _last_nonzero(pread: Pread, start: int, end: int) -> int:
+    """The offset after the last byte in [start, end) that is not zero, or ``start``."""
+    high = end
+    while high > start:
+        low = max(start, high - WINDOW)
+        data = pread(low, high - low).rstrip(b"\0")
+        if data:
+            return low + len(data)
+        high = low
+    return start
+
+
+def _has_zero_sector(pread: Pread, start: int, end: int) -> bool:
+    low = start
+    while low < end:
+        high = min(end, (low // SECTOR + 1) * SECTOR)
+        if not pread(low, high - low).strip(b"\0"):
+            return True
+        low = high
+    return False

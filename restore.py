@@ -1,0 +1,141 @@
+"""Building a node's database from a backup: beside its destination, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import database
+import durable
+import node
+from backend import Reading
+from errors import BackupError, BackupExists, ConfigError, DatabaseError, DiskError
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore delivered.
+
+    Attributes:
+        path: the database.
+        version: its data_version.
+        changes: how many changes were replayed.
+        last_change_ns: Unix time of the last change, nanoseconds, or None.
+        torn_tail: an append that was never acknowledged was left out.
+        damage: what ended the backup early, or None.
+        problems: what SQLite's checks found, empty if nothing.
+    """
+
+    path: str
+    version: int
+    changes: int
+    last_change_ns: int | None
+    torn_tail: bool
+    damage: Exception | None
+    problems: list[str]
+
+
+def destination(dest: str) -> str:
+    """The file that a restore to ``dest`` creates; refuses what is in the way.
+
+    Args:
+        dest: a file, or an existing directory.
+    """
+    if os.path.isdir(dest):
+        dest = os.path.join(dest, node.DATABASE_NAME)
+    path = os.path.realpath(dest)
+    if not os.path.isdir(os.path.dirname(path)):
+        raise ConfigError(f"The directory {os.path.dirname(path)} does not exist.", "Create it.")
+    for taken in (path, *(path + suffix for suffix in database.SIDE_FILES)):
+        if os.path.lexists(taken):
+            # SQLite would apply a journal found beside the new database to it.
+            raise BackupExists(taken, "Move it away, with its -wal and -journal files.")
+    return path
+
+
+def build(
+    reading: Reading, beside: str, allow_damaged: bool, progress: Callable[[], None]
+) -> tuple[int, int]:
+    """Write the database that ``reading`` leads to into the new file ``beside``.
+
+    Args:
+        allow_damaged: deliver what stands before damage, too.
+        progress: called after every change.
+
+    Returns:
+        The data_version reached, and the number of changes replayed.
+
+    Raises:
+        BackupError: damage, a change that does not replay, another data_version than the
+            backup's, or a backup that holds nothing.
+    """
+    replayer: database.Replayer | None = None
+    changes = pieces = 0
+    fd = durable.create(beside)
+    try:
+        for change in reading:
+            if change.snapshot is not None:
+                durable.write_all(fd, change.snapshot, os.lseek(fd, 0, os.SEEK_END))
+                pieces += 1
+            else:
+                replayer = replayer or database.Replayer(beside)
+                replayer.apply(change)
+                changes += 1
+            progress()
+        if reading.damage is not None and not (allow_damaged and changes + pieces):
+            raise reading.damage
+        if not changes + pieces:
+            raise BackupError("The backup holds no change yet: there is nothing to restore.")
+        version = replayer.finish() if replayer else database.version_of(beside)
+        replayer = None
+        if version != reading.version:
+            raise DatabaseError(
+                beside,
+                f"its data_version is {version}, but the backup's is {reading.version}",
+                "Do not use this backup before that is understood.",
+            )
+        durable.flush(fd)
+    finally:
+        os.close(fd)
+        if replayer is not None:
+            replayer.close()
+    return version, changes
+
+
+def restore(
+    reading: Reading, dest: str, allow_damaged: bool, progress: Callable[[], None]
+) -> Restored:
+    """Restore to ``dest`` (see destination), which is complete once it has its name.
+
+    Raises:
+        BackupError: as build does, or the destination is taken or cannot be written.
+    """
+    path = destination(dest)
+    beside = f"{path}.restoring"
+    try:
+        remove_database(beside)
+        version, changes = build(reading, beside, allow_damaged, progress)
+        problems = database.check(beside)
+        durable.publish(beside, path)
+    except FileExistsError as error:
+        raise BackupExists(path, "It appeared while the restore ran.") from error
+    except OSError as error:
+        raise DiskError(beside, error, "write") from error
+    finally:
+        remove_database(beside)
+    return Restored(
+        path,
+        version,
+        changes,
+        reading.last_change_ns,
+        reading.torn_tail,
+        reading.damage,
+        problems,
+    )
+
+
+def remove_database(path: str) -> None:
+    """Remove a scratch database and what SQLite may have left beside it."""
+    for name in (path, *(path + suffix for suffix in database.SIDE_FILES)):
+        durable.remove(name)
