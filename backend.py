@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from errors import InvalidChange, LostState, OutOfDate
 
 log = logging.getLogger("backup")
+NOTICE = 25
+"""Log level between INFO and WARNING, as syslog has it."""
 
 MAX_VERSION = 2**32 - 1
 """data_version is a u32 in the hook."""
@@ -163,28 +165,28 @@ class Snapshot:
 
 @dataclass(slots=True)
 class Status:
-    """What a look at a backup tells; sizes in bytes.
+    """What a look at a backup tells; sizes in bytes. None: the destination cannot tell.
 
     Attributes:
         prev_version: the version that a rewind would lead to, or None if none can.
         version_count: changes since the snapshot, and one for the snapshot.
-        last_change_ns: Unix time of the last record, nanoseconds, or None.
+        last_change_ns: Unix time of the last record, nanoseconds.
         torn_tail: an append that was never acknowledged stands at the end.
         damage: what does not check, or None.
-        disk_free: free bytes for the writer, or None where that cannot be known.
+        disk_free: free bytes for the writer.
     """
 
     url: str
     layout: str
-    backup_id: str
     version: int
     prev_version: int | None
     version_count: int
-    changes: int
-    snapshot_size: int
-    size: int
-    allocated: int
-    last_change_ns: int | None
+    backup_id: str | None = None
+    changes: int | None = None
+    snapshot_size: int | None = None
+    size: int | None = None
+    allocated: int | None = None
+    last_change_ns: int | None = None
     torn_tail: bool = False
     damage: str | None = None
     disk_free: int | None = None
@@ -215,7 +217,8 @@ class Reading(ABC):
         """The snapshot's pieces, then the changes that count, in order.
 
         A change that a rewind took back is left out, and so is a PRAGMA call that no
-        change of the same session follows: it had no effect.
+        change of the same session follows: it had no effect. An empty piece says that a
+        snapshot begins and replaces what came before.
         """
 
     @abstractmethod
@@ -232,11 +235,11 @@ class Backend(ABC):
         rewindable: whether the last record is a change that may be taken back.
         version_count: changes since the snapshot, and one for the snapshot.
         medium: what a slow call waits for, in words.
-        scratch_dir: where a temporary copy of the database belongs, or None if anywhere.
+        scratch_prefix: how the path of a scratch file begins, or None if anywhere.
     """
 
     medium = "the disk"
-    scratch_dir: str | None = None
+    scratch_prefix: str | None = None
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -250,12 +253,12 @@ class Backend(ABC):
         return self.version - 1 if self.rewindable else self.version
 
     @abstractmethod
-    def create(self, snapshot: Snapshot | None) -> None:
-        """Make a new backup, empty or of a snapshot; BackupExists if one is there."""
+    def require_absent(self) -> None:
+        """Raise BackupExists, or what else stands in the way of ``create``."""
 
     @abstractmethod
-    def discard(self) -> None:
-        """Take back ``create`` when what should follow it failed."""
+    def create(self, snapshot: Snapshot | None) -> None:
+        """Make a new backup, empty or of a snapshot; BackupExists if one is there."""
 
     @abstractmethod
     def open(self) -> None:
@@ -270,8 +273,8 @@ class Backend(ABC):
         """Take back the last change, durably; only if ``rewindable``."""
 
     @abstractmethod
-    def replace(self, snapshot: Snapshot) -> str:
-        """Start over with ``snapshot``; returns where the old backup is kept."""
+    def replace(self, snapshot: Snapshot) -> str | None:
+        """Start over with ``snapshot``; where the old backup is kept, None if it was empty."""
 
     @abstractmethod
     def read(self) -> Reading:

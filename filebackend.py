@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -12,12 +13,23 @@ from collections.abc import Iterator
 
 import durable
 import records
-from backend import EMPTY_CHAIN, MAX_CHUNK_SIZE, Backend, Change, Snapshot, Status, chain_after, log
+from backend import (
+    EMPTY_CHAIN,
+    FOREIGN_KEYS_OFF,
+    MAX_CHUNK_SIZE,
+    Backend,
+    Change,
+    Snapshot,
+    Status,
+    chain_after,
+    log,
+)
 from errors import (
     CLI,
     BackupError,
     BackupExists,
     ConfigError,
+    Damaged,
     DiskError,
 )
 from logreader import FileReading, LogReader
@@ -107,7 +119,7 @@ class FileBackend(Backend):
         super().__init__(url)
         # A rename would replace a symbolic link, not the file that it stands for.
         self.path = os.path.realpath(parse_file_url(url))
-        self.scratch_dir = os.path.dirname(self.path)
+        self.scratch_prefix: str = f"{self.path}.scratch-"
         self._lock: durable.WriterLock | None = None
         self._file: durable.LogFile | None = None
         self._has_snapshot = False
@@ -118,13 +130,17 @@ class FileBackend(Backend):
 
     # A new file
 
-    def create(self, snapshot: Snapshot | None) -> None:
+    def require_absent(self) -> None:
         """See Backend."""
         directory = os.path.dirname(self.path)
         if not os.path.isdir(directory):
             raise ConfigError(f"The directory {directory} does not exist.", "Create or mount it.")
         if os.path.lexists(self.path):
             raise BackupExists(self.path, self._what_is_there())
+
+    def create(self, snapshot: Snapshot | None) -> None:
+        """See Backend."""
+        self.require_absent()
         with self._locked():
             try:
                 durable.publish(self._build(snapshot), self.path)
@@ -142,19 +158,16 @@ class FileBackend(Backend):
             found = error.problem
         return f"{found} Choose another name, or run `{CLI} attach` to go on with it."
 
-    def discard(self) -> None:
-        """See Backend."""
-        durable.remove(self.path)
-        durable.remove(f"{self.path}.writer")
-
-    def replace(self, snapshot: Snapshot) -> str:
+    def replace(self, snapshot: Snapshot) -> str | None:
         """See Backend."""
         with self._locked():
             try:
                 beside = self._build(snapshot)
-                stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-                kept = durable.free_name(f"{self.path}.old-{stamp}")
-                durable.keep(self.path, kept)
+                kept = None
+                if not self._is_empty():
+                    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+                    kept = durable.free_name(f"{self.path}.old-{stamp}")
+                    durable.keep(self.path, kept)
                 durable.replace(beside, self.path)
             except OSError as error:
                 raise DiskError(self.path, error, "replace") from error
@@ -164,6 +177,16 @@ class FileBackend(Backend):
                 self._file.close()
                 self._load()
         return kept
+
+    def _is_empty(self) -> bool:
+        reader = LogReader(self.path)
+        try:
+            newest, tail = reader.newest()
+        except Damaged:
+            return False
+        finally:
+            reader.close()
+        return newest is None and tail.kind is TailKind.CLEAN
 
     def _build(self, snapshot: Snapshot | None) -> str:
         """Write a complete, flushed, verified file beside the log; returns its name."""
@@ -195,6 +218,9 @@ class FileBackend(Backend):
         LogReader(self.path).close()  # Refuse what is no backup before a lock is made.
         self._lock = durable.WriterLock(self.path)
         try:
+            for stray in glob.glob(glob.escape(self.scratch_prefix) + "*"):
+                durable.remove(stray)
+            durable.remove(f"{self.path}.new")
             self._load()
         except BaseException:
             self.close()
@@ -266,6 +292,22 @@ class FileBackend(Backend):
             ),
             b"",
         )
+
+    def is_last(self, change: Change) -> bool:
+        """Whether ``change`` is, by content, the last record: a repeat of it is known."""
+        newest = self._newest
+        return newest.kind == Kind.CHANGE and newest.chain == chain_after(
+            newest.chain_before, change.version, change.payload
+        )
+
+    def begin_session(self) -> None:
+        """Another client writes from here on.
+
+        Right after a PRAGMA foreign_keys = OFF it goes on with the session before: a node
+        that restarted sends OFF again, so this one has only reconnected.
+        """
+        off = Change(self.version, None, [FOREIGN_KEYS_OFF])
+        self._session = self._newest.session if self.is_last(off) else secrets.token_bytes(16)
 
     def _append(self, head: Head, payload: bytes) -> None:
         if self._failed is not None:

@@ -67,6 +67,13 @@ def write_lock_file(directory: str, url: str) -> None:
         raise DiskError(path, error, "write") from error
 
 
+def is_network_dir(path: str) -> bool:
+    """Whether ``path`` shows that it is a node's network directory."""
+    return os.path.basename(path) in NETWORKS or any(
+        os.path.lexists(os.path.join(path, name)) for name in (DATABASE_NAME, "hsm_secret")
+    )
+
+
 def network_dir(directory: str) -> str:
     """The real path of ``directory``, if it can be a node's network directory.
 
@@ -79,7 +86,7 @@ def network_dir(directory: str) -> str:
             f"The directory {path} does not exist.",
             f"Check the path, or for a new node run `mkdir -p {path}`.",
         )
-    if os.path.basename(path) in NETWORKS or os.path.exists(os.path.join(path, DATABASE_NAME)):
+    if is_network_dir(path):
         return path
     inside = sorted(name for name in NETWORKS if os.path.isdir(os.path.join(path, name)))
     if inside or os.path.basename(path) == ".lightning":

@@ -76,6 +76,13 @@ def build(
     try:
         for change in reading:
             if change.snapshot is not None:
+                if not change.snapshot:
+                    if replayer is not None:
+                        replayer.close()
+                        replayer = None
+                    os.ftruncate(fd, 0)
+                    changes = pieces = 0
+                    continue
                 durable.write_all(fd, change.snapshot, os.lseek(fd, 0, os.SEEK_END))
                 pieces += 1
             else:

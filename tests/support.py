@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import lzma
@@ -12,6 +13,7 @@ import os
 import queue
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -19,7 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from backend import bump
+from backend import Change, Session, bump
+from filebackend import FileBackend
+from logreader import LogReader
+from records import Head
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
@@ -224,3 +229,64 @@ def network_dir(tmp_path: Path) -> Path:
     directory = tmp_path / "lightning" / "regtest"
     directory.mkdir(parents=True)
     return directory
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Every name below ``directory`` and a hash of what it is: equal if nothing changed.
+
+    Files of the writer's lock are left out: they hold a process id, and no data.
+    """
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink():
+            what = f"link to {os.readlink(path)}"
+        elif path.is_file():
+            what = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            what = "other"
+        if not path.name.endswith(".writer"):
+            found[str(path.relative_to(directory))] = what
+    return found
+
+
+def make_backup(url: str, calls: Sequence[Call] = ()) -> Path:
+    """A new backup of one session of ``calls``, without a snapshot; its file."""
+    backend = FileBackend(url)
+    backend.create(None)
+    add_session(url, calls)
+    return Path(backend.path)
+
+
+def add_session(url: str, calls: Sequence[Call]) -> None:
+    """Append a session of ``calls`` to the backup at ``url``."""
+    backend = FileBackend(url)
+    backend.open()
+    session = Session(backend, "/nowhere")
+    for version, statements in calls:
+        session.write(Change(version, None, statements))
+    backend.close()
+
+
+def records_of(path: Path) -> list[tuple[Head, bytes]]:
+    """Head and payload of every record of the backup file ``path``, in order."""
+    reader = LogReader(str(path))
+    found = list(reader)
+    reader.close()
+    return found
+
+
+def flip(path: Path, offset: int) -> None:
+    """Turn one bit of the byte at ``offset``."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def layout1_file(path: Path) -> None:
+    """A file as the earlier plugin wrote it, with one change."""
+    payload = b"CREATE TABLE t (x)\0INSERT INTO t VALUES (1)"
+    entry = struct.pack("!IIB", len(payload), 1, 1) + payload
+    header = struct.pack("!IIQIQQ", 1, 1, 512, 0, 0, 1).ljust(512, b"\0")
+    path.write_bytes(header + entry)

@@ -1,0 +1,533 @@
+"""The backup server: protocol 1 over TCP in front of one FileBackend.
+
+Every connection has a thread. Whoever wrote last is the writer; ``Keeper`` decides what
+may be written, one request at a time. Readers work on the file and never hold its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import itertools
+import os
+import select
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Generator, Iterator
+
+import database
+import durable
+import protocol
+import restore
+from backend import NOTICE, Change, Reading, Snapshot, Verdict, judge, log
+from errors import BackupError, ConfigError, DiskError, InvalidChange
+from filebackend import FileBackend
+from protocol import Metadata, PacketType, ProtocolError, SnapshotPart
+from socketbackend import RECEIVE_SIZE, parse_host_port, tune
+
+MAX_CONNECTIONS = 16
+FIRST_PACKET_S = 30.0
+"""How long a new connection may stay silent."""
+GRACE_S = 30.0
+MIN_RATE = 1024
+"""Bytes a second that a packet's body must keep up, after the grace: Tor can."""
+IDLE_CHECK_S = 3600.0
+SEND_TIMEOUT_S = 60.0
+BLOCK_SIZE = 1 << 16
+ACCEPT_PAUSE_S = 0.1
+MIN_FREE_BYTES = 64 << 20
+"""A snapshot that comes in leaves the disk at least this much for changes."""
+SWITCH_INTERVAL_S = 0.0002
+"""So that a thread that streams a backup does not make the writer's thread wait."""
+
+
+class Dropped(Exception):
+    """The peer broke a rule or a limit: it loses its connection."""
+
+
+class Keeper:
+    """The one place where the backup changes, whichever connection asks.
+
+    Args:
+        backend: open for writing.
+    """
+
+    def __init__(self, backend: FileBackend) -> None:
+        self.backend = backend
+        self.lock = threading.Lock()
+        self._writer: Connection | None = None
+        self._newest_writer = 0
+
+    def metadata(self) -> Metadata:
+        """What REQ_METADATA is told."""
+        with self.lock:
+            backend = self.backend
+            return Metadata(
+                protocol.PROTOCOL, backend.version, backend.prev_version, backend.version_count
+            )
+
+    def is_writer(self, connection: Connection) -> bool:
+        """Whether ``connection`` was the last to write."""
+        return self._writer is connection
+
+    def change(self, connection: Connection, change: Change) -> None:
+        """Store ``change`` and acknowledge it, or refuse it."""
+        with self.lock:
+            backend = self.backend
+            first = not self.is_writer(connection)
+            if backend.is_last(change) and (change.bumps or first):
+                log.info(f"{connection}: version {change.version} came again; it is stored already")
+                self._take_over(connection)
+                return connection.acknowledge(change.version)
+            verdict = judge(change.base, backend.version, backend.rewindable, first=False)
+            if verdict is not Verdict.APPEND or self._is_outdated(connection):
+                reason = "a newer connection has written"
+                if verdict is not Verdict.APPEND:
+                    reason = f"{verdict.value}: the backup is at version {backend.version}"
+                return connection.refuse(f"the change to version {change.version}: {reason}")
+            self._take_over(connection)
+            backend.add_change(change)
+            connection.acknowledge(change.version)
+
+    def rewind(self, connection: Connection, version: int) -> None:
+        """Take the last change back and acknowledge that, or refuse it."""
+        with self.lock:
+            backend = self.backend
+            reason = ""
+            if not backend.rewindable:
+                reason = "the last entry is not a change that can be taken back"
+            elif version != backend.prev_version:
+                reason = f"it could only go back to version {backend.prev_version}"
+            elif self.is_writer(connection):
+                reason = "this connection has written already"
+            elif self._is_outdated(connection):
+                reason = "a newer connection has written"
+            if reason:
+                return connection.refuse(f"the rewind to version {version}: {reason}")
+            self._take_over(connection)
+            backend.rewind()
+            connection.acknowledge(version)
+
+    def too_old(self, version: int) -> str:
+        """Why a snapshot of ``version`` may not replace the backup, or ""."""
+        backend = self.backend
+        if backend.version_count and version < backend.version:
+            return f"it is older than the backup, at version {backend.version}"
+        return ""
+
+    def replace(self, connection: Connection, snapshot: Snapshot) -> None:
+        """Start over with ``snapshot`` and acknowledge that, or refuse it."""
+        with self.lock:
+            reason = self.too_old(snapshot.version)
+            if self._is_outdated(connection):
+                reason = "a newer connection has written"
+            if reason:
+                return connection.refuse(f"the snapshot of version {snapshot.version}: {reason}")
+            self._take_over(connection)
+            kept = self.backend.replace(snapshot)
+            log.log(
+                NOTICE,
+                f"{connection}: the backup starts over with a snapshot of version"
+                f" {snapshot.version}; the old one "
+                + (f"is kept as {kept}" if kept else "was empty"),
+            )
+            connection.acknowledge(snapshot.version)
+
+    def _is_outdated(self, connection: Connection) -> bool:
+        return connection.number < self._newest_writer
+
+    def _take_over(self, connection: Connection) -> None:
+        """Make ``connection`` the writer; a half-open one before it is closed."""
+        if self.is_writer(connection):
+            return
+        if self._writer is not None:
+            log.log(NOTICE, f"{connection} takes over as writer from {self._writer}")
+            self._writer.cut()
+        self._writer = connection
+        self._newest_writer = connection.number
+        self.backend.begin_session()
+
+    def forget(self, connection: Connection) -> None:
+        """``connection`` is closed."""
+        with self.lock:
+            if self._writer is connection:
+                self._writer = None
+
+
+class Spool:
+    """A SNAPSHOT on its way in: inflated into a scratch file beside the backup.
+
+    Args:
+        path: the scratch file, which must not exist.
+        version: the data_version that the client names.
+    """
+
+    def __init__(self, path: str, version: int) -> None:
+        self.snapshot = Snapshot(path, version)
+        self._inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
+        self._file = os.fdopen(durable.create(path), "wb")
+        self._unchecked = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take some compressed bytes; ProtocolError or Dropped if they go too far."""
+        for piece in self._inflater.feed(data):
+            self._unchecked += len(piece)
+            if self._unchecked >= MIN_FREE_BYTES // 4:
+                self._unchecked = 0
+                self._check_space()
+            self._file.write(piece)
+
+    def _check_space(self) -> None:
+        if shutil.disk_usage(os.path.dirname(self.snapshot.path)).free < MIN_FREE_BYTES:
+            raise Dropped("the disk has no room for this snapshot")
+
+    def finish(self) -> None:
+        """Check that the file is complete and the database it claims to be."""
+        self._inflater.finish()
+        self._file.close()
+        found = database.version_of(self.snapshot.path)
+        if found != self.snapshot.version:
+            raise ProtocolError(
+                f"The snapshot is called version {self.snapshot.version}, but holds {found}."
+            )
+
+    def close(self) -> None:
+        """Remove the scratch file."""
+        self._file.close()
+        restore.remove_database(self.snapshot.path)
+
+
+class Connection:
+    """One client.
+
+    Args:
+        number: connections are numbered as they come.
+    """
+
+    def __init__(self, server: Server, sock: socket.socket, peer: str, number: int) -> None:
+        self.number = number
+        self.busy = False
+        self.last_heard = time.monotonic()
+        self._server = server
+        self._keeper = server.keeper
+        self._sock = sock
+        self._peer = peer
+        self._decoder = protocol.Decoder(protocol.TO_SERVER)
+        self._silent = True
+        self._packet_began = self.last_heard
+        self._packet_size = 0
+        self._spool: Spool | None = None
+        self._refused_snapshot = ""
+
+    def __str__(self) -> str:
+        return f"{self._peer} (connection {self.number})"
+
+    def run(self) -> None:
+        """Serve until the client leaves or breaks a rule."""
+        try:
+            tune(self._sock)
+            log.debug(f"{self}: connected")
+            while data := self._receive():
+                for event in self._decoder.feed(data):
+                    self._silent, self.busy = False, True
+                    self._handle(event)
+                self.busy = self._decoder.in_packet
+            log.debug(f"{self}: left")
+        except Dropped as error:
+            log.warning(f"{self}: closed: {error}")
+        except BackupError as error:
+            log.warning(f"{self}: closed: {error}")
+        except OSError as error:
+            log.info(f"{self}: connection lost: {error}")
+        finally:
+            if self._spool is not None:
+                self._spool.close()
+            self._keeper.forget(self)
+            self._server.forget(self)
+            self._sock.close()
+
+    def _receive(self) -> bytes:
+        """The next bytes; b"" at the client's end. Dropped if it is too slow."""
+        while True:
+            now = time.monotonic()
+            left_s, reason = IDLE_CHECK_S, ""
+            if self._decoder.in_packet:
+                spent_s = now - self._packet_began
+                left_s = GRACE_S + self._packet_size / MIN_RATE - spent_s
+                reason = f"{self._packet_size} bytes in {spent_s:.0f} s are too slow"
+            elif self._silent:
+                left_s = self.last_heard + FIRST_PACKET_S - now
+                reason = f"it said nothing for {FIRST_PACKET_S:.0f} s"
+            if left_s <= 0:
+                raise Dropped(reason)
+            self._sock.settimeout(left_s)
+            try:
+                data = self._sock.recv(RECEIVE_SIZE)
+            except TimeoutError:
+                continue
+            self._note(len(data))
+            return data
+
+    def _note(self, size: int) -> None:
+        now = time.monotonic()
+        if not self._decoder.in_packet:
+            self._packet_began, self._packet_size = now, 0
+        self._packet_size += size
+        self.last_heard = now
+
+    def _handle(self, event: protocol.Event) -> None:
+        if isinstance(event, SnapshotPart):
+            return self._take_snapshot(event)
+        match event.type:
+            case PacketType.CHANGE:
+                self._write(event.payload)
+            case PacketType.REWIND:
+                version = protocol.decode_version(event.payload)
+                self._server.guard(lambda: self._keeper.rewind(self, version))
+            case PacketType.REQ_METADATA:
+                self._send(protocol.encode_metadata(self._keeper.metadata()))
+            case PacketType.RESTORE:
+                self._stream_backup()
+            case PacketType.COMPACT:
+                self.refuse("compaction: this server does not compact on request")
+            case _:
+                raise Dropped(f"{event.type.name} may not come now")
+
+    def _write(self, payload: bytes) -> None:
+        try:
+            change = protocol.decode_change(payload)
+        except InvalidChange as error:
+            return self.refuse(str(error))
+        self._server.guard(lambda: self._keeper.change(self, change))
+
+    def acknowledge(self, version: int) -> None:
+        """Say that ``version`` is stored."""
+        self._send(protocol.encode_version(PacketType.ACK, version))
+
+    def refuse(self, reason: str) -> None:
+        """Say that nothing was stored; the log says why."""
+        log.warning(f"{self}: refused {reason}")
+        version = self._keeper.backend.version
+        self._send(protocol.encode_version(PacketType.NACK, version))
+
+    def _send(self, data: bytes) -> None:
+        self._sock.settimeout(SEND_TIMEOUT_S)
+        self._sock.sendall(data)
+
+    def cut(self) -> None:
+        """End the connection from another thread."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    # Snapshots in, backups out
+
+    def _take_snapshot(self, part: SnapshotPart) -> None:
+        if part.first:
+            self._refused_snapshot = self._keeper.too_old(part.version)
+            if not self._refused_snapshot:
+                path = f"{self._keeper.backend.scratch_prefix}in-{self.number}"
+                self._spool = Spool(path, part.version)
+        if self._spool is not None:
+            self._spool.feed(part.data)
+        if not part.last:
+            return
+        if self._spool is None:
+            return self.refuse(f"a snapshot of version {part.version}: {self._refused_snapshot}")
+        self._spool.finish()
+        self._keeper.replace(self, self._spool.snapshot)
+        self._spool.close()
+        self._spool = None
+
+    def _stream_backup(self) -> None:
+        reading = self._keeper.backend.read()
+        with contextlib.closing(reading):
+            log.info(f"{self}: restores the backup")
+            for block in blocks(reading, os.path.dirname(self._keeper.backend.path)):
+                self._stream(block)
+            if reading.damage is not None:
+                log.error(f"{self}: restore ended early: {reading.damage}")
+                raise Dropped("the backup is damaged")
+            self._stream(protocol.encode(PacketType.DONE))
+
+    def _stream(self, data: bytes) -> None:
+        """Send ``data`` while taking the ACKs that the client may send meanwhile."""
+        view = memoryview(data)
+        while view:
+            readable, writable, _ = select.select([self._sock], [self._sock], [], SEND_TIMEOUT_S)
+            if not readable and not writable:
+                raise Dropped(f"it took nothing for {SEND_TIMEOUT_S:.0f} s")
+            if readable:
+                received = self._sock.recv(RECEIVE_SIZE)
+                if not received:
+                    raise ConnectionError("it left during a restore")
+                for event in self._decoder.feed(received):
+                    if event[0] is not PacketType.ACK:
+                        raise Dropped("only ACK may come during a restore")
+            if writable:
+                view = view[self._sock.send(view) :]
+
+
+def blocks(reading: Reading, directory: str) -> Iterator[bytes]:
+    """The SNAPSHOT and CHANGE packets of a restore, in blocks that are good to send."""
+    changes = iter(reading)
+    block = bytearray()
+    for change in changes:
+        if change.snapshot is not None:
+            rest = itertools.chain([change], changes)
+            first = yield from _snapshot_blocks(rest, directory)
+            if first is None:
+                return
+            change = first
+        block += protocol.encode_change(change)
+        if len(block) >= BLOCK_SIZE:
+            yield bytes(block)
+            block.clear()
+    yield bytes(block)
+
+
+def _snapshot_blocks(
+    changes: Iterator[Change], directory: str
+) -> Generator[bytes, None, Change | None]:
+    """The SNAPSHOT packet of the pieces that come first; returns the change after them."""
+    deflate, version, following = zlib.compressobj(1), 0, None
+    # The packet begins with its length, and memory is bounded: hence a scratch file.
+    with tempfile.TemporaryFile(dir=directory) as packed:
+        for change in changes:
+            if change.snapshot is None:
+                following = change
+                break
+            version = change.version
+            packed.write(deflate.compress(change.snapshot))
+        packed.write(deflate.flush())
+        yield protocol.snapshot_header(version, packed.tell())
+        packed.seek(0)
+        while block := packed.read(BLOCK_SIZE):
+            yield block
+    return following
+
+
+class Server:
+    """Listens, and gives each connection its thread.
+
+    Args:
+        backend: open for writing.
+        address: where to listen, ``host:port``; a name means all its addresses.
+
+    Raises:
+        ConfigError: it cannot listen there.
+    """
+
+    def __init__(self, backend: FileBackend, address: str) -> None:
+        self.keeper = Keeper(backend)
+        self._lock = threading.Lock()
+        self._connections: set[Connection] = set()
+        self._numbers = itertools.count(1)
+        self._wake_read, self._wake_write = os.pipe()
+        self._exit_code: int | None = None
+        self._listeners = listen(address)
+
+    def run(self) -> int:
+        """Serve until a signal or a failing disk; the exit code."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop(0))
+        with selectors.DefaultSelector() as selector:
+            for listener in self._listeners:
+                selector.register(listener, selectors.EVENT_READ, listener)
+            selector.register(self._wake_read, selectors.EVENT_READ, None)
+            while self._exit_code is None:
+                for key, _ in selector.select():
+                    if key.data is not None:
+                        self._accept(key.data)
+        for listener in self._listeners:
+            listener.close()
+        # Finish the change in hand; nothing is written after it.
+        self.keeper.lock.acquire()
+        self.keeper.backend.close()
+        log.log(NOTICE, "stopped")
+        return self._exit_code
+
+    def _stop(self, exit_code: int) -> None:
+        if self._exit_code is None:
+            self._exit_code = exit_code
+            os.write(self._wake_write, b"x")
+
+    def guard(self, write: Callable[[], None]) -> None:
+        """Call ``write``; if the disk fails, stop: what it holds can only be seen anew."""
+        try:
+            write()
+        except DiskError as error:
+            log.critical(f"{error} The server stops; start it again when the disk is well.")
+            self._stop(1)
+            raise
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, address = listener.accept()
+        except OSError as error:
+            log.warning(f"a connection could not be accepted: {error}")
+            time.sleep(ACCEPT_PAUSE_S)  # Out of descriptors, say: do not spin.
+            return
+        peer = "[{}]:{}" if sock.family is socket.AF_INET6 else "{}:{}"
+        connection = Connection(self, sock, peer.format(*address[:2]), next(self._numbers))
+        if not self._make_room():
+            log.warning(f"{connection}: closed: {MAX_CONNECTIONS} connections are busy")
+            sock.close()
+            return
+        with self._lock:
+            self._connections.add(connection)
+        threading.Thread(target=connection.run, daemon=True).start()
+
+    def _make_room(self) -> bool:
+        """Whether one more connection may come; the idlest reader makes way for it."""
+        with self._lock:
+            if len(self._connections) < MAX_CONNECTIONS:
+                return True
+            idle = [c for c in self._connections if not c.busy and not self.keeper.is_writer(c)]
+            if not idle:
+                return False
+            idlest = min(idle, key=lambda connection: connection.last_heard)
+            self._connections.discard(idlest)
+        log.warning(f"{idlest}: closed: it was idle, and {MAX_CONNECTIONS} connections are open")
+        idlest.cut()
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """``connection`` is closed."""
+        with self._lock:
+            self._connections.discard(connection)
+
+
+def listen(address: str) -> list[socket.socket]:
+    """Sockets that listen at all addresses of ``host:port``; ConfigError if one cannot."""
+    try:
+        host = parse_host_port(address)
+        found = socket.getaddrinfo(
+            host.host, host.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"Cannot listen on {address!r}: {error}.", "Use HOST:PORT.") from error
+    listeners: list[socket.socket] = []
+    try:
+        for family, _, _, _, place in dict.fromkeys(found):
+            listeners.append(socket.create_server(place[:2], family=family, backlog=64))
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise ConfigError(
+            f"Cannot listen on {address}: {error.strerror or error}.",
+            "Stop what uses the port, or choose another.",
+        ) from error
+    if not all(ipaddress.ip_address(sock.getsockname()[0]).is_loopback for sock in listeners):
+        log.warning(
+            f"{address} is not a loopback address: whoever reaches it can read the backup and"
+            " write to it. Use a VPN, an SSH forward or an onion service."
+        )
+    return listeners

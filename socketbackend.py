@@ -1,0 +1,545 @@
+"""A backup on a server, over TCP: ``socket:<host>:<port>[?proxy=socks5:<host>:<port>]``."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import ipaddress
+import os
+import re
+import socket
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
+from urllib.parse import parse_qsl
+
+import protocol
+from backend import MAX_CHUNK_SIZE, Backend, Change, Reading, Snapshot, Status, log
+from errors import CLI, BackupError, BackupExists, ConfigError
+from protocol import Metadata, Packet, PacketType, ProtocolError, SnapshotPart
+
+DEFAULT_RETRY_FOR_S = 120.0
+"""How long a node waits for its server to come back before the change is refused."""
+CONNECT_TIMEOUT_S = 15.0
+PROXY_TIMEOUT_S = 60.0
+"""A new Tor circuit may take this long."""
+ANSWER_TIMEOUT_S = 90.0
+"""Longer than a server retries its disk."""
+SNAPSHOT_TIMEOUT_S = 3600.0
+"""A server verifies a snapshot before it answers."""
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+KEEPALIVE_S = 15
+RECEIVE_SIZE = 1 << 16
+
+
+class AddrType(enum.Enum):
+    """What a URL's host is."""
+
+    IPv4 = "IPv4"
+    IPv6 = "IPv6"
+    NAME = "NAME"
+
+
+class ProxyType(enum.Enum):
+    """How the server is reached."""
+
+    DIRECT = "direct"
+    SOCKS5 = "socks5"
+
+
+class HostPort(NamedTuple):
+    """A host, its port, and what kind of host it is."""
+
+    host: str
+    port: int
+    addrtype: AddrType
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if self.addrtype is AddrType.IPv6 else self.host
+        return f"{host}:{self.port}"
+
+
+class SocketUrl(NamedTuple):
+    """A parsed ``socket:`` URL; ``retry_for`` in seconds."""
+
+    target: HostPort
+    proxytype: ProxyType
+    proxytarget: HostPort | None
+    retry_for: float
+
+
+def parse_host_port(text: str) -> HostPort:
+    """``host:port``, ``1.2.3.4:port`` or ``[v6]:port``; ValueError says what is wrong."""
+    host, colon, digits = text.rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", digits) or not 0 < int(digits) < 65536:
+        raise ValueError(f"{text!r} does not end with a port between 1 and 65535")
+    port = int(digits)
+    if host.startswith("[") and host.endswith("]"):
+        try:
+            return HostPort(str(ipaddress.IPv6Address(host[1:-1])), port, AddrType.IPv6)
+        except ValueError as error:
+            raise ValueError(f"{host!r} is no IPv6 address") from error
+    if ":" in host:
+        raise ValueError(f"an IPv6 address stands in brackets: [{host}]:{port}")
+    try:
+        return HostPort(str(ipaddress.IPv4Address(host)), port, AddrType.IPv4)
+    except ValueError:
+        pass
+    if not re.fullmatch(r"(?!-)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?", host) or len(host) > 253:
+        raise ValueError(f"{host!r} is no host")
+    if re.fullmatch(r"[0-9.]+", host):
+        raise ValueError(f"{host!r} is no IPv4 address")
+    return HostPort(host, port, AddrType.NAME)
+
+
+def parse_socket_url(url: str) -> SocketUrl:
+    """Take a ``socket:`` URL apart; ValueError says what is wrong with it.
+
+    The form is ``socket:<host>:<port>``, with the parameters ``proxy=socks5:<host>:<port>``
+    and ``retry_for=<seconds>``.
+    """
+    rest = url.removeprefix("socket:")
+    if rest == url:
+        raise ValueError("the URL does not begin with socket:")
+    address, question, query = rest.partition("?")
+    target = parse_host_port(address.removeprefix("//"))
+    proxytype, proxytarget, retry_for = ProxyType.DIRECT, None, DEFAULT_RETRY_FOR_S
+    seen: set[str] = set()
+    try:
+        parameters = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(question))
+    except ValueError as error:
+        raise ValueError(f"the parameters {query!r} are not of the form name=value") from error
+    for name, value in parameters:
+        if name in seen:
+            raise ValueError(f"the parameter {name!r} stands twice")
+        seen.add(name)
+        if name == "proxy":
+            proxytype, proxytarget = _parse_proxy(value)
+        elif name == "retry_for":
+            if not re.fullmatch(r"[0-9]{1,6}", value):
+                raise ValueError(f"retry_for={value!r} is no number of seconds")
+            retry_for = float(value)
+        else:
+            raise ValueError(f"the parameter {name!r} is unknown")
+    return SocketUrl(target, proxytype, proxytarget, retry_for)
+
+
+def _parse_proxy(text: str) -> tuple[ProxyType, HostPort]:
+    kind, _, address = text.partition(":")
+    if kind != ProxyType.SOCKS5.value:
+        raise ValueError(f"the proxy type {kind!r} is unknown; there is only socks5")
+    try:
+        return ProxyType.SOCKS5, parse_host_port(address)
+    except ValueError as error:
+        raise ValueError(f"the proxy: {error}") from error
+
+
+class Unreachable(BackupError):
+    """The server does not answer; nothing follows about what it holds."""
+
+    def __init__(self, target: HostPort, reason: object) -> None:
+        self.target = target
+        super().__init__(
+            f"The backup server {target} cannot be reached: {reason}.",
+            "Check that it runs, and the forward, VPN or Tor on the way to it.",
+        )
+
+
+class Refused(BackupError):
+    """The server answered NACK."""
+
+
+def connect(url: SocketUrl) -> socket.socket:
+    """A connection to the server, each of its addresses tried in turn; OSError if none."""
+    if url.proxytarget is None:
+        sock = socket.create_connection(url.target[:2], timeout=CONNECT_TIMEOUT_S)
+    else:
+        import socks  # Only those who use a proxy need it.
+
+        # The proxy resolves the name: an onion name means nothing to anybody else.
+        sock = socks.create_connection(
+            url.target[:2],
+            timeout=PROXY_TIMEOUT_S,
+            proxy_type=socks.SOCKS5,
+            proxy_addr=url.proxytarget.host,
+            proxy_port=url.proxytarget.port,
+            proxy_rdns=True,
+        )
+    tune(sock)
+    return sock
+
+
+def tune(sock: socket.socket) -> None:
+    """Send packets at once, and end ``sock`` within a minute when its peer's machine is gone."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_S),
+        ("TCP_KEEPINTVL", KEEPALIVE_S),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 1000 * 3 * KEEPALIVE_S),
+    ):
+        if hasattr(socket, name):  # Not every system has them all.
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Link:
+    """One connection to the server: requests out, events in.
+
+    Raises:
+        OSError: the connection is lost, or an answer took too long.
+        ProtocolError: the server broke a rule.
+    """
+
+    def __init__(self, url: SocketUrl) -> None:
+        self._sock = connect(url)
+        self._decoder = protocol.Decoder(protocol.TO_CLIENT)
+        self._events: list[protocol.Event] = []
+
+    def send(self, data: bytes, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        """Send ``data`` with as few segments as it needs."""
+        self._sock.settimeout(timeout_s)
+        self._sock.sendall(data)
+
+    def event(self, timeout_s: float = ANSWER_TIMEOUT_S) -> protocol.Event:
+        """The next event from the server."""
+        self._sock.settimeout(timeout_s)
+        while not self._events:
+            data = self._sock.recv(RECEIVE_SIZE)
+            if not data:
+                raise ConnectionError("the server closed the connection")
+            self._events.extend(self._decoder.feed(data))
+        return self._events.pop(0)
+
+    def answer(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Packet:
+        """The next packet from the server, where no SNAPSHOT may come."""
+        event = self.event(timeout_s)
+        if not isinstance(event, Packet):
+            raise ProtocolError("The server sent a SNAPSHOT that nobody asked for.")
+        return event
+
+    def metadata(self) -> Metadata:
+        """Ask for METADATA."""
+        self.send(protocol.encode(PacketType.REQ_METADATA))
+        packet = self.answer()
+        if packet.type is not PacketType.METADATA:
+            raise ProtocolError(f"The server answered {packet.type.name} in place of METADATA.")
+        return protocol.decode_metadata(packet.payload)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+
+
+class Fate(enum.Enum):
+    """What became of a request whose answer was lost."""
+
+    STORED = "the server has it"
+    LOST = "the server never got it"
+    UNKNOWN = "the server holds something else"
+
+
+def fate_of_change(change: Change, before: Metadata, now: Metadata) -> Fate:
+    """Whether ``change``, sent when the server was at ``before``, is stored ``now``."""
+    moved = now.version_count - before.version_count
+    if now.version == change.version and moved == 1:
+        return Fate.STORED
+    if now.version == before.version and moved == 0:
+        return Fate.LOST
+    return Fate.UNKNOWN
+
+
+def fate_of_rewind(before: Metadata, now: Metadata) -> Fate:
+    """Whether a REWIND, sent when the server was at ``before``, is stored ``now``."""
+    if now == before:
+        return Fate.LOST
+    moved = now.version_count - before.version_count
+    if now.version == before.prev_version and moved in (-1, 0):  # Old servers keep the count.
+        return Fate.STORED
+    return Fate.UNKNOWN
+
+
+class SocketBackend(Backend):
+    """A destination ``socket:<host>:<port>``.
+
+    Args:
+        url: see parse_socket_url; ConfigError if it is not of that form.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        try:
+            self._url = parse_socket_url(url)
+        except ValueError as error:
+            raise ConfigError(f"{url!r} is no backup URL: {error}.") from error
+        self.medium = f"the backup server {self._url.target}"
+        self._link: Link | None = None
+        self._known = Metadata(protocol.PROTOCOL, 0, 0, 0)
+        self._refusal: BackupError | None = None
+
+    # One request on a connection of its own
+
+    def _once(self) -> tuple[Link, Metadata]:
+        try:
+            link = Link(self._url)
+        except OSError as error:
+            raise Unreachable(self._url.target, error) from error
+        try:
+            return link, link.metadata()
+        except OSError as error:
+            link.close()
+            raise Unreachable(self._url.target, error) from error
+        except BaseException:
+            link.close()
+            raise
+
+    def require_absent(self) -> None:
+        """See Backend."""
+        link, found = self._once()
+        link.close()
+        self._check_empty(found)
+
+    def _check_empty(self, found: Metadata) -> None:
+        if found.version_count or found.version:
+            raise BackupExists(
+                f"A backup at version {found.version} on {self._url.target}",
+                f"To go on with it run `{CLI} attach`; else let the server keep another file.",
+            )
+
+    def create(self, snapshot: Snapshot | None) -> None:
+        """See Backend. The server was started on an empty backup; it gets the snapshot."""
+        link, found = self._once()
+        try:
+            self._check_empty(found)
+            if snapshot is not None:
+                self._send_snapshot(link, snapshot)
+        finally:
+            link.close()
+
+    def replace(self, snapshot: Snapshot) -> str:
+        """See Backend. The server keeps the old backup and names it in its log."""
+        link, _ = self._once()
+        try:
+            self._send_snapshot(link, snapshot)
+        finally:
+            link.close()
+        return f"on {self._url.target}, under the name that the server's log gives"
+
+    def _send_snapshot(self, link: Link, snapshot: Snapshot) -> None:
+        directory = os.path.dirname(snapshot.path)
+        try:
+            with open(snapshot.path, "rb") as source, compressed(source, directory) as packed:
+                size = packed.seek(0, os.SEEK_END)
+                packed.seek(0)
+                link.send(protocol.snapshot_header(snapshot.version, size))
+                while piece := packed.read(MAX_CHUNK_SIZE):
+                    link.send(piece)
+            packet = link.answer(SNAPSHOT_TIMEOUT_S)
+        except OSError as error:
+            raise Unreachable(self._url.target, error) from error
+        self._check_ack(packet, snapshot.version, "the snapshot")
+
+    def _check_ack(self, packet: Packet, version: int, what: str) -> None:
+        if packet.type is PacketType.NACK:
+            raise Refused(
+                f"The backup server {self._url.target} refused {what} of version {version}.",
+                f"Its log says why. Compare `{CLI} status {self.url}` with the node.",
+            )
+        if packet.type is not PacketType.ACK or protocol.decode_version(packet.payload) != version:
+            raise ProtocolError(
+                f"The backup server {self._url.target} answered {packet.type.name}"
+                f" {packet.payload[:8].hex()} in place of ACK {version}."
+            )
+
+    def status(self) -> Status:
+        """See Backend. A server of protocol 1 tells versions only."""
+        link, found = self._once()
+        link.close()
+        return Status(
+            url=self.url,
+            layout="server of protocol 1",
+            version=found.version,
+            prev_version=found.prev_version if found.prev_version != found.version else None,
+            version_count=found.version_count,
+        )
+
+    def read(self) -> Reading:
+        """See Backend."""
+        link, found = self._once()
+        return SocketReading(link, found, self._url.target)
+
+    # The writer's connection
+
+    def open(self) -> None:
+        """See Backend. Waits for the server as long as a change would."""
+        self._reconnect(time.monotonic())
+
+    def _note(self, known: Metadata) -> None:
+        self._known = known
+        self.version, self.version_count = known.version, known.version_count
+        self.rewindable = known.prev_version == known.version - 1
+
+    def add_change(self, change: Change) -> None:
+        """See Backend."""
+        assert change.base == self.version, "the version rule comes first"
+        before = self._known
+        self._deliver(
+            protocol.encode_change(change),
+            change.version,
+            "the change",
+            lambda now: fate_of_change(change, before, now),
+        )
+        if change.bumps:
+            count = before.version_count + 1
+            self._note(Metadata(protocol.PROTOCOL, change.version, before.version, count))
+        else:
+            self._refresh()  # A server may take a repeated PRAGMA for the one it has.
+
+    def rewind(self) -> None:
+        """See Backend."""
+        assert self.rewindable, "the version rule comes first"
+        before = self._known
+        packet = protocol.encode_version(PacketType.REWIND, before.prev_version)
+        self._deliver(
+            packet, before.prev_version, "the rewind", lambda now: fate_of_rewind(before, now)
+        )
+        self._refresh()
+
+    def _refresh(self) -> None:
+        try:
+            assert self._link is not None
+            self._note(self._link.metadata())
+        except OSError:
+            self._reconnect(time.monotonic())
+
+    def _deliver(
+        self, packet: bytes, version: int, what: str, fate: Callable[[Metadata], Fate]
+    ) -> None:
+        """Send ``packet`` until its ACK came, or METADATA shows what became of it."""
+        if self._refusal is not None:
+            raise self._refusal
+        started = time.monotonic()
+        try:
+            while True:
+                try:
+                    assert self._link is not None
+                    self._link.send(packet)
+                    self._check_ack(self._link.answer(), version, what)
+                    return
+                except OSError as error:
+                    log.warning(f"Lost the backup server {self._url.target}: {error}")
+                    self._reconnect(started)
+                if self._settled(fate(self._known), what, version):
+                    return
+        except BackupError as error:
+            self._refusal = error
+            raise
+
+    def _settled(self, fate: Fate, what: str, version: int) -> bool:
+        if fate is Fate.UNKNOWN:
+            raise Refused(
+                f"After a lost connection the backup server {self._url.target} is at version"
+                f" {self._known.version} with {self._known.version_count} entries: something else"
+                f" than {what} of version {version} was written to it.",
+                "Make sure that only this node writes to it, then start lightningd again.",
+            )
+        log.info(f"Connected to {self._url.target} again: {fate.value}")
+        return fate is Fate.STORED
+
+    def _reconnect(self, started: float) -> None:
+        """A new link, with fresh METADATA; Unreachable after ``retry_for``."""
+        pause = FIRST_PAUSE_S
+        while True:
+            self.close()
+            try:
+                self._link = Link(self._url)
+                self._note(self._link.metadata())
+                return
+            except OSError as error:
+                waited = time.monotonic() - started
+                if waited + pause > self._url.retry_for:
+                    raise Unreachable(self._url.target, error) from error
+                log.warning(
+                    f"The backup server {self._url.target} cannot be reached ({error}); the"
+                    f" node has been waiting for {waited:.1f} s, next try in {pause:.1f} s"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def close(self) -> None:
+        """See Backend."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+
+@contextlib.contextmanager
+def compressed(source: BinaryIO, directory: str) -> Iterator[BinaryIO]:
+    """A nameless scratch file in ``directory`` with all of ``source``, compressed by zlib.
+
+    A packet begins with its length, and the memory is bounded: hence a file.
+    """
+    with tempfile.TemporaryFile(dir=directory) as packed:
+        deflate = zlib.compressobj()
+        while piece := source.read(MAX_CHUNK_SIZE):
+            packed.write(deflate.compress(piece))
+        packed.write(deflate.flush())
+        yield packed
+
+
+class SocketReading(Reading):
+    """A pass over a server's backup (see Reading).
+
+    Args:
+        link: a connection that is this reading's alone.
+        found: what the server said of itself; the pass must get there.
+        target: the server, for error messages.
+    """
+
+    def __init__(self, link: Link, found: Metadata, target: HostPort) -> None:
+        self._link = link
+        self._found = found
+        self._target = target
+        self.version = 0
+
+    def __iter__(self) -> Iterator[Change]:
+        try:
+            self._link.send(protocol.encode(PacketType.RESTORE))
+            for change in self._changes():
+                self.version = change.version
+                yield change
+        except OSError as error:
+            self.damage = Unreachable(self._target, error)
+        except BackupError as error:
+            self.damage = error
+        if self.damage is None and self.version < self._found.prev_version:
+            self.damage = ProtocolError(
+                f"The backup server {self._target} is at version {self._found.version}, but what"
+                f" it sent ends at version {self.version}."
+            )
+
+    def _changes(self) -> Iterator[Change]:
+        inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
+        while True:
+            event = self._link.event()
+            if isinstance(event, SnapshotPart):
+                if event.first:
+                    inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
+                    yield Change(event.version, b"", None)
+                for piece in inflater.feed(event.data):
+                    yield Change(event.version, piece, None)
+                if event.last:
+                    inflater.finish()
+            elif event.type is PacketType.CHANGE:
+                yield protocol.decode_change(event.payload)
+            elif event.type is PacketType.DONE:
+                return
+            else:
+                raise ProtocolError(f"{event.type.name} may not come in a restore.")
+
+    def close(self) -> None:
+        """See Reading."""
+        self._link.close()
