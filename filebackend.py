@@ -15,7 +15,6 @@ import durable
 import records
 from backend import (
     EMPTY_CHAIN,
-    FOREIGN_KEYS_OFF,
     MAX_CHUNK_SIZE,
     Backend,
     Change,
@@ -32,8 +31,8 @@ from errors import (
     Damaged,
     DiskError,
 )
-from logreader import FileReading, LogReader
-from records import Head, Kind, Tail, TailKind
+from logreader import FileReading, LogReader, is_foreign_keys_off
+from records import BEFORE_FIRST, Head, Kind, Tail, TailKind
 
 RETRY_FOR_S = 60.0
 """How long a failing write is tried again before the change is refused."""
@@ -41,9 +40,6 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 LOW_DISK_BYTES = 512 << 20
 LOW_DISK_SHARE = 0.05
-_BEFORE_FIRST = Head(
-    *(records.MARKER, 0, 0, b"", 0, 0, 0, 0, 0, 0, b"", 0, EMPTY_CHAIN, EMPTY_CHAIN, 0)
-)
 
 
 def parse_file_url(url: str) -> str:
@@ -63,7 +59,7 @@ def write_log(path: str, snapshot: Snapshot | None) -> None:
         durable.write_all(fd, records.encode_header(backup_id, now, size), 0)
         end = records.FIRST_RECORD
         if snapshot is not None:
-            first = _BEFORE_FIRST._replace(
+            first = BEFORE_FIRST._replace(
                 kind=Kind.SNAPSHOT,
                 backup_id=backup_id,
                 version=snapshot.version,
@@ -83,7 +79,6 @@ def _write_snapshot(fd: int, path: str, size: int, head: Head) -> int:
         while piece := source.read(MAX_CHUNK_SIZE):
             head = head._replace(
                 flags=records.FINAL if source.tell() == size else 0,
-                sequence=head.sequence + 1,
                 offset=end,
                 length=len(piece),
             )
@@ -123,7 +118,7 @@ class FileBackend(Backend):
         self._lock: durable.WriterLock | None = None
         self._file: durable.LogFile | None = None
         self._has_snapshot = False
-        self._newest = _BEFORE_FIRST
+        self._newest = BEFORE_FIRST
         self._end = records.FIRST_RECORD
         self._session = secrets.token_bytes(16)
         self._failed: DiskError | None = None
@@ -237,7 +232,7 @@ class FileBackend(Backend):
             self._has_snapshot = reader.log_start != records.FIRST_RECORD
             self._end = tail.offset
             assert reader.backup_id is not None
-            self._settle(newest or _BEFORE_FIRST._replace(backup_id=reader.backup_id))
+            self._settle(newest or BEFORE_FIRST._replace(backup_id=reader.backup_id))
         except OSError as error:
             raise DiskError(self.path, error, "open for writing") from error
         finally:
@@ -306,8 +301,9 @@ class FileBackend(Backend):
         Right after a PRAGMA foreign_keys = OFF it goes on with the session before: a node
         that restarted sends OFF again, so this one has only reconnected.
         """
-        off = Change(self.version, None, [FOREIGN_KEYS_OFF])
-        self._session = self._newest.session if self.is_last(off) else secrets.token_bytes(16)
+        newest = self._newest
+        goes_on = is_foreign_keys_off(newest)
+        self._session = newest.session if goes_on else secrets.token_bytes(16)
 
     def _append(self, head: Head, payload: bytes) -> None:
         if self._failed is not None:
@@ -391,7 +387,7 @@ class FileBackend(Backend):
         try:
             for _ in reader:
                 pass
-            last = reader.last or _BEFORE_FIRST
+            last = reader.last or BEFORE_FIRST
             log_start = reader.log_start or records.FIRST_RECORD
             return Status(
                 url=self.url,

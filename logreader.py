@@ -169,6 +169,12 @@ class LogReader:
         os.close(self._fd)
 
 
+def is_foreign_keys_off(head: Head) -> bool:
+    """Whether the record is a PRAGMA foreign_keys = OFF, which its chain tells."""
+    chain = chain_after(head.chain_before, head.version, FOREIGN_KEYS_OFF.encode())
+    return head.kind == Kind.CHANGE and head.chain == chain
+
+
 def effective(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[Change]:
     """What a restore applies: without changes taken back, without an idle PRAGMA OFF."""
     off: tuple[Head, Change] | None = None
@@ -181,7 +187,7 @@ def effective(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[Change]:
         if off is not None and off[0].session == head.session:
             yield off[1]
         off = None
-        if change.transaction == [FOREIGN_KEYS_OFF]:
+        if is_foreign_keys_off(head):
             off = head, change
         else:
             yield change

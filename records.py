@@ -22,7 +22,9 @@ trailer of 4 bytes:
                                 bit 1: last piece of the snapshot
          6     2  reserved      0
          8    16  backup id     that of the file header
-        24     8  sequence      1 and up by one a record; goes on across compaction
+        24     8  sequence      1 and up by one a record; goes on across compaction. All
+                                pieces of a snapshot have that of the last record it
+                                stands for, 0 for a new one
         32     8  offset        of this record in this file
         40     4  data_version  of the database with this record applied
         44     4  payload crc   CRC-32 of the payload
@@ -118,6 +120,10 @@ class Head(NamedTuple):
         return self.kind == Kind.CHANGE and bool(self.flags & BUMPS)
 
 
+BEFORE_FIRST = Head(*(MARKER, 0, 0, b"", 0, 0, 0, 0, 0, 0, b"", 0, EMPTY_CHAIN, EMPTY_CHAIN, 0))
+"""Stands for the record before the first one: version 0, nothing to rewind."""
+
+
 class HeaderError(ValueError):
     """A file header that does not check; the text says why."""
 
@@ -184,11 +190,10 @@ def follows(before: Head | None, head: Head, log_start: int) -> str:
     if (head.kind == Kind.SNAPSHOT) != (head.offset < log_start):
         return "a snapshot stands only at the beginning"
     if head.kind == Kind.SNAPSHOT:
-        same = before is None or (before.version, before.chain) == (head.version, head.chain)
+        alike = before is None or _stands_for(before) == _stands_for(head)
         final = bool(head.flags & FINAL) == (head.end == log_start)
-        in_order = before is None or head.sequence == before.sequence + 1
-        return "" if same and final and in_order else "the snapshot's pieces do not fit"
-    last = before or _BEFORE_FIRST._replace(sequence=head.sequence - 1)
+        return "" if alike and final else "the snapshot's pieces do not fit"
+    last = before or BEFORE_FIRST
     if head.kind == Kind.REWIND:
         expected = (last.version - 1, last.changes - 1, last.chain, last.chain_before)
         possible = last.rewindable
@@ -202,13 +207,15 @@ def follows(before: Head | None, head: Head, log_start: int) -> str:
     return ""
 
 
+def _stands_for(head: Head) -> tuple[int, int, bytes]:
+    return head.sequence, head.version, head.chain
+
+
 _MAX_LENGTH: dict[int, int] = {
     Kind.SNAPSHOT: MAX_CHUNK_SIZE,
     Kind.CHANGE: MAX_CHANGE_SIZE,
     Kind.REWIND: 0,
 }
-_BEFORE_FIRST = Head(*(MARKER, 0, 0, b"", 0, 0, 0, 0, 0, 0, b"", 0, EMPTY_CHAIN, EMPTY_CHAIN, 0))
-
 # Finding the end of a file.
 
 Pread = Callable[[int, int], bytes]
