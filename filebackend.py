@@ -14,8 +14,7 @@ from collections.abc import Iterator
 import durable
 import records
 from backend import (
-    EMPTY_CHAIN,
-    MAX_CHUNK_SIZE,
+    CHAIN_SIZE,
     Backend,
     Change,
     Snapshot,
@@ -32,6 +31,7 @@ from errors import (
     DiskError,
 )
 from logreader import FileReading, LogReader, is_foreign_keys_off
+from logwriter import LogWriter, check_log
 from records import BEFORE_FIRST, Head, Kind, Tail, TailKind
 
 RETRY_FOR_S = 60.0
@@ -53,54 +53,18 @@ def parse_file_url(url: str) -> str:
 def write_log(path: str, snapshot: Snapshot | None) -> None:
     """Write a new log of ``snapshot`` (or an empty one) to the new file ``path``, flushed."""
     size = os.path.getsize(snapshot.path) if snapshot else 0
-    backup_id, now = secrets.token_bytes(16), time.time_ns()
-    with open(durable.create(path), "wb", buffering=0) as file:
-        fd = file.fileno()
-        durable.write_all(fd, records.encode_header(backup_id, now, size), 0)
-        end = records.FIRST_RECORD
-        if snapshot is not None:
-            first = BEFORE_FIRST._replace(
-                kind=Kind.SNAPSHOT,
-                backup_id=backup_id,
-                version=snapshot.version,
-                time_ns=now,
-                chain=secrets.token_bytes(len(EMPTY_CHAIN)),
-            )
-            end = _write_snapshot(fd, snapshot.path, size, first)
-        step = durable.PREALLOCATE_STEP
-        durable.write_all(fd, bytes(step - end % step), end)
-        durable.flush(fd)
-
-
-def _write_snapshot(fd: int, path: str, size: int, head: Head) -> int:
-    """Write the file ``path`` in pieces that take ``head``'s fields; the offset behind."""
-    end = records.FIRST_RECORD
-    with open(path, "rb") as source:
-        while piece := source.read(MAX_CHUNK_SIZE):
-            head = head._replace(
-                flags=records.FINAL if source.tell() == size else 0,
-                offset=end,
-                length=len(piece),
-            )
-            durable.write_all(fd, records.encode(head, piece), end)
-            end = head.end
-        if source.tell() != size:
-            raise ConfigError(f"{path} changed while it was read.", "Stop whoever writes it.")
-    return end
-
-
-def check_log(path: str) -> None:
-    """Read the whole log at ``path``; raises Damaged if not all of it checks."""
-    reader = LogReader(path)
+    writer = LogWriter(path, secrets.token_bytes(16), size)
     try:
-        for _ in reader:
-            pass
-        if reader.damage is None and reader.tail.kind is not TailKind.CLEAN:
-            raise reader.as_damage(reader.tail.offset, reader.tail.reason)
-        if reader.damage is not None:
-            raise reader.damage
+        if snapshot is not None:
+            begin = BEFORE_FIRST._replace(
+                version=snapshot.version,
+                time_ns=time.time_ns(),
+                chain=secrets.token_bytes(CHAIN_SIZE),  # A new snapshot begins a history.
+            )
+            writer.add_snapshot(snapshot.path, begin)
+        writer.finish()
     finally:
-        reader.close()
+        writer.close()
 
 
 class FileBackend(Backend):
@@ -140,7 +104,7 @@ class FileBackend(Backend):
             try:
                 durable.publish(self._build(snapshot), self.path)
             except BaseException as error:
-                durable.remove(f"{self.path}.new")
+                durable.remove(f"{self.scratch_prefix}log")
                 durable.remove(f"{self.path}.writer")
                 if isinstance(error, OSError):
                     raise DiskError(self.path, error, "create") from error
@@ -167,7 +131,7 @@ class FileBackend(Backend):
             except OSError as error:
                 raise DiskError(self.path, error, "replace") from error
             finally:
-                durable.remove(f"{self.path}.new")
+                durable.remove(f"{self.scratch_prefix}log")
             if self._file is not None:
                 self._file.close()
                 self._load()
@@ -185,7 +149,7 @@ class FileBackend(Backend):
 
     def _build(self, snapshot: Snapshot | None) -> str:
         """Write a complete, flushed, verified file beside the log; returns its name."""
-        beside = f"{self.path}.new"
+        beside = f"{self.scratch_prefix}log"
         durable.remove(beside)
         write_log(beside, snapshot)
         check_log(beside)
@@ -215,7 +179,6 @@ class FileBackend(Backend):
         try:
             for stray in glob.glob(glob.escape(self.scratch_prefix) + "*"):
                 durable.remove(stray)
-            durable.remove(f"{self.path}.new")
             self._load()
         except BaseException:
             self.close()

@@ -1,0 +1,101 @@
+"""Writing a whole file of layout 2, to be verified and renamed into place."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import durable
+import records
+from backend import MAX_CHUNK_SIZE
+from errors import ConfigError
+from logreader import LogReader
+from records import BEFORE_FIRST, Head, Kind, TailKind
+
+FLUSH_STEP = 4 << 20
+"""Bytes between two flushes: a node that shares the disk waits for no more than this."""
+
+
+class LogWriter:
+    """A new log, written from its beginning.
+
+    Args:
+        path: the file, which must not exist.
+        backup_id: 16 bytes.
+        snapshot_size: bytes of the snapshot that ``add_snapshot`` will add; 0 for none.
+
+    Attributes:
+        last: the last record written.
+    """
+
+    def __init__(self, path: str, backup_id: bytes, snapshot_size: int) -> None:
+        self._fd = durable.create(path)
+        self._unflushed = 0
+        self._end = 0
+        self.last = BEFORE_FIRST._replace(backup_id=backup_id)
+        self._write(records.encode_header(backup_id, time.time_ns(), snapshot_size))
+
+    def add_snapshot(self, path: str, head: Head) -> None:
+        """Add the SQLite file ``path`` in pieces.
+
+        Args:
+            head: what it stands for: version, sequence, chain, time and session are used.
+        """
+        size = os.path.getsize(path)
+        with open(path, "rb") as source:
+            while piece := source.read(MAX_CHUNK_SIZE):
+                last = source.tell() == size
+                self._add(
+                    head._replace(
+                        kind=Kind.SNAPSHOT, flags=records.FINAL if last else 0, changes=0
+                    ),
+                    piece,
+                )
+            if source.tell() != size:
+                raise ConfigError(f"{path} changed while it was read.", "Stop whoever writes it.")
+
+    def add(self, head: Head, payload: bytes) -> None:
+        """Add a change or a rewind that another log holds."""
+        moved = 1 if head.kind == Kind.CHANGE else -1
+        self._add(head._replace(changes=self.last.changes + moved), payload)
+
+    def _add(self, head: Head, payload: bytes) -> None:
+        head = head._replace(backup_id=self.last.backup_id, offset=self._end, length=len(payload))
+        self._write(records.encode(head, payload))
+        self.last = head
+
+    def _write(self, data: bytes) -> None:
+        durable.write_all(self._fd, data, self._end)
+        self._end += len(data)
+        self._unflushed += len(data)
+        if self._unflushed >= FLUSH_STEP:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put all that was added on stable storage."""
+        durable.flush(self._fd)
+        self._unflushed = 0
+
+    def finish(self) -> None:
+        """Zero the space ahead and flush."""
+        step = durable.PREALLOCATE_STEP
+        durable.write_all(self._fd, bytes(step - self._end % step), self._end)
+        self.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def check_log(path: str) -> None:
+    """Read the whole log at ``path``; raises Damaged if not all of it checks."""
+    reader = LogReader(path)
+    try:
+        for _ in reader:
+            pass
+        if reader.damage is not None:
+            raise reader.damage
+        if reader.tail.kind is not TailKind.CLEAN:
+            raise reader.as_damage(reader.tail.offset, reader.tail.reason)
+    finally:
+        reader.close()
