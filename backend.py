@@ -19,6 +19,8 @@ MAX_VERSION = 2**32 - 1
 """data_version is a u32 in the hook."""
 MAX_CHANGE_SIZE = 256 << 20
 """Bytes of one change's payload. The largest seen on a node is 400 kB."""
+MAX_STATEMENTS = 1 << 22
+"""Statements of one change: each costs memory, however short it is."""
 MAX_CHUNK_SIZE = 1 << 20
 """Bytes of one piece of a snapshot."""
 CHAIN_SIZE = 16
@@ -74,6 +76,8 @@ class Change:
     @classmethod
     def decode(cls, version: int, payload: bytes) -> Change:
         """The transaction that was stored as ``payload``; InvalidChange if it is none."""
+        if payload.count(b"\0") >= MAX_STATEMENTS:
+            raise InvalidChange(f"The change to version {version} has too many statements.")
         try:
             return cls(version, None, payload.decode().split("\0"))
         except UnicodeDecodeError as error:
@@ -107,6 +111,8 @@ def _payload(version: int, statements: Sequence[str]) -> bytes:
             " statements when its own wallet is on PostgreSQL.",
             "This plugin cannot back up such a node: use PostgreSQL's replication.",
         )
+    if len(statements) > MAX_STATEMENTS:
+        raise InvalidChange(f"The change to version {version} has too many statements.")
     try:
         payload = "\0".join(statements).encode()
     except UnicodeEncodeError as error:

@@ -12,18 +12,29 @@ import environment
 
 environment.ensure("pyln.client")
 
+import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+from collections import deque  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 from pyln.client import Plugin  # noqa: E402
+from pyln.client.plugin import Request, RpcException  # noqa: E402
 
+import compaction  # noqa: E402
 import destinations  # noqa: E402
 import node  # noqa: E402
 from backend import Backend, Change, Session, log  # noqa: E402
-from errors import BackupError  # noqa: E402
+from compaction import Compactor, Housekeeper  # noqa: E402
+from errors import CLI, BackupError  # noqa: E402
+from filebackend import FileBackend  # noqa: E402
+from socketbackend import SocketBackend  # noqa: E402
 
 FIRST_NOTICE_S = 5.0
 """A hook that takes longer is announced, and again each time the wait has doubled."""
@@ -34,6 +45,8 @@ LEAVE_BLIND_AFTER_S = 2.0
 ALONE_FOR_S = 0.5
 """How long this must have been the last plugin, without a hook, before it leaves."""
 POLL_S = 0.05
+KEPT_DURATIONS = 10_000
+"""Hook times of which backup-status gives the median."""
 
 
 class LogHandler(logging.Handler):
@@ -55,7 +68,10 @@ class Hook:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.calls = 0
-        self._backend: Backend | None = None
+        self.compactor: Compactor | None = None
+        self.durations_s: deque[float] = deque(maxlen=KEPT_DURATIONS)
+        self.worst_s = 0.0
+        self.backend: Backend | None = None
         self._session: Session | None = None
         self._refusal: Exception | None = None
         self._busy_since: float | None = None
@@ -64,9 +80,10 @@ class Hook:
         """Store one commit. Raising makes lightningd abort without committing."""
         with self.lock:
             self.calls += 1
-            self._busy_since = time.monotonic()
+            began = self._busy_since = time.monotonic()
             try:
                 self._write(data_version, writes)
+                self._measure(time.monotonic() - began)
             except Exception as error:
                 # Whatever went wrong, what the backup holds now is not known to fit.
                 self._refusal = error
@@ -76,6 +93,22 @@ class Hook:
             finally:
                 self._busy_since = None
         return {"result": "continue"}
+
+    def _measure(self, duration_s: float) -> None:
+        self.durations_s.append(duration_s)
+        self.worst_s = max(self.worst_s, duration_s)
+
+    def statistics(self) -> dict[str, object]:
+        """How the hook has done since the plugin started; times in milliseconds."""
+        durations_s = list(self.durations_s)
+        median_s = statistics.median(durations_s) if durations_s else 0.0
+        return {
+            "changes_this_session": self.calls,
+            "median_hook_ms": round(1000 * median_s, 3),
+            "worst_hook_ms": round(1000 * self.worst_s, 3),
+            "reconnects": getattr(self.backend, "reconnects", 0),
+            "last_error": str(self._refusal) if self._refusal else None,
+        }
 
     def _write(self, data_version: int, writes: list[str]) -> None:
         if self._refusal is not None:
@@ -89,9 +122,14 @@ class Hook:
     def _open(self) -> Session:
         threading.Thread(target=self._announce_waits, daemon=True).start()
         directory = os.getcwd()
-        backend = destinations.backend_for(node.read_lock_file(directory).backend_url)
+        lock_file = node.read_lock_file(directory)
+        least = compaction.parse_least(lock_file.compact)
+        backend = destinations.backend_for(lock_file.backend_url)
         backend.open()
-        self._backend = backend
+        self.backend = backend
+        if isinstance(backend, FileBackend):
+            self.compactor = Compactor(backend, self.lock)
+            Housekeeper(backend, self.compactor, least).start()
         return Session(backend, directory)
 
     def _announce_waits(self) -> None:
@@ -102,9 +140,44 @@ class Hook:
             if since is None:
                 notice_s = FIRST_NOTICE_S
             elif time.monotonic() - since >= notice_s:
-                medium = self._backend.medium if self._backend else "the backup to open"
+                medium = self.backend.medium if self.backend else "the backup to open"
                 log.warning(f"waiting for {medium} for {time.monotonic() - since:.0f} s")
                 notice_s *= 2
+
+
+def compact(hook: Hook, request: Request) -> dict[str, Any]:
+    """What ``lightning-cli backup-compact`` does and returns."""
+    if hook.compactor is not None:
+        return hook.compactor.run(lambda done, of: request.progress(done, of))
+    if isinstance(hook.backend, SocketBackend):
+        return hook.backend.compact()
+    raise BackupError("The backup is not open yet: the node has written nothing.")
+
+
+def status(hook: Hook) -> dict[str, Any]:
+    """What ``lightning-cli backup-status`` returns."""
+    if hook.backend is None:
+        return hook.statistics()
+    # Reading the whole log in this process would make the hook wait for its turn.
+    command = [sys.executable, CLI, "status", "--json", hook.backend.url]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        raise BackupError(f"{CLI} status failed: {done.stderr}") from error
+    return found | hook.statistics()
+
+
+def answer_later(request: Request, work: Callable[[], dict[str, Any]]) -> None:
+    """Answer ``request`` with what ``work`` returns, from another thread."""
+
+    def run() -> None:
+        try:
+            request.set_result(work())
+        except Exception as error:
+            request.set_exception(RpcException(str(error)))
+
+    threading.Thread(target=run, daemon=True).start()
 
 
 def other_plugins() -> list[int] | None:
@@ -162,6 +235,16 @@ def main() -> None:
                 "The `--backup-destination` option is deprecated and will be removed in future"
                 " versions of the backup plugin. The destination is read from backup.lock."
             )
+
+    @plugin.async_method("backup-compact")  # type: ignore[untyped-decorator]
+    def backup_compact(request: Request, **_: object) -> None:
+        """Make the backup small again; the node goes on meanwhile."""
+        answer_later(request, lambda: compact(hook, request))
+
+    @plugin.async_method("backup-status")  # type: ignore[untyped-decorator]
+    def backup_status(request: Request, **_: object) -> None:
+        """Check the backup and say what it holds."""
+        answer_later(request, lambda: status(hook))
 
     @plugin.subscribe("shutdown")  # type: ignore[untyped-decorator]
     def on_shutdown(**_: object) -> None:

@@ -81,7 +81,7 @@ class FileBackend(Backend):
         self.scratch_prefix: str = f"{self.path}.scratch-"
         self._lock: durable.WriterLock | None = None
         self._file: durable.LogFile | None = None
-        self._has_snapshot = False
+        self._log_start = records.FIRST_RECORD
         self._newest = BEFORE_FIRST
         self._end = records.FIRST_RECORD
         self._session = secrets.token_bytes(16)
@@ -192,9 +192,9 @@ class FileBackend(Backend):
                 reader.last = newest
                 raise reader.as_damage(tail.offset, tail.reason)
             self._make_durable(newest, tail, reader)
-            self._has_snapshot = reader.log_start != records.FIRST_RECORD
             self._end = tail.offset
-            assert reader.backup_id is not None
+            assert reader.backup_id is not None and reader.log_start is not None
+            self._log_start = reader.log_start
             self._settle(newest or BEFORE_FIRST._replace(backup_id=reader.backup_id))
         except OSError as error:
             raise DiskError(self.path, error, "open for writing") from error
@@ -217,7 +217,7 @@ class FileBackend(Backend):
     def _settle(self, newest: Head) -> None:
         self._newest = newest
         self.version, self.rewindable = newest.version, newest.rewindable
-        self.version_count = newest.changes + self._has_snapshot
+        self.version_count = newest.changes + (self._log_start > records.FIRST_RECORD)
 
     def add_change(self, change: Change) -> None:
         """See Backend."""
@@ -328,6 +328,79 @@ class FileBackend(Backend):
             return backup_id == newest.backup_id
         found = os.pread(fd, records.HEAD.size, newest.offset)
         return records.decode_head(found, newest.offset, newest.backup_id) is not None
+
+    @property
+    def log_size(self) -> int:
+        """Bytes of the records since the snapshot."""
+        return self._end - self._log_start
+
+    @property
+    def snapshot_size(self) -> int:
+        """Bytes of the SQLite file that the log starts with."""
+        return records.snapshot_size(self._log_start)
+
+    def statistics(self) -> dict[str, int]:
+        """What existing tools know of a backup's size, in bytes and entries."""
+        return {"backupsize": self._end, "version_count": self.version_count}
+
+    def adopt(self, path: str, copied: int, last: int) -> None:
+        """Go on with the compacted log ``path`` in place of this one.
+
+        What was appended since is copied to it first. Nobody may append meanwhile.
+
+        Args:
+            path: a complete, verified log, beside this one.
+            copied: offset in this log of the last record that ``path`` stands for.
+            last: offset of that record's counterpart in ``path``.
+
+        Raises:
+            BackupError: the two do not agree; this log stays in use.
+            DiskError: which of the two a loss of power would leave is not known.
+        """
+        old = LogReader(self.path)
+        try:
+            file, newest, log_start = self._copy_rest(old, path, copied, last)
+        except OSError as error:
+            raise DiskError(path, error, "write") from error
+        finally:
+            old.close()
+        assert self._file is not None
+        try:
+            durable.replace(path, self.path)
+        except OSError as error:
+            file.close()
+            self._failed = DiskError(self.path, error, "replace")
+            raise self._failed from error
+        self._file.close()
+        file.path = self.path
+        self._file, self._end, self._log_start = file, newest.end, log_start
+        self._settle(newest)
+
+    def _copy_rest(
+        self, old: LogReader, path: str, copied: int, last: int
+    ) -> tuple[durable.LogFile, Head, int]:
+        new = LogReader(path)
+        try:
+            head, counterpart = old.head_at(copied), new.head_at(last)
+            assert new.log_start is not None
+        finally:
+            new.close()
+        if (head.chain, head.sequence) != (counterpart.chain, counterpart.sequence):
+            raise BackupError(f"{path} does not stand for the same history as {self.path}.")
+        old.start_after(head)
+        data = bytearray()
+        for head, payload in old:
+            counterpart = records.moved(head, counterpart)
+            data += records.encode(counterpart, payload)
+        if counterpart.chain != self._newest.chain or old.damage is not None:
+            raise BackupError(f"{path} does not end like {self.path}.")
+        file = durable.LogFile(path)
+        try:
+            file.append(counterpart.end - len(data), bytes(data))
+        except BaseException:
+            file.close()
+            raise
+        return file, counterpart, new.log_start
 
     def close(self) -> None:
         """See Backend."""

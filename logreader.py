@@ -75,6 +75,17 @@ class LogReader:
                 raise UnsupportedLayout(self.path, found, "Check the URL.") from error
             self.damage = self.as_damage(0, str(error))
 
+    def start_after(self, head: Head) -> None:
+        """Begin behind ``head``, a record of this file, in place of the beginning."""
+        self.last, self.position = head, head.end
+
+    def head_at(self, offset: int) -> Head:
+        """The head of the record at ``offset``; Damaged if there is none."""
+        head = records.decode_head(self.pread(offset, records.HEAD.size), offset, self.backup_id)
+        if head is None:
+            raise self.as_damage(offset, "no record stands where one should")
+        return head
+
     def pread(self, offset: int, size: int) -> bytes:
         """``size`` bytes at ``offset``, fewer at the end of the file."""
         try:

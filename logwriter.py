@@ -29,6 +29,7 @@ class LogWriter:
     """
 
     def __init__(self, path: str, backup_id: bytes, snapshot_size: int) -> None:
+        self.path = path
         self._fd = durable.create(path)
         self._unflushed = 0
         self._end = 0
@@ -45,22 +46,23 @@ class LogWriter:
         with open(path, "rb") as source:
             while piece := source.read(MAX_CHUNK_SIZE):
                 last = source.tell() == size
-                self._add(
-                    head._replace(
-                        kind=Kind.SNAPSHOT, flags=records.FINAL if last else 0, changes=0
-                    ),
-                    piece,
+                piece_head = head._replace(
+                    kind=Kind.SNAPSHOT,
+                    flags=records.FINAL if last else 0,
+                    backup_id=self.last.backup_id,
+                    offset=self._end,
+                    changes=0,
+                    length=len(piece),
                 )
+                self._add(piece_head, piece)
             if source.tell() != size:
                 raise ConfigError(f"{path} changed while it was read.", "Stop whoever writes it.")
 
     def add(self, head: Head, payload: bytes) -> None:
         """Add a change or a rewind that another log holds."""
-        moved = 1 if head.kind == Kind.CHANGE else -1
-        self._add(head._replace(changes=self.last.changes + moved), payload)
+        self._add(records.moved(head, self.last), payload)
 
     def _add(self, head: Head, payload: bytes) -> None:
-        head = head._replace(backup_id=self.last.backup_id, offset=self._end, length=len(payload))
         self._write(records.encode(head, payload))
         self.last = head
 

@@ -22,9 +22,14 @@ NETWORKS = (
 
 @dataclass(frozen=True, slots=True)
 class LockFile:
-    """What backup.lock says: JSON ``{"backend_url": "<url>"}``."""
+    """What backup.lock says: JSON ``{"backend_url": "<url>"}``, and ``"compact"`` if given.
+
+    Attributes:
+        compact: see compaction.parse_least; None if not given.
+    """
 
     backend_url: str
+    compact: object = None
 
 
 def read_lock_file(directory: str) -> LockFile:
@@ -53,14 +58,17 @@ def read_lock_file(directory: str) -> LockFile:
             f'{path} is damaged: it should read {{"backend_url": "<url>"}}.',
             f"Move it away and run `{CLI} attach --lightning-dir {directory} URL`.",
         ) from error
-    return LockFile(url)
+    return LockFile(url, content.get("compact"))
 
 
-def write_lock_file(directory: str, url: str) -> None:
+def write_lock_file(directory: str, lock_file: LockFile) -> None:
     """Write a new backup.lock; BackupExists if there is one."""
     path = os.path.join(directory, LOCK_NAME)
+    content: dict[str, object] = {"backend_url": lock_file.backend_url}
+    if lock_file.compact is not None:
+        content["compact"] = lock_file.compact
     try:
-        durable.write_file(path, json.dumps({"backend_url": url}).encode())
+        durable.write_file(path, json.dumps(content).encode())
     except FileExistsError as error:
         raise BackupExists(path) from error
     except OSError as error:

@@ -124,6 +124,14 @@ BEFORE_FIRST = Head(*(MARKER, 0, 0, b"", 0, 0, 0, 0, 0, 0, b"", 0, EMPTY_CHAIN, 
 """Stands for the record before the first one: version 0, nothing to rewind."""
 
 
+def moved(head: Head, before: Head) -> Head:
+    """``head`` of a change or a rewind, as it stands behind ``before`` in another file."""
+    step = 1 if head.kind == Kind.CHANGE else -1
+    return head._replace(
+        backup_id=before.backup_id, offset=before.end, changes=before.changes + step
+    )
+
+
 class HeaderError(ValueError):
     """A file header that does not check; the text says why."""
 

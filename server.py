@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import itertools
+import json
 import os
 import select
 import selectors
@@ -27,6 +28,7 @@ import durable
 import protocol
 import restore
 from backend import NOTICE, Change, Reading, Snapshot, Verdict, judge, log
+from compaction import Compactor, Housekeeper
 from errors import BackupError, ConfigError, DiskError, InvalidChange
 from filebackend import FileBackend
 from protocol import Metadata, PacketType, ProtocolError, SnapshotPart
@@ -296,7 +298,7 @@ class Connection:
             case PacketType.RESTORE:
                 self._stream_backup()
             case PacketType.COMPACT:
-                self.refuse("compaction: this server does not compact on request")
+                self._compact()
             case _:
                 raise Dropped(f"{event.type.name} may not come now")
 
@@ -306,6 +308,13 @@ class Connection:
         except InvalidChange as error:
             return self.refuse(str(error))
         self._server.guard(lambda: self._keeper.change(self, change))
+
+    def _compact(self) -> None:
+        try:
+            result = self._server.compactor.run()
+        except BackupError as error:
+            return self.refuse(f"compaction: {error}")
+        self._send(protocol.encode(PacketType.COMPACT_RES, json.dumps(result).encode()))
 
     def acknowledge(self, version: int) -> None:
         """Say that ``version`` is stored."""
@@ -419,25 +428,29 @@ class Server:
     Args:
         backend: open for writing.
         address: where to listen, ``host:port``; a name means all its addresses.
+        least: when to compact, see compaction.parse_least.
 
     Raises:
         ConfigError: it cannot listen there.
     """
 
-    def __init__(self, backend: FileBackend, address: str) -> None:
+    def __init__(self, backend: FileBackend, address: str, least: int | None) -> None:
         self.keeper = Keeper(backend)
+        self.compactor = Compactor(backend, self.keeper.lock)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
         self._numbers = itertools.count(1)
         self._wake_read, self._wake_write = os.pipe()
         self._exit_code: int | None = None
         self._listeners = listen(address)
+        self._housekeeper = Housekeeper(backend, self.compactor, least)
 
     def run(self) -> int:
         """Serve until a signal or a failing disk; the exit code."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop(0))
+        self._housekeeper.start()
         with selectors.DefaultSelector() as selector:
             for listener in self._listeners:
                 selector.register(listener, selectors.EVENT_READ, listener)

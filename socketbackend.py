@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import ipaddress
+import json
 import os
 import re
 import socket
@@ -29,6 +30,8 @@ ANSWER_TIMEOUT_S = 90.0
 """Longer than a server retries its disk."""
 SNAPSHOT_TIMEOUT_S = 3600.0
 """A server verifies a snapshot before it answers."""
+COMPACT_TIMEOUT_S = 6 * 3600.0
+"""Keepalive notices a server that is gone much earlier."""
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 KEEPALIVE_S = 15
@@ -279,6 +282,7 @@ class SocketBackend(Backend):
         self._link: Link | None = None
         self._known = Metadata(protocol.PROTOCOL, 0, 0, 0)
         self._refusal: BackupError | None = None
+        self.reconnects = 0
 
     # One request on a connection of its own
 
@@ -371,6 +375,28 @@ class SocketBackend(Backend):
         link, found = self._once()
         return SocketReading(link, found, self._url.target)
 
+    def compact(self) -> dict[str, dict[str, int]]:
+        """Let the server compact its file; waits for it.
+
+        Returns:
+            ``{"before": {"backupsize", "version_count"}, "after": {...}}``, sizes in bytes.
+        """
+        link, _ = self._once()
+        try:
+            link.send(protocol.encode(PacketType.COMPACT))
+            packet = link.answer(COMPACT_TIMEOUT_S)
+            if packet.type is PacketType.NACK:
+                raise Refused(
+                    f"The backup server {self._url.target} did not compact.", "Its log says why."
+                )
+            if packet.type is not PacketType.COMPACT_RES:
+                raise ProtocolError(f"The server answered {packet.type.name} to COMPACT.")
+            return dict(json.loads(packet.payload))
+        except (OSError, ValueError) as error:
+            raise Unreachable(self._url.target, error) from error
+        finally:
+            link.close()
+
     # The writer's connection
 
     def open(self) -> None:
@@ -431,6 +457,7 @@ class SocketBackend(Backend):
                     return
                 except OSError as error:
                     log.warning(f"Lost the backup server {self._url.target}: {error}")
+                    self.reconnects += 1
                     self._reconnect(started)
                 if self._settled(fate(self._known), what, version):
                     return

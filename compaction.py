@@ -1,0 +1,364 @@
+"""Compaction: the same backup with a new snapshot in place of most of its changes.
+
+``Compactor`` runs this file as a process of its own, with low priority. That process
+reads the log like any reader, replays it into a scratch database beside it, and writes
+and verifies the new log; a line of JSON on its stdout is a message:
+
+    {"done": bytes, "of": bytes}           how far the replay is
+    {"copied": offset, "last": offset}     ready: the last record taken over, in the old
+                                           file and in the new one
+    {"nothing": true}                      there is nothing to fold into a snapshot
+    {"error": text}                        it failed
+
+Then whoever writes the backup copies the few records that came meanwhile and renames
+(FileBackend.adopt): the only moment when a change waits. The process ends when its
+stdin does, so it never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import database
+import durable
+import records
+import restore
+from backend import Change, Reading, log
+from errors import BackupError, ConfigError
+from filebackend import FileBackend, disk_warnings
+from logreader import LogReader, effective, is_foreign_keys_off
+from logwriter import LogWriter
+from records import Head, Kind
+
+NICE = 19
+REPORT_STEP = 1 << 20
+"""Bytes of log between two progress messages."""
+CATCH_UP_BYTES = 64 << 10
+"""What the writer may be left to copy while a change waits."""
+CATCH_UP_ROUNDS = 20
+DEFAULT_LEAST = 64 << 20
+"""Bytes of changes below which nothing is compacted by itself."""
+FIRST_AFTER_S = 60.0
+"""Nothing is compacted by itself so soon after a start."""
+PAUSE_S = 5.0
+AFTER_FAILURE_S = 3600.0
+DISK_CHECK_S = 600.0
+
+Progress = Callable[[int, int], None]
+Entry = tuple[Head, bytes]
+Message = dict[str, Any]
+
+
+class Compactor:
+    """Compacts one open FileBackend, one run at a time.
+
+    Args:
+        backend: open for writing.
+        lock: held by whoever changes the backend.
+    """
+
+    def __init__(self, backend: FileBackend, lock: threading.Lock) -> None:
+        self._backend = backend
+        self._lock = lock
+        self._running = threading.Lock()
+
+    def run(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
+        """Compact now, in this thread; changes go on meanwhile.
+
+        Args:
+            progress: called with bytes done and in all.
+
+        Returns:
+            ``{"before": {"backupsize", "version_count"}, "after": {...}}``, sizes in bytes.
+
+        Raises:
+            BackupError: another run is going on, or it failed; the old log stays in use.
+        """
+        if not self._running.acquire(blocking=False):
+            raise BackupError("A compaction is running already.", "Wait for it to end.")
+        try:
+            before = self._backend.statistics()
+            log.info(f"Starting compaction of {before['backupsize']} bytes")
+            self._build_and_adopt(progress or (lambda done, of: None))
+            after = self._backend.statistics()
+        except BackupError as error:
+            log.warning(f"The compaction failed, the backup goes on as it was: {error}")
+            raise
+        finally:
+            self._running.release()
+        log.info(f"The compaction left {after['backupsize']} bytes")
+        return {"before": before, "after": after}
+
+    def _build_and_adopt(self, progress: Progress) -> None:
+        prefix = f"{self._backend.scratch_prefix}compact"
+        command = [sys.executable, os.path.realpath(__file__), self._backend.path, prefix]
+        try:
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/"
+            ) as process:
+                try:
+                    ready = self._follow(process, progress)
+                    if ready is not None:
+                        with self._lock:
+                            self._backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
+                finally:
+                    process.kill()
+        except OSError as error:
+            raise BackupError(f"The compacting process did not start: {error}.") from error
+        finally:
+            remove_scratch(prefix)
+
+    @staticmethod
+    def _follow(process: subprocess.Popen[bytes], progress: Progress) -> dict[str, int] | None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            message = json.loads(line)
+            if "copied" in message:
+                return dict(message)
+            if "nothing" in message:
+                return None
+            if "error" in message:
+                raise BackupError(message["error"])
+            progress(message["done"], message["of"])
+        raise BackupError(f"The compacting process ended with status {process.wait()}.")
+
+
+def parse_least(value: object) -> int | None:
+    """What ``"compact"`` in backup.lock and ``--compact`` mean.
+
+    Args:
+        value: "off", a number of bytes, or a string such as "256 MiB"; None for the default.
+
+    Returns:
+        The bytes of changes from which on the log is compacted by itself, or None: never.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if value is None:
+        return DEFAULT_LEAST
+    if value == "off":
+        return None
+    found = re.fullmatch(r"([0-9]{1,15}) ?([kMGT]?)(i?)B?", str(value))
+    if found is None or isinstance(value, bool):
+        raise ConfigError(f"compact is {value!r}.", 'Use "off" or a size such as "256MiB".')
+    base = 1024 if found[3] else 1000
+    return int(found[1]) * int(base ** " kMGT".index(found[2] or " "))
+
+
+class Housekeeper:
+    """Compacts when it is time, and warns of a disk that fills up, in a thread of its own.
+
+    Args:
+        least: see parse_least.
+    """
+
+    def __init__(self, backend: FileBackend, compactor: Compactor, least: int | None) -> None:
+        self._backend = backend
+        self._compactor = compactor
+        self._least = least
+        self._not_before = time.monotonic() + FIRST_AFTER_S
+        self._next_disk_check = 0.0
+
+    def start(self) -> None:
+        """Begin; ends with the process."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            now = time.monotonic()
+            if now >= self._next_disk_check:
+                self._next_disk_check = now + DISK_CHECK_S
+                self._check_disk()
+            if now >= self._not_before and self._is_due():
+                self._compact()
+            time.sleep(PAUSE_S)
+
+    def _check_disk(self) -> None:
+        try:
+            for warning in disk_warnings(self._backend.path):
+                log.warning(warning)
+        except OSError as error:
+            log.warning(f"The disk of {self._backend.path} cannot be looked at: {error}")
+
+    def _is_due(self) -> bool:
+        changes, snapshot = self._backend.log_size, self._backend.snapshot_size
+        return self._least is not None and changes > max(self._least, snapshot)
+
+    def _compact(self) -> None:
+        try:
+            needed = 2 * (self._backend.log_size + self._backend.snapshot_size)
+            free = shutil.disk_usage(os.path.dirname(self._backend.path)).free
+            if free >= needed:
+                self._compactor.run()
+                return
+            log.warning(
+                f"{self._backend.path} should be compacted, but of the {needed >> 20} MiB that"
+                f" may take only {free >> 20} MiB are free on its disk"
+            )
+        except BackupError:
+            pass  # Compactor has told the log.
+        except OSError as error:
+            log.warning(f"The disk of {self._backend.path} cannot be looked at: {error}")
+        self._not_before = time.monotonic() + AFTER_FAILURE_S
+
+
+def remove_scratch(prefix: str) -> None:
+    """Remove what a run may have left under ``prefix``."""
+    durable.remove(f"{prefix}-log")
+    for name in ("new", "old"):
+        restore.remove_database(f"{prefix}-{name}.sqlite3")
+
+
+# What follows runs in the process of its own.
+
+
+def boundary(reader: LogReader) -> Head | None:
+    """The last record that a new snapshot may stand for, or None if there is none.
+
+    The newest change stays a record, so that it can be rewound, and a PRAGMA
+    foreign_keys = OFF stays together with the change that it is for.
+    """
+    head, _ = reader.newest()
+
+    def before(head: Head) -> Head | None:
+        start = records.FIRST_RECORD
+        return records.find_last(reader.pread, start, head.offset, reader.backup_id)
+
+    if head is not None and head.rewindable:
+        head = before(head)
+    while head is not None and is_foreign_keys_off(head):
+        head = before(head)
+    if head is None or head.kind == Kind.SNAPSHOT:
+        return None
+    is_empty = not head.changes and reader.log_start == records.FIRST_RECORD
+    return None if is_empty else head
+
+
+class Fold(Reading):
+    """The records up to ``last``, for a replay; takes no more of ``entries`` than those."""
+
+    def __init__(self, reader: LogReader, entries: Iterator[Entry], last: Head) -> None:
+        self._reader = reader
+        self._entries = entries
+        self._last = last
+
+    def __iter__(self) -> Iterator[Change]:
+        yield from effective(self._noted())
+        if self.position < self._last.end:
+            self.damage = self._reader.damage or BackupError("The log ended before its time.")
+
+    def _noted(self) -> Iterator[Entry]:
+        for entry in self._entries:
+            self.version, self.position = entry[0].version, entry[0].end
+            yield entry
+            if entry[0].offset == self._last.offset:
+                return
+
+    def close(self) -> None:
+        """See Reading."""
+
+
+def build(path: str, prefix: str) -> Message:
+    """Write the compacted log of ``path`` to ``<prefix>-log``; the last message."""
+    reader = LogReader(path)
+    last = boundary(reader)
+    if last is None:
+        return {"nothing": True}
+    entries = iter(reader)
+    scratch = f"{prefix}-new.sqlite3"
+    restore.build(fold := Fold(reader, entries, last), scratch, False, reporter(fold, last))
+    check_sound(scratch, path, prefix)
+    assert reader.backup_id is not None
+    writer = LogWriter(f"{prefix}-log", reader.backup_id, os.path.getsize(scratch))
+    writer.add_snapshot(scratch, last)
+    os.unlink(scratch)
+    return catch_up(reader, entries, writer)
+
+
+def reporter(fold: Fold, last: Head) -> Callable[[], None]:
+    """A callback that says how far the replay of ``fold`` is, from time to time."""
+    said = 0
+
+    def report() -> None:
+        nonlocal said
+        if fold.position >= said + REPORT_STEP:
+            said = fold.position
+            _say({"done": said, "of": last.end})
+
+    return report
+
+
+def check_sound(scratch: str, path: str, prefix: str) -> None:
+    """Refuse a new snapshot that integrity_check complains of, unless the old one was so."""
+    problems = database.integrity_problems(scratch)
+    if not problems:
+        return
+    old = f"{prefix}-old.sqlite3"
+    reader = LogReader(path)
+    pieces = itertools.takewhile(lambda entry: entry[0].kind == Kind.SNAPSHOT, reader)
+    with open(durable.create(old), "wb") as file:
+        for _, piece in pieces:
+            file.write(piece)
+    reader.close()
+    if not os.path.getsize(old) or not database.integrity_problems(old):
+        raise BackupError(f"The new snapshot would not be sound: {problems[0]}.")
+
+
+def catch_up(reader: LogReader, entries: Iterator[Entry], writer: LogWriter) -> Message:
+    """Copy what the snapshot does not stand for, verify all of it; the last message."""
+    verifier = LogReader(writer.path)
+    copied = None
+    for _ in range(CATCH_UP_ROUNDS):
+        began = writer.last.end
+        for head, payload in entries:
+            writer.add(head, payload)
+        writer.finish()
+        for _ in verifier:
+            pass
+        damage = reader.damage or verifier.damage
+        if damage is not None:
+            raise damage
+        entries = iter(reader)
+        if copied is not None and writer.last.end - began < CATCH_UP_BYTES:
+            break
+        copied = writer.last.end
+    assert reader.last is not None and verifier.last is not None
+    if (verifier.last.chain, verifier.last.end) != (reader.last.chain, writer.last.end):
+        raise BackupError("The new log does not stand for the same history.")
+    return {"copied": reader.last.offset, "last": writer.last.offset}
+
+
+def main(path: str, prefix: str) -> None:
+    """Build the compacted log, and say what became of it."""
+    os.nice(NICE)
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    try:
+        _say(build(path, prefix))
+    except BackupError as error:
+        _say({"error": str(error)})
+    except OSError as error:
+        _say({"error": f"{error.filename or prefix}: {error.strerror}."})
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def _say(message: Message) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
