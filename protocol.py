@@ -50,6 +50,8 @@ MAX_SNAPSHOT_SIZE = 1 << 40
 MAX_TEXT_SIZE = 1 << 16
 _MAX_CHANGE_PACKET = VERSION.size + MAX_CHANGE_SIZE + MAX_CHANGE_SIZE // 1000 + 64
 """zlib adds less than a thousandth to what it cannot compress."""
+_GREATEST_RATIO = 1032
+"""zlib compresses to no less than one byte in this many."""
 
 
 class PacketType(enum.IntEnum):
@@ -184,8 +186,13 @@ def decode_change(payload: bytes) -> Change:
     """
     if len(payload) < VERSION.size:
         raise ProtocolError("A CHANGE without a version.")
+    packed = payload[VERSION.size :]
+    if len(packed) > MAX_CHANGE_SIZE // _GREATEST_RATIO:
+        # Measure first what may be a bomb: it must not fill the memory.
+        for _ in Inflater(MAX_CHANGE_SIZE).feed(packed):
+            pass
     inflater = Inflater(MAX_CHANGE_SIZE)
-    data = b"".join(inflater.feed(payload[VERSION.size :]))
+    data = b"".join(inflater.feed(packed))
     inflater.finish()
     return Change.decode(decode_version(payload[: VERSION.size]), data)
 
