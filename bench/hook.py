@@ -1,0 +1,140 @@
+"""How long the node waits for one change, against the least that a plugin can do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.common import (
+    MIB,
+    PLUGIN,
+    Call,
+    Options,
+    Row,
+    committed,
+    median_of,
+    node_dir,
+    payload_size,
+    percentile,
+    sessions_of,
+    sync_all,
+)
+from filebackend import FileBackend
+
+FLOOR = Path(__file__).with_name("floor_plugin.py")
+MAX_CHANGES = 4000
+"""Changes of one trace; more of a long one would measure the same."""
+TARGET = 1.25
+
+
+class HookCaller:
+    """A plugin's process, called with messages that were encoded before the clock runs."""
+
+    def __init__(self, directory: Path, *words: object) -> None:
+        environment = dict(os.environ, LIGHTNINGD_PLUGIN="1", LIGHTNINGD_VERSION="v26.06")
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
+
+    def call(self, message: bytes) -> float:
+        """Send a request; the seconds until its answer, which must be no error."""
+        started = time.perf_counter()
+        view = memoryview(message)
+        while view:
+            view = view[os.write(self._in, view) :]
+        received = b""
+        while b'"result"' not in received or not received.endswith(b"\n\n"):
+            data = os.read(self._out, 65536)
+            if not data or b'"error"' in data:
+                sys.exit(f"a plugin did not acknowledge: {(received + data)[:1000]!r}")
+            received += data
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        """Close stdin and wait for the end."""
+        os.close(self._in)
+        self.process.stdin = None
+        self.process.communicate()
+
+
+def encode(method: str, params: dict[str, Any], number: int) -> bytes:
+    """A request as lightningd sends it."""
+    message = {"jsonrpc": "2.0", "id": f"cln:{method}#{number}", "method": method}
+    return json.dumps({**message, "params": params}, ensure_ascii=False).encode() + b"\n\n"
+
+
+def messages(calls: Sequence[Call]) -> list[bytes]:
+    """The requests for ``calls``."""
+    return [
+        encode("db_write", {"data_version": version, "writes": statements}, number)
+        for number, (version, statements) in enumerate(calls)
+    ]
+
+
+def start(directory: Path, *words: object) -> HookCaller:
+    """A plugin that has answered getmanifest."""
+    caller = HookCaller(directory, *words)
+    caller.call(encode("getmanifest", {"allow-deprecated-apis": False}, 0))
+    return caller
+
+
+def measure(scratch: Path, calls: Sequence[Call]) -> tuple[list[float], list[float]]:
+    """Seconds of each of ``calls`` in our plugin and in the floor, called in turn."""
+    url = f"file://{scratch}/hook.bkp"
+    FileBackend(url).create(None)
+    ours = start(node_dir(scratch, "hook-node", url), PLUGIN)
+    space = scratch / "floor.bin"
+    space.write_bytes(bytes(payload_size(calls) + MIB))
+    sync_all()
+    floor = start(scratch, FLOOR, space)
+    times: tuple[list[float], list[float]] = [], []
+    for number, message in enumerate(messages(calls)):
+        first = number % 2
+        for which in (first, 1 - first):
+            times[which].append((ours, floor)[which].call(message))
+    ours.close()
+    floor.close()
+    return times
+
+
+def run(options: Options) -> list[Row]:
+    """Median and 99th percentile over all recorded changes."""
+    ours: list[float] = []
+    floor: list[float] = []
+    for trace in options.traces:
+        scratch = options.scratch / f"hook-{trace.name}"
+        scratch.mkdir()
+        times = measure(scratch, committed(sessions_of(trace))[:MAX_CHANGES])
+        # The first call opens the backup: the bench of the start measures that.
+        ours += times[0][1:]
+        floor += times[1][1:]
+    count = f"{len(ours)} changes"
+    rows = []
+    for name, figure, target in (
+        ("median", median_of, TARGET),
+        ("99th percentile", lambda values: percentile(values, 99), None),
+    ):
+        own, against = figure(ours), figure(floor)
+        rows.append(
+            Row(
+                f"hook round trip, {name}, {count}",
+                f"{own * 1000:.3f} ms",
+                f"{against * 1000:.3f} ms, a plugin that only writes and flushes",
+                own / against,
+                target,
+            )
+        )
+    return rows
