@@ -1,0 +1,552 @@
+"""The plugin's process as lightningd sees it: manifest, log lines, refusals, shutdown."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import database
+from tests import support
+from tests.support import CLI, Call, PluginProcess, change, first_changes
+
+OFF = "PRAGMA foreign_keys = OFF;"
+
+
+@pytest.fixture
+def filled(node_dir: Path, url: str) -> Path:
+    """A backup at version 5, which backup.lock names; its file."""
+    name_in_lock(node_dir, url)
+    return support.make_backup(url, first_changes(5))
+
+
+def name_in_lock(node_dir: Path, url: str) -> None:
+    (node_dir / "backup.lock").write_text(json.dumps({"backend_url": url}))
+
+
+def restored_version(url: str, tmp_path: Path) -> int:
+    target = tmp_path / "restored.sqlite3"
+    support.run_cli("restore", url, target)
+    return database.version_of(str(target))
+
+
+# What it says of itself
+
+
+def test_manifest(node_dir: Path) -> None:
+    with PluginProcess(node_dir) as plugin:
+        manifest = plugin.manifest()
+        hooks = [hook if isinstance(hook, str) else hook["name"] for hook in manifest["hooks"]]
+        assert hooks == ["db_write"]
+        assert manifest["dynamic"] is False
+        assert manifest["subscriptions"] == ["shutdown"]
+        assert "backup-destination" in [option["name"] for option in manifest["options"]]
+        assert plugin.close() == 0
+
+
+@pytest.mark.parametrize("lock_file", [False, True])
+def test_manifest_touches_no_file(lock_file: bool, node_dir: Path, tmp_path: Path) -> None:
+    if lock_file:
+        name_in_lock(node_dir, f"file://{tmp_path}/missing.bkp")
+    before = support.contents(tmp_path)
+    with PluginProcess(node_dir) as plugin:
+        plugin.manifest()
+        plugin.init(node_dir)
+        assert support.contents(tmp_path) == before
+        assert plugin.close() == 0
+        assert plugin.log == []
+    assert support.contents(tmp_path) == before
+    assert not list(tmp_path.rglob("*.writer"))
+
+
+def test_manifest_beside_a_running_node(filled: Path, node_dir: Path, url: str) -> None:
+    with PluginProcess(node_dir) as running, PluginProcess(node_dir) as second:
+        running.write(*change(6, "SELECT 1"))
+        # A second lightningd asks for the manifest, then fails on its pid file.
+        second.manifest()
+        assert second.close() == 0
+        running.write(*change(7, "SELECT 1"))
+        assert running.close() == 0
+
+
+def test_through_a_symbolic_link(filled: Path, node_dir: Path, tmp_path: Path) -> None:
+    link = tmp_path / "plugins" / "backup.py"
+    link.parent.mkdir()
+    link.symlink_to(support.PLUGIN)
+    with PluginProcess(node_dir, [sys.executable, str(link)]) as plugin:
+        plugin.manifest()
+        plugin.write(*change(6, "SELECT 1"))
+        assert plugin.close() == 0
+        assert plugin.errors() == []
+
+
+def test_option_backup_destination_is_deprecated(node_dir: Path) -> None:
+    text = (
+        "The `--backup-destination` option is deprecated and will be removed in future"
+        " versions of the backup plugin."
+    )
+    with PluginProcess(node_dir) as plugin:
+        plugin.init(node_dir)
+        assert plugin.log == []
+        plugin.init(node_dir, **{"backup-destination": "file:///elsewhere"})
+        ((level, line),) = plugin.log
+        assert level == "warn"
+        assert line.startswith(text)
+
+
+# A session
+
+
+def test_serves_writes_before_and_after_init(
+    node_dir: Path, url: str, filled: Path, tmp_path: Path
+) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.manifest()
+        plugin.write(*change(6, "INSERT INTO items VALUES (6, 'before')"))
+        first, second = plugin.log
+        assert first[0] == second[0] == "info"
+        assert first[1].startswith("Comparing backup version 5 with the node's version 5")
+        assert second[1] == "Versions match up"
+        plugin.init(node_dir)
+        plugin.write(*change(7, "INSERT INTO items VALUES (7, 'after')"))
+        assert len(plugin.log) == 2
+        assert plugin.close() == 0
+    assert restored_version(url, tmp_path) == 7
+
+
+def test_rewinds_what_was_never_committed(
+    node_dir: Path, url: str, filled: Path, tmp_path: Path
+) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*change(5, "INSERT INTO items VALUES (50, 'in place of 5')"))
+        assert [line for _, line in plugin.log[1:]] == [
+            "Last changes not applied, rewinding non-committed transaction"
+        ]
+        assert plugin.log[0][1].startswith("Comparing backup version 5 with the node's version 4")
+        plugin.write(*change(6, "SELECT 1"))
+        assert plugin.errors() == []
+    target = tmp_path / "restored.sqlite3"
+    support.run_cli("restore", url, target)
+    with database.opened(str(target)) as connection:
+        rows = [row for (row,) in connection.execute("SELECT id FROM items ORDER BY id")]
+    assert rows == [2, 3, 4, 50]
+
+
+def test_a_pragma_first_is_no_rewind(node_dir: Path, filled: Path) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(5, [OFF])
+        plugin.write(*change(6, "SELECT 1"))
+        assert plugin.logged("Versions match up")
+        assert not plugin.logged("rewinding")
+
+
+def test_ends_when_stdin_does_in_mid_session(node_dir: Path, url: str, filled: Path) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*change(6, "SELECT 1"))
+        assert plugin.close() == 0
+    support.add_session(url, [change(7, "SELECT 1")])  # The writer's place is free.
+
+
+def test_a_large_change_with_every_awkward_character(
+    node_dir: Path, url: str, filled: Path, tmp_path: Path
+) -> None:
+    text = "'' -- /* \n\r\t\x01\x7f\\ \" é € 😀 \u2028 \ufffe ; \ud7ff" + "x" * 1_000_000
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*change(6, f"INSERT INTO items VALUES (6, '{text}')"))
+        assert plugin.close() == 0
+    target = tmp_path / "restored.sqlite3"
+    support.run_cli("restore", url, target)
+    with database.opened(str(target)) as connection:
+        (body,) = connection.execute("SELECT body FROM items WHERE id = 6").fetchone()
+    assert body == text.replace("''", "'")
+
+
+# Refusals: one line, an error for this and every later write, nothing changed
+
+NEXT = change(6, "INSERT INTO items VALUES (6, 'six')")
+
+
+def write_lock(content: str) -> Callable[[Path, Path], None]:
+    return lambda file, lock: (lock.write_text(content), None)[1]
+
+
+def damage_end(file: Path, lock: Path) -> None:
+    last = support.records_of(file)[-1][0]
+    support.flip(file, last.end - 10)
+
+
+def damage_header(file: Path, lock: Path) -> None:
+    support.flip(file, 30)
+
+
+def not_a_directory(file: Path, lock: Path) -> None:
+    lock.unlink()
+    lock.mkdir()
+
+
+REFUSALS: dict[str, tuple[Callable[[Path, Path], object], Call, list[str]]] = {
+    "no backup.lock": (
+        lambda file, lock: lock.unlink(),
+        NEXT,
+        ["Could not find backup.lock in the lightning-dir", f"`{CLI} init --lightning-dir"],
+    ),
+    "backup.lock is no JSON": (
+        write_lock('{"backend_url": "file:'),
+        NEXT,
+        ["backup.lock is damaged", f"`{CLI} attach --lightning-dir"],
+    ),
+    "backup.lock is a list": (write_lock("[]"), NEXT, ["backup.lock is damaged", "attach"]),
+    "backup.lock without url": (write_lock("{}"), NEXT, ["backup.lock is damaged", "attach"]),
+    "url is a number": (
+        write_lock('{"backend_url": 5}'),
+        NEXT,
+        ["backup.lock is damaged", "attach"],
+    ),
+    "backup.lock is not UTF-8": (
+        lambda file, lock: lock.write_bytes(b'{"backend_url": "\xff"}'),
+        NEXT,
+        ["backup.lock is damaged", "attach"],
+    ),
+    "backup.lock is a directory": (not_a_directory, NEXT, ["Could not read", "backup.lock"]),
+    "unknown url": (
+        write_lock('{"backend_url": "ftp://there/node.bkp"}'),
+        NEXT,
+        ["'ftp://there/node.bkp' is no backup URL", "file:///path/to/file"],
+    ),
+    "no backup": (
+        lambda file, lock: file.unlink(),
+        NEXT,
+        ["There is no backup at file://", "mount it", f"`{CLI} attach`", f"`{CLI} init`"],
+    ),
+    "disk not mounted": (
+        lambda file, lock: file.parent.rename(file.parent.with_name("unmounted")),
+        NEXT,
+        ["There is no backup at file://", "mount it"],
+    ),
+    "last record damaged": (
+        damage_end,
+        NEXT,
+        ["is damaged at offset", "good up to version 4", f"`{CLI} resync", "--allow-damaged"],
+    ),
+    "header damaged": (
+        damage_header,
+        NEXT,
+        ["is damaged at offset 0", f"`{CLI} resync", "--allow-damaged"],
+    ),
+    "layout 1": (
+        lambda file, lock: support.layout1_file(file),
+        NEXT,
+        ["layout 1", f"`{CLI} "],
+    ),
+    "not a backup": (
+        lambda file, lock: file.write_text("My shopping list\n" * 100),
+        NEXT,
+        ["is not a backup", "Check the URL"],
+    ),
+    "an empty file": (
+        lambda file, lock: file.write_bytes(b""),
+        NEXT,
+        ["is not a backup", "Check the URL"],
+    ),
+    "node ahead": (
+        lambda file, lock: None,
+        change(8, "SELECT 1"),
+        [
+            "Backup is out of date",
+            "The node is at version 7, the backup at version 5",
+            f"`{CLI} resync --lightning-dir",
+        ],
+    ),
+    "node ahead, PRAGMA first": (
+        lambda file, lock: None,
+        (6, [OFF]),
+        ["Backup is out of date", "The node is at version 6, the backup at version 5"],
+    ),
+    "backup ahead": (
+        lambda file, lock: None,
+        change(4, "SELECT 1"),
+        [
+            "seems to have lost some state",
+            "The node is at version 3, the backup at version 5",
+            f"`{CLI} restore file://",
+        ],
+    ),
+    "a fresh node": (
+        lambda file, lock: None,
+        change(1, "CREATE TABLE vars (name, intval)"),
+        ["seems to have lost some state", "The node is at version 0, the backup at version 5"],
+    ),
+    "no statements": (lambda file, lock: None, (6, []), ["PostgreSQL"]),
+    "a NUL byte": (
+        lambda file, lock: None,
+        change(6, "INSERT INTO items VALUES (6, 'a\0b')"),
+        ["The change to version 6", "NUL byte"],
+    ),
+    "an empty statement": (
+        lambda file, lock: None,
+        change(6, ""),
+        ["The change to version 6", "empty statement"],
+    ),
+    "a version that does not fit": (
+        lambda file, lock: None,
+        change(2**32, "SELECT 1"),
+        ["4294967296 is no data_version"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusal(name: str, node_dir: Path, filled: Path, tmp_path: Path) -> None:
+    prepare, call, expected = REFUSALS[name]
+    prepare(filled, node_dir / "backup.lock")
+    before = support.contents(tmp_path)
+    with PluginProcess(node_dir) as plugin:
+        plugin.manifest()
+        check_refused(plugin, call, expected)
+        # Also what would have fitted, and however often.
+        for later in (NEXT, change(7, "SELECT 1")):
+            with pytest.raises(support.Refused):
+                plugin.write(*later)
+        assert plugin.close() == 0
+    assert support.contents(tmp_path) == before
+
+
+def check_refused(plugin: PluginProcess, call: Call, expected: list[str]) -> None:
+    """The write is refused with exactly one line that says all of ``expected``."""
+    with pytest.raises(support.Refused):
+        plugin.write(*call)
+    (line,) = plugin.errors()
+    for text in expected:
+        assert text in line
+    assert "\n" not in line
+    assert "Traceback" not in line
+    assert "Internal error" not in line
+
+
+def test_refused_while_another_process_holds_the_backup(
+    node_dir: Path, filled: Path, url: str, tmp_path: Path
+) -> None:
+    with PluginProcess(node_dir) as holder, PluginProcess(node_dir) as plugin:
+        holder.write(*NEXT)
+        before = support.contents(tmp_path)
+        pid = f"(pid {holder.process.pid})"
+        check_refused(plugin, change(7, "SELECT 1"), ["Another process", pid, "Stop that"])
+        assert support.contents(tmp_path) == before
+        holder.write(*change(7, "SELECT 1"))
+        holder.kill()
+        # A refusal lasts, even when its reason is gone.
+        with pytest.raises(support.Refused):
+            plugin.write(*change(8, "SELECT 1"))
+    assert restored_version(url, tmp_path) == 7
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (change(8, "SELECT 1"), ["Backup is out of date", "version 7, the backup at version 6"]),
+        (change(6, "SELECT 1"), ["lost some state", "version 5, the backup at version 6"]),
+        ((5, [OFF]), ["lost some state", "version 5, the backup at version 6"]),
+        ((6, []), ["PostgreSQL"]),
+    ],
+)
+def test_refused_in_mid_session(
+    call: Call, expected: list[str], node_dir: Path, filled: Path, url: str, tmp_path: Path
+) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*NEXT)
+        before = support.contents(tmp_path)
+        check_refused(plugin, call, expected)
+        with pytest.raises(support.Refused):
+            plugin.write(*change(7, "SELECT 1"))
+        assert plugin.close() == 0
+    assert support.contents(tmp_path) == before
+    assert restored_version(url, tmp_path) == 6
+
+
+# Shutdown: a lightningd with other children, in a process of its own
+
+PARENT = """
+import os, subprocess, sys
+plugin = subprocess.Popen([sys.executable, sys.argv[1]])
+children = [subprocess.Popen(command, stdin=0, stdout=2) for command in {children!r}]
+null = os.open(os.devnull, os.O_RDWR)
+os.dup2(null, 0), os.dup2(null, 1)
+for child in children[:{unreaped}]:
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+open("ready", "w").close()
+sys.stdout.flush()
+os._exit(plugin.wait())
+"""
+"""Stands for lightningd: its plugin's stdin and stdout are the test's."""
+
+WRAPPER = """
+import sys
+sys.path.insert(0, {root!r})
+sys.argv[0] = {plugin!r}
+import backup
+{settings}
+look = backup.other_plugins
+def looked():
+    found = look()
+    with open("looks", "a") as file:
+        print(found, file=file)
+    return found
+backup.other_plugins = looked
+backup.main()
+"""
+"""The plugin, noting in a file each time that it looked for other plugins."""
+
+NO_LIMIT = "backup.LEAVE_AFTER_S = backup.LEAVE_BLIND_AFTER_S = 1e9; backup.ALONE_FOR_S = 0.0"
+"""Only being alone lets it leave, at once: no test depends on how long anything takes."""
+
+
+class Family:
+    """A lightningd with the plugin and other children, each living until ``release``.
+
+    Args:
+        names: program names of the other children.
+        unreaped: how many dead ones come before them, which their parent leaves zombies.
+    """
+
+    def __init__(
+        self, directory: Path, names: list[str], unreaped: int = 0, settings: str = NO_LIMIT
+    ) -> None:
+        self.directory = directory
+        self._gate = directory / "gate"
+        os.mkfifo(self._gate)
+        commands = [[sys.executable, "-c", ""]] * unreaped
+        commands += [[str(self._program(name))] for name in names]
+        (directory / "parent.py").write_text(PARENT.format(children=commands, unreaped=unreaped))
+        (directory / "wrapper.py").write_text(
+            WRAPPER.format(root=str(support.ROOT), plugin=str(support.PLUGIN), settings=settings)
+        )
+        self.plugin = PluginProcess(directory, [sys.executable, "parent.py", "wrapper.py"])
+        self._holding = open(self._gate, "r+b", buffering=0)  # noqa: SIM115
+
+    def _program(self, name: str) -> Path:
+        # The name of a process is that of its script.
+        path = self.directory / name
+        path.write_text(f"#!/bin/sh\nread line < {self._gate}\n")
+        path.chmod(0o755)
+        return path
+
+    def release(self) -> None:
+        """Let one other child end."""
+        self._holding.write(b"\n")
+
+    def looks(self) -> list[str]:
+        """What the plugin has found each time it looked for other plugins."""
+        path = self.directory / "looks"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_for_looks(self, more: int) -> None:
+        """Return once the plugin has looked ``more`` times."""
+        enough = len(self.looks()) + more
+        wait_for(lambda: len(self.looks()) >= enough)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + support.ANSWER_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def family(
+    directory: Path, names: list[str], unreaped: int = 0, settings: str = NO_LIMIT
+) -> Iterator[Family]:
+    found = Family(directory, names, unreaped, settings)
+    with found.plugin:
+        wait_for((directory / "ready").exists)
+        found.plugin.manifest()
+        found.plugin.write(*change(6, "SELECT 1"))
+        found.plugin.init(directory)
+        try:
+            yield found
+        finally:
+            for _ in names:
+                found.release()
+
+
+def leaves(found: Family) -> None:
+    """The plugin ends by itself, well, with its stdin still open."""
+    assert found.plugin.process.wait(timeout=support.ANSWER_S) == 0
+
+
+def test_shutdown_serves_late_writes_until_the_last_other_plugin_is_gone(
+    node_dir: Path, url: str, filled: Path, tmp_path: Path
+) -> None:
+    with family(node_dir, ["python_plugin", "python_plugin"]) as found:
+        found.plugin.send("shutdown", {}, notification=True)
+        for version in (7, 8, 9):
+            found.plugin.write(*change(version, "SELECT 1"))
+            found.wait_for_looks(3)
+        assert all(len(look.split()) == 2 for look in found.looks())
+        found.release()
+        wait_for(lambda: len(found.looks()[-1].split()) == 1)
+        found.plugin.write(*change(10, "SELECT 1"))
+        found.wait_for_looks(3)
+        assert found.plugin.process.poll() is None
+        found.release()
+        leaves(found)
+        assert found.looks()[-1] == "[]"
+        assert found.plugin.errors() == []
+    assert restored_version(url, tmp_path) == 10
+
+
+def test_shutdown_alone(node_dir: Path, filled: Path) -> None:
+    with family(node_dir, []) as found:
+        assert found.looks() == []
+        found.plugin.send("shutdown", {}, notification=True)
+        leaves(found)
+
+
+def test_shutdown_does_not_wait_for_zombies(node_dir: Path, filled: Path) -> None:
+    with family(node_dir, [], unreaped=2) as found:
+        found.plugin.send("shutdown", {}, notification=True)
+        leaves(found)
+        assert set(found.looks()) == {"[]"}
+
+
+def test_shutdown_does_not_wait_for_subdaemons(node_dir: Path, filled: Path) -> None:
+    names = ["lightning_hsmd", "lightning_connectd", "lightning_channeld"]
+    with family(node_dir, names) as found:
+        found.plugin.send("shutdown", {}, notification=True)
+        leaves(found)
+        assert set(found.looks()) == {"[]"}
+
+
+def test_a_plugin_named_like_lightningd_counts(node_dir: Path, filled: Path) -> None:
+    with family(node_dir, ["lightning-terminal"]) as found:
+        found.plugin.send("shutdown", {}, notification=True)
+        found.wait_for_looks(3)
+        assert found.plugin.process.poll() is None
+        assert "[]" not in found.looks()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "backup.LEAVE_AFTER_S = 0.2",
+        "backup.LEAVE_BLIND_AFTER_S = 0.2; backup.other_plugins = lambda: None",
+    ],
+)
+def test_shutdown_does_not_wait_for_ever(settings: str, node_dir: Path, filled: Path) -> None:
+    with family(node_dir, ["lightning-terminal"], settings=settings) as found:
+        found.plugin.send("shutdown", {}, notification=True)
+        leaves(found)
+        assert len(found.looks()) > 1
+
+
+def test_no_shutdown_no_leaving(node_dir: Path, filled: Path) -> None:
+    with family(node_dir, []) as found:
+        found.plugin.write(*change(7, "SELECT 1"))
+        assert found.looks() == []
+        assert found.plugin.close() == 0
