@@ -68,6 +68,11 @@ class Change:
         if (self.snapshot is None) == (self.transaction is None):
             raise InvalidChange("A change is either a piece of a snapshot or a transaction.")
         if self.snapshot is not None:
+            if len(self.snapshot) > MAX_CHUNK_SIZE:
+                raise InvalidChange(
+                    f"A piece of a snapshot has {len(self.snapshot)} bytes;"
+                    f" the limit is {MAX_CHUNK_SIZE}."
+                )
             object.__setattr__(self, "payload", self.snapshot)
         else:
             assert self.transaction is not None
@@ -103,7 +108,8 @@ def bump(version: int) -> str:
 
 
 def _payload(version: int, statements: Sequence[str]) -> bytes:
-    if isinstance(statements, str) or not all(isinstance(s, str) for s in statements):
+    is_list = isinstance(statements, (list, tuple))
+    if not is_list or not all(isinstance(s, str) for s in statements):
         raise InvalidChange(f"The change to version {version} is not a list of strings.")
     if not statements:
         raise InvalidChange(
