@@ -186,6 +186,8 @@ class Status:
         torn_tail: an append that was never acknowledged stands at the end.
         damage: what does not check, or None.
         disk_free: free bytes for the writer.
+        notes: what else was found and does no harm.
+        warnings: what the operator should act on.
     """
 
     url: str
@@ -202,6 +204,7 @@ class Status:
     torn_tail: bool = False
     damage: str | None = None
     disk_free: int | None = None
+    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -215,6 +218,7 @@ class Reading(ABC):
         last_change_ns: Unix time of the last record seen, nanoseconds, or None.
         torn_tail: an unacknowledged append at the end was left out.
         damage: what stopped the pass before the end, or None.
+        notes: what else was found, in words.
     """
 
     version = 0
@@ -223,6 +227,7 @@ class Reading(ABC):
     last_change_ns: int | None = None
     torn_tail = False
     damage: Exception | None = None
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def __iter__(self) -> Iterator[Change]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
+import shutil
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -22,6 +24,7 @@ SIDE_FILES = ("-journal", "-wal", "-shm")
 Progress = Callable[[int, int], None]
 """``progress(done, total)``; the unit is the caller's."""
 Row = tuple[Any, ...]
+Rank = tuple[int, Any, bool]
 
 
 @contextlib.contextmanager
@@ -78,6 +81,26 @@ def copy(source: str, target: str, progress: Progress | None = None) -> Snapshot
     return Snapshot(target, version)
 
 
+_MISSING_SPACE = re.compile(r"(\b(?:reserved_til|peer_id)=[0-9]+)(WHERE\b)")
+
+
+def mend(statement: str) -> str:
+    """``statement`` with the space that releases of 2020 left out before some WHEREs."""
+    return _MISSING_SPACE.sub(r"\1 \2", statement)
+
+
+def copy_files(source: str, target: str) -> None:
+    """Copy a stopped node's database with its journal or WAL, without touching it.
+
+    Opening the original could roll a hot journal back or fold a WAL in: a look must not.
+    """
+    if not os.path.isfile(source):
+        raise DatabaseError(source, "there is no such file")
+    for suffix in ("", *SIDE_FILES):
+        if os.path.exists(source + suffix):
+            shutil.copyfile(source + suffix, target + suffix)
+
+
 class Replayer:
     """Applies changes to the database file ``path``, as the node's own connection did.
 
@@ -117,7 +140,13 @@ class Replayer:
                 return
             self._execute("BEGIN")
             for statement in change.transaction:
-                self._execute(statement)
+                try:
+                    self._execute(statement)
+                except sqlite3.OperationalError:
+                    mended = mend(statement)
+                    if mended == statement:
+                        raise
+                    self._execute(mended)
             self._execute("COMMIT")
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
@@ -168,21 +197,23 @@ def integrity_problems(path: str) -> list[str]:
     return [f"integrity_check: {text}" for (text,) in rows if text != "ok"]
 
 
-def compare(left: str, right: str, progress: Progress | None = None) -> list[str]:
+def compare(
+    left: str, right: str, first_name: str = "the first", second_name: str = "the second"
+) -> list[str]:
     """How two databases differ, schema and rows, in words: empty if they are the same.
 
     Args:
-        left: called "the first" in the text.
-        right: called "the second".
+        first_name: what ``left`` is called.
+        second_name: what ``right`` is called.
     """
     with opened(left) as first, opened(right) as second:
-        differences = list(_compare_schema(first, second))
-        tables = sorted(_tables(first) & _tables(second))
-        for number, table in enumerate(tables):
-            if progress is not None:
-                progress(number, len(tables))
+        for connection in first, second:
+            connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+        differences = list(_compare_schema(first, second, first_name, second_name))
+        for table in sorted(_tables(first) & _tables(second)):
             if len(differences) < MAX_REPORTED:
-                differences += _compare_table(first, second, table)
+                walk = _TableWalk(first, second, table, first_name, second_name)
+                differences += itertools.islice(walk.differences(), MAX_REPORTED)
     return differences
 
 
@@ -195,82 +226,96 @@ def _tables(connection: sqlite3.Connection) -> set[str]:
     return {name for kind, name in _schema(connection) if kind == "table"}
 
 
-def _compare_schema(first: sqlite3.Connection, second: sqlite3.Connection) -> Iterator[str]:
+def _compare_schema(
+    first: sqlite3.Connection, second: sqlite3.Connection, first_name: str, second_name: str
+) -> Iterator[str]:
     one, two = _schema(first), _schema(second)
-    for kind, name in sorted(one.keys() | two.keys()):
-        key = kind, name
+    for key in sorted(one.keys() | two.keys()):
+        what = " ".join(key)
         if key not in one or key not in two:
-            yield f"{kind} {name} is only in the {'first' if key in one else 'second'}"
+            yield f"{what} is only in {first_name if key in one else second_name}"
         elif one[key] != two[key]:
-            yield f"{kind} {name} has another definition"
+            yield f"{what} has another definition"
 
 
-def _compare_table(
-    first: sqlite3.Connection, second: sqlite3.Connection, table: str
-) -> Iterator[str]:
-    quoted = '"' + table.replace('"', '""') + '"'
-    info = first.execute(f"PRAGMA table_info({quoted})").fetchall()
-    if [c[1] for c in info] != [
-        c[1] for c in second.execute(f"PRAGMA table_info({quoted})").fetchall()
-    ]:
-        return  # The schema's difference has been named.
-    columns = [str(column[1]) for column in info]
-    keys = [i for _, i in sorted((c[5], i) for i, c in enumerate(info) if c[5])]
-    keys = keys or list(range(len(columns)))
-    # Behind the key all columns, so that even NULLs in a key leave one order.
-    order = ", ".join(str(i + 1) for i in dict.fromkeys([*keys, *range(len(columns))]))
-    select = f"SELECT * FROM {quoted} ORDER BY {order}"
-    yield from _compare_rows(first.execute(select), second.execute(select), table, columns, keys)
+class _TableWalk:
+    """Two tables side by side, both sorted by their key."""
+
+    def __init__(
+        self,
+        first: sqlite3.Connection,
+        second: sqlite3.Connection,
+        table: str,
+        first_name: str,
+        second_name: str,
+    ) -> None:
+        self._table = table
+        self._names = first_name, second_name
+        info = first.execute(f"PRAGMA table_info({_quoted(table)})").fetchall()
+        self._columns = [str(column[1]) for column in info]
+        key = [i for _, i in sorted((column[5], i) for i, column in enumerate(info) if column[5])]
+        self._key = key or list(range(len(self._columns)))
+        try:
+            self._rows = self._sorted(first), self._sorted(second)
+        except sqlite3.OperationalError:  # Other columns: the schema's difference was named.
+            self._rows = iter(()), iter(())
+
+    def _sorted(self, connection: sqlite3.Connection) -> Iterator[Row]:
+        # Behind the key all columns, so that even NULLs in a key leave one order.
+        order = dict.fromkeys([*self._key, *range(len(self._columns))])
+        names = [_quoted(column) for column in self._columns]
+        return connection.execute(
+            f"SELECT {', '.join(names)} FROM {_quoted(self._table)}"
+            f" ORDER BY {', '.join(f'{names[i]} COLLATE BINARY' for i in order)}"
+        )
+
+    def differences(self) -> Iterator[str]:
+        """Each row that is missing or different, in words."""
+        first, second = self._rows
+        one, two = next(first, None), next(second, None)
+        while one is not None or two is not None:
+            if two is None or (one is not None and self._place(one) < self._place(two)):
+                yield self._only(one, self._names[0])
+                one = next(first, None)
+            elif one is None or self._place(two) < self._place(one):
+                yield self._only(two, self._names[1])
+                two = next(second, None)
+            else:
+                if [*map(_rank, one)] != [*map(_rank, two)]:
+                    yield f"table {self._table}: in {self._name(one)}, {self._cells(one, two)}"
+                one, two = next(first, None), next(second, None)
+
+    def _place(self, row: Row) -> list[Rank]:
+        return [_rank(row[i]) for i in self._key]
+
+    def _name(self, row: Row) -> str:
+        cells = (f"{self._columns[i]} = {_short(row[i])}" for i in self._key[:4])
+        return f"the row with {', '.join(cells)}"
+
+    def _only(self, row: Row | None, where: str) -> str:
+        assert row is not None
+        return f"table {self._table}: {self._name(row)} is only in {where}"
+
+    def _cells(self, one: Row, two: Row) -> str:
+        first, second = self._names
+        return "; ".join(
+            f"{column} is {_short(a)} in {first} and {_short(b)} in {second}"
+            for column, a, b in zip(self._columns, one, two, strict=True)
+            if _rank(a) != _rank(b)
+        )
 
 
-def _compare_rows(
-    first: Iterator[Row], second: Iterator[Row], table: str, columns: list[str], keys: list[int]
-) -> Iterator[str]:
-    """Walk two sorted tables side by side and name what differs, up to a limit."""
-    found = 0
-    one, two = next(first, None), next(second, None)
-    while (one is not None or two is not None) and found < MAX_REPORTED:
-        place = _order(one, keys), _order(two, keys)
-        if one is not None and two is not None and place[0] == place[1]:
-            if _order(one) != _order(two):
-                found += 1
-                yield f"table {table}, {_name(one, columns, keys)}: {_cells(one, two, columns)}"
-            one, two = next(first, None), next(second, None)
-        elif two is None or (one is not None and place[0] < place[1]):
-            found += 1
-            yield f"table {table}: {_name(one, columns, keys)} is only in the first"
-            one = next(first, None)
-        else:
-            found += 1
-            yield f"table {table}: {_name(two, columns, keys)} is only in the second"
-            two = next(second, None)
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
-def _order(row: Row | None, keys: Sequence[int] | None = None) -> list[tuple[int, Any]]:
-    """``row`` as SQLite sorts it: NULL, numbers, text by its bytes, blobs."""
-    values = row or () if keys is None else [row[i] for i in keys] if row else ()
-    return [_rank(value) for value in values]
-
-
-def _rank(value: Any) -> tuple[int, Any]:
+def _rank(value: Any) -> Rank:
+    """``value``'s place in SQLite's order: NULL, numbers, text by its bytes, blobs."""
     if value is None:
-        return 0, 0
-    if isinstance(value, (int, float)):
-        return 1, value
-    return (2, value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else (3, value)
-
-
-def _name(row: Row | None, columns: list[str], keys: list[int]) -> str:
-    assert row is not None
-    return "the row with " + ", ".join(f"{columns[i]} = {_short(row[i])}" for i in keys[:4])
-
-
-def _cells(one: Row, two: Row, columns: list[str]) -> str:
-    return "; ".join(
-        f"{column} is {_short(a)} in the first, {_short(b)} in the second"
-        for column, a, b in zip_longest(columns, one, two)
-        if _rank(a) != _rank(b)
-    )
+        return 0, 0, False
+    if isinstance(value, str):
+        return 2, value.encode("utf-8", "surrogateescape"), False
+    return (3, value, False) if isinstance(value, bytes) else (1, value, isinstance(value, float))
 
 
 def _short(value: Any) -> str:

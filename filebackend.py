@@ -9,14 +9,16 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import durable
+import layout1
 import records
 from backend import (
     CHAIN_SIZE,
     Backend,
     Change,
+    Reading,
     Snapshot,
     Status,
     chain_after,
@@ -117,11 +119,15 @@ class FileBackend(Backend):
             found = error.problem
         return f"{found} Choose another name, or run `{CLI} attach` to go on with it."
 
-    def replace(self, snapshot: Snapshot) -> str | None:
-        """See Backend."""
+    def replace(self, snapshot: Snapshot | None, changes: Sequence[Change] = ()) -> str | None:
+        """See Backend.
+
+        Args:
+            changes: what follows the snapshot, so that the last of it can be rewound.
+        """
         with self._locked():
             try:
-                beside = self._build(snapshot)
+                beside = self._build(snapshot, changes)
                 kept = None
                 if not self._is_empty():
                     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -138,6 +144,8 @@ class FileBackend(Backend):
         return kept
 
     def _is_empty(self) -> bool:
+        if layout1.is_layout_1(self.path):
+            return False
         reader = LogReader(self.path)
         try:
             newest, tail = reader.newest()
@@ -147,11 +155,17 @@ class FileBackend(Backend):
             reader.close()
         return newest is None and tail.kind is TailKind.CLEAN
 
-    def _build(self, snapshot: Snapshot | None) -> str:
+    def _build(self, snapshot: Snapshot | None, changes: Sequence[Change] = ()) -> str:
         """Write a complete, flushed, verified file beside the log; returns its name."""
         beside = f"{self.scratch_prefix}log"
         durable.remove(beside)
         write_log(beside, snapshot)
+        if changes:
+            new = FileBackend(f"file://{beside}")
+            new._load()
+            for change in changes:
+                new.add_change(change)
+            new.close()
         check_log(beside)
         return beside
 
@@ -413,12 +427,16 @@ class FileBackend(Backend):
 
     # Looking
 
-    def read(self) -> FileReading:
+    def read(self) -> Reading:
         """See Backend."""
+        if layout1.is_layout_1(self.path):
+            return layout1.Layout1Reading(self.path)
         return FileReading(self.path)
 
     def status(self) -> Status:
         """See Backend. Reads and checks the whole log."""
+        if layout1.is_layout_1(self.path):
+            return layout1.status(self.url, self.path)
         reader = LogReader(self.path)
         try:
             for _ in reader:

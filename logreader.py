@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 
+import layout1
 import records
 from backend import FOREIGN_KEYS_OFF, Change, Reading, chain_after
 from errors import CLI, BackupError, BackupMissing, Damaged, DiskError, UnsupportedLayout
@@ -18,7 +19,6 @@ from records import Head, Kind, Tail, TailKind
 
 GROWING_TAIL_S = 1.0
 """How long a reader waits for an append in flight before it judges the tail."""
-LAYOUT_1_START = b"\x00\x00\x00\x01"
 
 
 class LogReader:
@@ -60,12 +60,12 @@ class LogReader:
 
     def _read_header(self) -> None:
         header = self.pread(0, records.FIRST_RECORD)
-        if header.startswith(LAYOUT_1_START):
+        if header.startswith(layout1.START):
             raise UnsupportedLayout(
                 self.path,
-                "a layout 1 file, of the earlier backup plugin",
-                "Keep it. With the node stopped and its database intact, move this file"
-                f" and backup.lock away and run `{CLI} init`.",
+                "of layout 1, of the earlier backup plugin",
+                f"Stop the node and run `{CLI} upgrade --lightning-dir DIR`; for a server's"
+                f" file run `{CLI} upgrade file://{self.path}`.",
             )
         try:
             self.backup_id, self.log_start = records.decode_header(header)

@@ -36,6 +36,13 @@ class Restored:
     problems: list[str]
 
 
+class NothingToRestore(BackupError):
+    """The backup is empty."""
+
+    def __init__(self) -> None:
+        super().__init__("The backup holds no change yet: there is nothing to restore.")
+
+
 def destination(dest: str) -> str:
     """The file that a restore to ``dest`` creates; refuses what is in the way.
 
@@ -93,7 +100,7 @@ def build(
         if reading.damage is not None and not (allow_damaged and changes + pieces):
             raise reading.damage
         if not changes + pieces:
-            raise BackupError("The backup holds no change yet: there is nothing to restore.")
+            raise NothingToRestore
         version = replayer.finish() if replayer else database.version_of(beside)
         replayer = None
         if version != reading.version:
@@ -140,6 +147,43 @@ def restore(
         reading.damage,
         problems,
     )
+
+
+def verify(
+    reading: Reading, scratch: str, against: str | None, progress: Callable[[], None]
+) -> tuple[int, list[str]]:
+    """Replay the whole backup into the scratch database ``scratch`` and check it.
+
+    Args:
+        against: a stopped node's database that must be the same, or None.
+
+    Returns:
+        The version reached, and every problem found, in words.
+
+    Raises:
+        BackupError: the backup is damaged or does not replay.
+    """
+    copy = f"{scratch}.against"
+    try:
+        version, _ = build(reading, scratch, False, progress)
+        problems = database.check(scratch)
+        if against is not None:
+            database.copy_files(against, copy)
+            problems += _compare(scratch, version, copy)
+        return version, problems
+    except OSError as error:
+        raise DiskError(scratch, error, "write") from error
+    finally:
+        remove_database(scratch)
+        remove_database(copy)
+
+
+def _compare(backup: str, version: int, node_database: str) -> list[str]:
+    found = database.version_of(node_database)
+    problems = []
+    if found != version:
+        problems.append(f"the backup is at version {version}, the database at version {found}")
+    return problems + database.compare(backup, node_database, "the backup", "the database")
 
 
 def remove_database(path: str) -> None:

@@ -1,0 +1,211 @@
+"""File layout 1, of the earlier backup plugin: read, never written. All big-endian.
+
+Header, 512 bytes:
+
+    offset  size  field          meaning
+         0     4  layout         1
+         4     4  version        of the last entry
+         8     8  offset         end of the last good entry
+        16     4  prev version   before the last entry
+        20     8  prev offset    its end
+        28     8  version count  entries
+        36   476  padding        zero
+
+Then entries, back to back from byte 512:
+
+    offset  size  field    meaning
+         0     4  length   of the payload
+         4     4  version  data_version with this entry
+         8     1  type     1: statements in UTF-8, joined by NUL; 2: an SQLite file, which
+                           replaces everything before it
+         9     n  payload
+
+The plugin that wrote this never flushed, and appended always at the end of the file. So
+the end can be torn or zero, the header can be behind the entries or ahead of them, and a
+change that a rewind took back still stands there, followed by what came in its place.
+The version rule, read one entry later, tells which of the two was abandoned.
+
+The header was written before a change was acknowledged. So an end that cannot be read,
+while the header is not ahead of what can, was never acknowledged: a torn tail. If the
+header is ahead, acknowledged changes are lost: damage.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+
+from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, Change, Reading, Status, Verdict, judge
+from errors import BackupError, BackupMissing, Damaged, DiskError, InvalidChange
+
+START = b"\x00\x00\x00\x01"
+"""How a file of layout 1 begins."""
+HEADER = struct.Struct("!IIQIQQ")
+FIRST_ENTRY = 512
+ENTRY = struct.Struct("!IIB")
+TRANSACTION = 1
+SNAPSHOT = 2
+
+
+class Layout1Reading(Reading):
+    """A pass over a file of layout 1 (see Reading).
+
+    Attributes:
+        abandoned: changes left out because the node never committed them.
+        changes: changes since the snapshot that count.
+        snapshot_size: bytes of the last snapshot.
+        notes: what else was found, in words.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.total = os.fstat(self._fd).st_size
+        except FileNotFoundError as error:
+            raise BackupMissing(f"file://{path}") from error
+        except OSError as error:
+            raise DiskError(path, error, "open") from error
+        self.position = FIRST_ENTRY
+        self.abandoned = 0
+        self.changes = 0
+        self.snapshot_size = 0
+        self.notes: list[str] = []
+        self.rewindable = False
+        self._held: Change | None = None
+        self._reason = ""
+
+    def __iter__(self) -> Iterator[Change]:
+        header = self._pread(0, FIRST_ENTRY)
+        try:
+            while self.position < self.total and not self._reason:
+                yield from self._next_entry()
+            if self._held is not None:
+                yield self._held
+        except BackupError as error:
+            self.damage = error
+            return
+        if len(header) < FIRST_ENTRY:
+            self.damage = self._damaged("the header is cut off", "and there may be more")
+        else:
+            self._judge_end(*HEADER.unpack_from(header)[1:3])
+
+    def _next_entry(self) -> Iterator[Change]:
+        head = self._pread(self.position, ENTRY.size)
+        if len(head) < ENTRY.size:
+            return self._stop("it ends inside an entry")
+        length, version, kind = ENTRY.unpack(head)
+        end = self.position + ENTRY.size + length
+        if not any(head):
+            return self._stop("the rest is zero")
+        if kind not in (TRANSACTION, SNAPSHOT):
+            return self._stop(f"an entry of the unknown type {kind}")
+        if end > self.total:
+            return self._stop("it ends inside an entry")
+        if kind == SNAPSHOT:
+            yield from self._snapshot(version, length)
+        else:
+            yield from self._transaction(version, length)
+        if not self._reason:
+            self.position = end
+
+    def _stop(self, reason: str) -> None:
+        self._reason = reason
+
+    def _snapshot(self, version: int, length: int) -> Iterator[Change]:
+        self._held = None
+        self.version, self.changes, self.snapshot_size = version, 0, length
+        self.rewindable = False
+        yield Change(version, b"", None)
+        start = self.position + ENTRY.size
+        for offset in range(start, start + length, MAX_CHUNK_SIZE):
+            size = min(MAX_CHUNK_SIZE, start + length - offset)
+            yield Change(version, self._pread(offset, size), None)
+
+    def _transaction(self, version: int, length: int) -> Iterator[Change]:
+        try:
+            if length > MAX_CHANGE_SIZE:
+                raise InvalidChange("an entry over the limit of a change")
+            change = Change.decode(version, self._pread(self.position + ENTRY.size, length))
+        except InvalidChange as error:
+            return self._stop(error.problem)
+        verdict = judge(change.base, self.version, self.rewindable, first=True)
+        if verdict is Verdict.REWIND:
+            self.abandoned += 1
+            self.changes -= 1
+        elif verdict is not Verdict.APPEND:
+            raise self._damaged(
+                f"an entry of version {version} follows one of version {self.version}",
+                "the ones between are missing",
+            )
+        elif self._held is not None:
+            yield self._held
+        self._held = change
+        self.version, self.rewindable = version, change.bumps
+        self.changes += 1
+
+    def _judge_end(self, header_version: int, header_offset: int) -> None:
+        """Compare the header with where the entries end."""
+        if header_version > self.version:
+            reason = self._reason or "the file ends there"
+            self.damage = self._damaged(
+                reason, f"but its header names version {header_version}: what is between is lost"
+            )
+        elif self._reason:
+            self.torn_tail = True
+            self.notes.append(f"At offset {self.position} {self._reason}; it was left out.")
+        if (header_version, header_offset) < (self.version, self.position):
+            self.notes.append(
+                f"The header is behind: it names version {header_version}, and the entries"
+                f" lead to version {self.version}."
+            )
+
+    def _damaged(self, reason: str, lost: str) -> Damaged:
+        return Damaged(self.path, self.position, reason, self.version, lost)
+
+    def _pread(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise DiskError(self.path, error, f"read at offset {offset}") from error
+
+    def close(self) -> None:
+        """See Reading."""
+        os.close(self._fd)
+
+
+def is_layout_1(path: str) -> bool:
+    """Whether the file ``path`` begins like layout 1."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(START)) == START
+    except OSError:
+        return False  # Whoever opens it next says why.
+
+
+def status(url: str, path: str) -> Status:
+    """A look at the file of layout 1 ``path``."""
+    reading = Layout1Reading(path)
+    try:
+        for _ in reading:
+            pass
+    finally:
+        reading.close()
+    notes = list(reading.notes)
+    if reading.abandoned:
+        notes.append(f"{reading.abandoned} changes that never happened are left out.")
+    return Status(
+        url=url,
+        layout="file layout 1, of the earlier plugin",
+        version=reading.version,
+        prev_version=reading.version - 1 if reading.rewindable else None,
+        version_count=reading.changes + (reading.snapshot_size > 0),
+        changes=reading.changes,
+        snapshot_size=reading.snapshot_size,
+        size=reading.position,
+        allocated=reading.total,
+        torn_tail=reading.torn_tail,
+        damage=str(reading.damage) if reading.damage else None,
+        notes=notes,
+    )

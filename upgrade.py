@@ -1,0 +1,72 @@
+"""From a file of layout 1 to one of layout 2, by replaying the old log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import restore
+from backend import FOREIGN_KEYS_OFF, Change, Reading, Snapshot
+from filebackend import FileBackend
+
+
+class AllButTail(Reading):
+    """``reading`` without its last change, which stays a change so that it can be rewound.
+
+    Attributes:
+        tail: what was held back: the last change, with a PRAGMA foreign_keys = OFF that is
+            for it.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self.tail: list[Change] = []
+
+    def __iter__(self) -> Iterator[Change]:
+        for change in self._reading:
+            self.position = self._reading.position
+            if change.snapshot is not None:
+                self.tail = []
+                yield self._noted(change)
+            elif self.tail and self.tail[-1].transaction == [FOREIGN_KEYS_OFF]:
+                self.tail.append(change)
+            else:
+                for held in self.tail:
+                    yield self._noted(held)
+                self.tail = [change]
+        self.damage = self._reading.damage
+
+    def _noted(self, change: Change) -> Change:
+        self.version = change.version
+        return change
+
+    def close(self) -> None:
+        """See Reading."""
+        self._reading.close()
+
+
+def from_log(backend: FileBackend, progress: Callable[[Reading], None]) -> str | None:
+    """Replace ``backend``'s file of layout 1 by one of layout 2 with the same content.
+
+    Args:
+        progress: called now and then with the pass over the old file.
+
+    Returns:
+        Where the old file is kept.
+
+    Raises:
+        BackupError: it is damaged or does not replay; it stays as it is.
+    """
+    scratch = f"{backend.scratch_prefix}upgrade.sqlite3"
+    reading = AllButTail(backend.read())
+    try:
+        restore.remove_database(scratch)
+        snapshot = None
+        try:
+            version, _ = restore.build(reading, scratch, False, lambda: progress(reading))
+            snapshot = Snapshot(scratch, version)
+        except restore.NothingToRestore:
+            pass  # All there is, if anything, is the tail.
+        return backend.replace(snapshot, reading.tail)
+    finally:
+        reading.close()
+        restore.remove_database(scratch)
