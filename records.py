@@ -307,7 +307,10 @@ def judge_tail(pread: Pread, offset: int, size: int, backup_id: bytes | None) ->
     extent = HEAD.size if head is None else OVERHEAD + head.length
     if offset + extent > size or (head and written <= extent - len(TRAILER)):
         return Tail(TailKind.TORN, offset, "it ends early")
-    if _has_zero_sector(pread, offset, offset + extent):
+    end = offset + extent
+    if head is None:  # Whole sectors: the end of a sound head may be zero, alone in the next.
+        end = min(-(-end // SECTOR) * SECTOR, size)
+    if _has_zero_sector(pread, offset, end):
         return Tail(TailKind.TORN, offset, "a sector of it was never written")
     return Tail(TailKind.DAMAGED, offset, "the last record does not check")
 

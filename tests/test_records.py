@@ -1,0 +1,566 @@
+"""Layout 2: a golden file, heads that do not check, the end of a file and how it is judged."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import database
+import records
+import restore
+from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, bump
+from filebackend import FileBackend
+from logreader import FileReading, LogReader
+from records import BEFORE_FIRST, FIRST_RECORD, HEAD, OVERHEAD, SECTOR, Head, Kind, Tail, TailKind
+from tests import support
+
+# The golden file: a compacted backup of a small node. Read here without records.py.
+
+GOLDEN = support.DATA / "golden" / "layout2.bkp"
+ID = bytes(range(16))
+CREATED_NS = 1_700_000_000_000_000_001
+SNAPSHOT_CHAIN = bytes(range(0xA0, 0xB0))
+FIRST, SECOND = b"\x11" * 16, b"\x22" * 16
+HEADER_FIELDS = {
+    "magic": (0, 16),
+    "layout": (16, 4),
+    "reserved": (20, 4),
+    "backup id": (24, 16),
+    "created": (40, 8),
+    "log start": (48, 8),
+    "crc": (60, 4),
+}
+HEAD_FIELDS = {
+    "marker": (0, 4),
+    "kind": (4, 1),
+    "flags": (5, 1),
+    "reserved": (6, 2),
+    "backup id": (8, 16),
+    "sequence": (24, 8),
+    "offset": (32, 8),
+    "data_version": (40, 4),
+    "payload crc": (44, 4),
+    "changes": (48, 8),
+    "time": (56, 8),
+    "session": (64, 16),
+    "length": (80, 8),
+    "chain before": (88, 16),
+    "chain": (104, 16),
+    "head crc": (120, 4),
+}
+BYTES = {"magic", "marker", "backup id", "session", "chain before", "chain"}
+# kind, flags, data_version, changes, session, statements
+GOLDEN_RECORDS: list[tuple[int, int, int, int, bytes, list[str]]] = [
+    (2, 1, 6, 1, FIRST, ["INSERT INTO t VALUES ('one')", bump(6)]),
+    (2, 0, 6, 2, FIRST, ["PRAGMA foreign_keys = OFF;"]),
+    (2, 1, 7, 3, FIRST, ["INSERT INTO t VALUES ('abandoned')", bump(7)]),
+    (3, 0, 6, 2, SECOND, []),
+    (2, 1, 7, 3, SECOND, ["INSERT INTO t VALUES ('zwei\n\U0001f600')", bump(7)]),
+]
+
+
+def fields(data: bytes, start: int, table: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """The fields of a header or a head, numbers as big-endian."""
+    found: dict[str, Any] = {}
+    for name, (offset, size) in table.items():
+        raw = data[start + offset : start + offset + size]
+        found[name] = raw if name in BYTES else int.from_bytes(raw, "big")
+    return found
+
+
+def golden_snapshot() -> bytes:
+    """The SQLite file in the golden file."""
+    data = GOLDEN.read_bytes()
+    (length,) = struct.unpack_from("!Q", data, 64 + 80)
+    return data[64 + 124 : 64 + 124 + length]
+
+
+def golden_again() -> bytes:
+    """The golden file, encoded anew from its inputs."""
+    snapshot = golden_snapshot()
+    parts = [records.encode_header(ID, CREATED_NS, len(snapshot))]
+    head = BEFORE_FIRST._replace(
+        kind=1, flags=2, backup_id=ID, sequence=41, offset=64, version=5, time_ns=CREATED_NS,
+        length=len(snapshot), chain=SNAPSHOT_CHAIN,
+    )  # fmt: skip
+    parts.append(records.encode(head, snapshot))
+    before_that = head
+    for kind, flags, version, changes, session, statements in GOLDEN_RECORDS:
+        payload = "\0".join(statements).encode()
+        digest = hashlib.blake2b(head.chain + struct.pack("!I", version) + payload, digest_size=16)
+        chain = before_that.chain if kind == 3 else digest.digest()
+        before_that, head = head, head._replace(
+            kind=kind, flags=flags, sequence=head.sequence + 1, offset=head.end, version=version,
+            changes=changes, time_ns=head.time_ns + 10**9, session=session, length=len(payload),
+            chain_before=head.chain, chain=chain,
+        )  # fmt: skip
+        parts.append(records.encode(head, payload))
+    return b"".join(parts).ljust(4096, b"\0")
+
+
+def test_golden_file_is_what_we_encode() -> None:
+    assert golden_again() == GOLDEN.read_bytes()
+
+
+def test_golden_header_field_by_field() -> None:
+    data = GOLDEN.read_bytes()
+    assert fields(data, 0, HEADER_FIELDS) == {
+        "magic": b"\x89CLN backup\r\n\x1a\n\0",
+        "layout": 2,
+        "reserved": 0,
+        "backup id": ID,
+        "created": CREATED_NS,
+        "log start": 64 + 128 + len(golden_snapshot()),
+        "crc": zlib.crc32(data[:60]),
+    }
+    assert data[56:60] == bytes(4)
+
+
+def test_golden_records_field_by_field() -> None:
+    data, at, chain, older = GOLDEN.read_bytes(), 64, EMPTY_CHAIN, EMPTY_CHAIN
+    rows = [(1, 2, 5, 0, bytes(16), list[str]()), *GOLDEN_RECORDS]
+    for number, (kind, flags, version, changes, session, statements) in enumerate(rows):
+        payload = "\0".join(statements).encode() if number else golden_snapshot()
+        digest = hashlib.blake2b(chain + struct.pack("!I", version) + payload, digest_size=16)
+        after = {1: SNAPSHOT_CHAIN, 2: digest.digest(), 3: older}[kind]
+        assert fields(data, at, HEAD_FIELDS) == {
+            "marker": b"\xc5rec",
+            "kind": kind,
+            "flags": flags,
+            "reserved": 0,
+            "backup id": ID,
+            "sequence": 41 + number,
+            "offset": at,
+            "data_version": version,
+            "payload crc": zlib.crc32(payload),
+            "changes": changes,
+            "time": CREATED_NS + number * 10**9,
+            "session": session,
+            "length": len(payload),
+            "chain before": chain,
+            "chain": after,
+            "head crc": zlib.crc32(data[at : at + 120]),
+        }
+        end = at + 124 + len(payload)
+        assert data[at + 124 : end] == payload
+        assert data[end : end + 4] == b"end\n"
+        at, older, chain = end + 4, chain, after
+    assert data[at:] == bytes(4096 - at)
+
+
+def test_documented_tables_are_the_ones_tested() -> None:
+    documented = re.findall(r"^ +(\d+) +(\d+)  (\w+(?: \w+)?)  ", records.__doc__ or "", re.M)
+    tables = [(*place, name) for t in (HEADER_FIELDS, HEAD_FIELDS) for name, place in t.items()]
+    tables.insert(6, (56, 4, "reserved"))
+    assert [(int(offset), int(size), name) for offset, size, name in documented] == tables
+
+
+def test_golden_file_is_read() -> None:
+    reader = LogReader(str(GOLDEN))
+    found = list(reader)
+    reader.close()
+    assert (reader.damage, reader.tail.kind) == (None, TailKind.CLEAN)
+    heads = [head for head, _ in found]
+    assert [head.kind for head in heads] == [1, 2, 2, 2, 3, 2]
+    assert heads[-1].session == SECOND
+    assert [payload for _, payload in found[1:]] == [
+        "\0".join(row[-1]).encode() for row in GOLDEN_RECORDS
+    ]
+    assert records.snapshot_size(reader.log_start or 0) == len(golden_snapshot())
+
+
+def test_golden_file_is_restored(tmp_path: Path) -> None:
+    reading = FileReading(str(GOLDEN))
+    result = restore.restore(reading, str(tmp_path / "db"), False, lambda: None)
+    reading.close()
+    assert (result.version, result.changes, result.problems) == (7, 2, [])
+    assert result.last_change_ns == CREATED_NS + 5 * 10**9
+    with database.opened(result.path) as connection:
+        rows = connection.execute("SELECT x FROM t").fetchall()
+    assert rows == [("zero",), ("one",), ("zwei\n\U0001f600",)]
+
+
+def test_golden_file_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "node.bkp"
+    path.write_bytes(GOLDEN.read_bytes())
+    support.add_session(f"file://{path}", [support.change(8, "INSERT INTO t VALUES ('three')")])
+    status = FileBackend(f"file://{path}").status()
+    assert (status.version, status.changes, status.version_count) == (8, 4, 5)
+    assert (status.backup_id, status.damage) == (ID.hex(), None)
+    assert path.read_bytes().startswith(GOLDEN.read_bytes().rstrip(b"\0"))
+
+
+# File headers and heads that do not check.
+
+
+def test_every_bit_of_a_file_header_counts() -> None:
+    header = records.encode_header(ID, CREATED_NS, 5)
+    assert records.decode_header(header + b"more") == (ID, 64 + OVERHEAD + 5)
+    for bit in range(len(header) * 8):
+        with pytest.raises(records.HeaderError):
+            records.decode_header(turned(header, bit))
+    for size in range(len(header)):
+        with pytest.raises(records.HeaderError, match="cut off"):
+            records.decode_header(header[:size])
+
+
+@pytest.mark.parametrize("field", [(0, b"\x89CLN backuq\r\n\x1a\n\0"), (16, struct.pack("!I", 3))])
+def test_header_of_another_layout_is_named(field: tuple[int, bytes]) -> None:
+    header = bytearray(records.encode_header(ID, CREATED_NS, 0))
+    header[field[0] : field[0] + len(field[1])] = field[1]
+    header[60:] = struct.pack("!I", zlib.crc32(header[:60]))
+    with pytest.raises(records.HeaderError, match="names layout"):
+        records.decode_header(bytes(header))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, 1, MAX_CHUNK_SIZE - 1, MAX_CHUNK_SIZE, MAX_CHUNK_SIZE + 1, 5 * MAX_CHUNK_SIZE + 7, 6 << 30],
+)
+def test_size_of_the_snapshot_follows_from_log_start(size: int) -> None:
+    _, log_start = records.decode_header(records.encode_header(ID, CREATED_NS, size))
+    assert records.snapshot_size(log_start) == size
+
+
+def turned(data: bytes, bit: int) -> bytes:
+    """``data`` with one bit turned."""
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def a_head(**changes: Any) -> Head:
+    """The head of a change at offset 1000, with ``changes``."""
+    head = BEFORE_FIRST._replace(
+        kind=Kind.CHANGE, flags=records.BUMPS, backup_id=ID, sequence=3, offset=1000, version=8,
+        session=FIRST,
+    )  # fmt: skip
+    return head._replace(**changes)
+
+
+def test_a_head_comes_back() -> None:
+    data = records.encode(a_head(length=5), b"hello")
+    head = records.decode_head(data, 1000, ID)
+    assert head is not None
+    assert head == a_head(length=5, payload_crc=zlib.crc32(b"hello"), crc=head.crc)
+    assert records.decode_head(data[: HEAD.size], 1000, None) == head
+    assert data[HEAD.size :] == b"helloend\n"
+
+
+def test_every_bit_of_a_head_counts() -> None:
+    data = records.encode(a_head(length=5), b"hello")
+    for bit in range(HEAD.size * 8):
+        assert records.decode_head(turned(data, bit), 1000, ID) is None
+    for size in range(HEAD.size):
+        assert records.decode_head(data[:size], 1000, ID) is None
+
+
+def test_head_of_another_place_or_file_is_refused() -> None:
+    data = records.encode(a_head(), b"")
+    assert records.decode_head(data, 1000, ID) is not None
+    assert records.decode_head(data, 1001, ID) is None
+    assert records.decode_head(data, 1000, bytes(16)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        (Kind.SNAPSHOT, MAX_CHUNK_SIZE),
+        (Kind.CHANGE, MAX_CHANGE_SIZE),
+        (Kind.REWIND, 0),
+        (0, -1),
+        (4, -1),
+        (255, -1),
+    ],
+)
+def test_length_over_its_limit_is_refused(kind: int, limit: int) -> None:
+    for length in {0, max(limit, 0), limit + 1, 2**64 - 1}:
+        body = HEAD.pack(*a_head(kind=kind, length=length))[:-4]
+        head = records.decode_head(body + struct.pack("!I", zlib.crc32(body)), 1000, ID)
+        assert (head is not None) == (length <= limit), length
+
+
+# What may follow what.
+
+CHAIN = b"c" * 16
+
+
+def test_what_may_follow() -> None:
+    before = a_head(version=8, changes=4, sequence=3, chain_before=b"b" * 16, chain=CHAIN)
+    good = {
+        "change": a_head(
+            version=9, changes=5, sequence=4, offset=2000, chain_before=CHAIN, chain=b"d" * 16
+        ),
+        "no bump": a_head(
+            version=8, changes=5, sequence=4, offset=2000, chain_before=CHAIN, chain=b"d" * 16,
+            flags=0,
+        ),
+        "rewind": a_head(
+            kind=Kind.REWIND, flags=0, version=7, changes=3, sequence=4, offset=2000,
+            chain_before=CHAIN, chain=b"b" * 16,
+        ),
+    }  # fmt: skip
+    for head in good.values():
+        assert records.follows(before, head, 1000) == ""
+        for name in ("version", "changes", "sequence"):
+            for step in (-1, 1):
+                wrong = head._replace(**{name: getattr(head, name) + step})
+                assert "does not continue" in records.follows(before, wrong, 1000), (head, name)
+        assert records.follows(before, head._replace(chain_before=b"x" * 16), 1000)
+        assert "snapshot" in records.follows(before, head, 3000)
+    assert records.follows(before, good["rewind"]._replace(chain=b"x" * 16), 1000)
+    for last in (
+        before._replace(flags=0),
+        before._replace(kind=Kind.REWIND),
+        before._replace(kind=Kind.SNAPSHOT, flags=records.FINAL),
+    ):
+        assert records.follows(last, good["change"], 1000) == ""
+        assert records.follows(last, good["rewind"], 1000), "cannot be rewound"
+
+
+def test_what_may_come_first() -> None:
+    first = a_head(offset=64, version=1, changes=1, sequence=1, chain=CHAIN)
+    assert records.follows(None, first, 64) == ""
+    assert records.follows(None, first._replace(version=2), 64)
+    assert records.follows(None, first._replace(sequence=2), 64)
+    assert records.follows(None, first._replace(kind=Kind.REWIND, version=0), 64)
+    piece = first._replace(kind=Kind.SNAPSHOT, flags=0, version=7, length=10)
+    assert records.follows(None, piece, piece.end + 1) == ""
+    assert records.follows(None, piece, piece.end), "the last piece is flagged"
+    assert records.follows(None, piece._replace(flags=records.FINAL), piece.end) == ""
+    assert records.follows(None, piece._replace(flags=records.FINAL), piece.end + 1)
+    second = piece._replace(offset=piece.end, flags=records.FINAL)
+    assert records.follows(piece, second, second.end) == ""
+    wrongs: list[dict[str, Any]] = [{"version": 8}, {"chain": EMPTY_CHAIN}, {"sequence": 2}]
+    for wrong in wrongs:
+        assert records.follows(piece, second._replace(**wrong), second.end)
+    assert records.follows(piece, second, piece.end), "a snapshot behind the beginning"
+
+
+# Finding the end.
+
+
+class Image:
+    """A made-up file of records with payloads of given sizes; payloads hold lone markers."""
+
+    def __init__(self, sizes: list[int], zeros: int = 0) -> None:
+        self.heads: list[Head] = []
+        data = records.encode_header(ID, CREATED_NS, 0)
+        for number, size in enumerate(sizes, 1):
+            payload = (records.MARKER + b"payload ") * (size // 12 + 1)
+            head = a_head(offset=len(data), sequence=number, version=number, length=size)
+            data += records.encode(head, payload[:size])
+            found = records.decode_head(data[head.offset :], head.offset, ID)
+            assert found is not None
+            self.heads.append(found)
+        self.end = len(data)
+        self.data = bytearray(data + bytes(zeros))
+
+    def pread(self, offset: int, size: int) -> bytes:
+        assert offset >= 0 and size >= 0
+        return bytes(self.data[offset : offset + size])
+
+    def last(self) -> Head | None:
+        return records.find_last(self.pread, FIRST_RECORD, len(self.data), ID)
+
+    def newest(self) -> tuple[Head | None, Tail]:
+        return records.find_newest(self.pread, len(self.data), ID, FIRST_RECORD)
+
+    def tail(self) -> Tail:
+        """What stands at the last record, were it not valid."""
+        return records.judge_tail(self.pread, self.heads[-1].offset, len(self.data), ID)
+
+
+@pytest.mark.parametrize("window", [125, 127, 128, 130, 200, 256, 511, 1000])
+def test_records_are_found_across_window_borders(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "WINDOW", window)
+    image = Image([0, 3, 50, 200, 1, 0, 0, 431, 12], zeros=300)
+    starts = [head.offset for head in image.heads]
+    for border in range(FIRST_RECORD, len(image.data) + 1):
+        below = [head for head in image.heads if head.offset < border]
+        found = records.find_last(image.pread, FIRST_RECORD, border, ID)
+        assert found == (below[-1] if below else None)
+        above = [head for head in image.heads if head.offset >= border]
+        found = records.find_next(image.pread, border, len(image.data), ID)
+        assert found == (above[0] if above else None)
+    # The other end holds, too.
+    for index, start in enumerate(starts):
+        assert records.find_next(image.pread, start + 1, start + 200, ID) in (
+            None,
+            *image.heads[index + 1 :],
+        )
+        assert records.find_last(image.pread, start + 1, len(image.data), ID) == (
+            image.heads[-1] if index + 1 < len(starts) else None
+        )
+        assert records.find_next(image.pread, FIRST_RECORD, start, ID) == (
+            image.heads[0] if index else None
+        )
+
+
+def test_heads_of_other_files_are_passed_over() -> None:
+    image = Image([10, 10, 300])
+    foreign = records.encode(a_head(offset=image.heads[2].offset + HEAD.size), b"")
+    at = image.heads[2].offset + HEAD.size
+    # A head with the right offset but another id, then a right head at another offset.
+    other = records.encode(a_head(offset=at, backup_id=bytes(16)), b"")
+    for intruder in (other, foreign.replace(ID, bytes(16)), records.encode(a_head(), b"")):
+        image.data[at : at + len(intruder)] = intruder
+        assert image.last() == image.heads[2]
+        assert records.find_next(image.pread, at, len(image.data), ID) is None
+    assert records.find_last(image.pread, 64, len(image.data), None) is not None
+
+
+def test_end_of_an_empty_file() -> None:
+    for zeros in (0, 1, 511, 5000):
+        image = Image([], zeros)
+        assert image.newest() == (None, Tail(TailKind.CLEAN, FIRST_RECORD))
+
+
+def test_snapshot_that_is_missing_is_damage() -> None:
+    image = Image([], zeros=5000)
+    _, tail = records.find_newest(image.pread, len(image.data), ID, FIRST_RECORD + 1000)
+    assert (tail.kind, tail.offset) == (TailKind.DAMAGED, FIRST_RECORD)
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 1000])
+def test_newest_of_a_sound_file(zeros: int) -> None:
+    image = Image([10, 700, 0], zeros)
+    assert image.newest() == (image.heads[-1], Tail(TailKind.CLEAN, image.end))
+
+
+# Judging a tail.
+
+
+@pytest.mark.parametrize("zeros", [0, 4096])
+@pytest.mark.parametrize("size", [0, 1, 30, 400, 2000])
+def test_write_that_stopped_early_is_torn(size: int, zeros: int) -> None:
+    whole = Image([300, size])
+    last = whole.heads[-1]
+    for written in range(1, OVERHEAD + size - len(records.TRAILER)):
+        image = Image([300, size])
+        image.data[last.offset + written :] = bytes(zeros)
+        if written < HEAD.size + size:
+            assert image.tail().kind is TailKind.TORN, written
+            assert image.newest() == (image.heads[0], image.tail())
+
+
+@pytest.mark.parametrize("fill", range(0, SECTOR, 37))
+def test_sector_never_written_is_torn(fill: int) -> None:
+    image = Image([fill, 2000], zeros=1024)
+    last, sound = image.heads[-1], bytes(image.data)
+    for sector in range(last.offset // SECTOR, (last.end - 5) // SECTOR + 1):
+        low, high = max(sector * SECTOR, last.offset), min((sector + 1) * SECTOR, last.end)
+        image.data[:] = sound
+        image.data[low:high] = bytes(high - low)
+        assert image.tail().kind is TailKind.TORN, sector
+        newest, tail = image.newest()
+        assert (newest, tail.kind, tail.offset) == (image.heads[0], TailKind.TORN, last.offset)
+
+
+@pytest.mark.parametrize("fill", range(0, SECTOR, 37))
+def test_acknowledged_record_is_never_taken_for_torn(fill: int) -> None:
+    image = Image([fill, 600], zeros=1024)
+    last, sound = image.heads[-1], bytes(image.data)
+    for at in range(last.offset, last.end - len(records.TRAILER)):
+        for value in {0, sound[at] ^ 0xFF} - {sound[at]}:
+            image.data[:] = sound
+            image.data[at] = value
+            # A byte that is alone in its sector is the sector.
+            alone = at == last.offset and (at + 1) % SECTOR == 0 and not value
+            if not alone:
+                assert image.newest()[1].kind is TailKind.DAMAGED, (at, value)
+
+
+def test_head_that_reaches_into_a_sector_by_zero_bytes_is_no_torn_one() -> None:
+    """The last bytes of a head may be zero, alone of the head in the next sector."""
+    for tries in range(2000):
+        at = SECTOR - HEAD.size + 1  # One byte of the head stands in the second sector.
+        data = records.encode(a_head(offset=at, time_ns=tries, length=100), b"x" * 100)
+        if data[HEAD.size - 1] == 0:
+            break
+    else:
+        pytest.fail("no checksum ends in a zero byte")
+    image = Image([])
+    image.data[:] = bytes(at) + data + bytes(2000)
+    pread, size = image.pread, len(image.data)
+    assert records.decode_head(pread(at, 200), at, ID) is not None
+    for offset in range(at, at + HEAD.size - 1):
+        image.data[offset] ^= 0xFF
+        assert records.judge_tail(pread, at, size, ID).kind is TailKind.DAMAGED, offset
+        image.data[offset] ^= 0xFF
+    # While a head whose second sector was never written is one.
+    image.data[SECTOR : 2 * SECTOR] = bytes(SECTOR)
+    image.data[2 * SECTOR : 2 * SECTOR + 50] = b"y" * 50
+    image.data[at + 50] ^= 0xFF
+    assert records.judge_tail(pread, at, size, ID).kind is TailKind.TORN
+
+
+def test_broken_record_with_a_valid_one_behind_is_damage() -> None:
+    image = Image([20, 1500, 20])
+    broken = image.heads[1]
+    image.data[broken.offset : broken.offset + 600] = bytes(600)
+    tail = records.judge_tail(image.pread, broken.offset, len(image.data), ID)
+    assert (tail.kind, tail.offset) == (TailKind.DAMAGED, broken.offset)
+    assert "others behind it" in tail.reason
+
+
+def test_piece_of_a_snapshot_is_never_torn() -> None:
+    payload = bytes(2000)  # An SQLite file has zero sectors.
+    head = a_head(kind=Kind.SNAPSHOT, offset=FIRST_RECORD, length=2000)
+    data = records.encode_header(ID, CREATED_NS, 2000) + records.encode(head, payload)
+    broken = data.replace(bytes(2000), bytes(1000) + b"\1" + bytes(999))
+
+    def pread(offset: int, size: int) -> bytes:
+        return broken[offset : offset + size]
+
+    assert records.judge_tail(pread, FIRST_RECORD, len(data), ID).kind is TailKind.DAMAGED
+
+
+def test_last_two_records_broken_is_damage() -> None:
+    image = Image([20, 500, 500])
+    for head in image.heads[1:]:
+        image.data[head.offset + HEAD.size + 5] ^= 1
+    newest, tail = image.newest()
+    assert (tail.kind, tail.offset) == (TailKind.DAMAGED, image.heads[1].offset)
+    assert newest == image.heads[1]
+
+
+def test_record_lost_before_a_torn_one_is_damage() -> None:
+    image = Image([20, 500, 500])
+    image.data[image.heads[1].offset + 3] ^= 1
+    del image.data[image.heads[2].offset + 200 :]
+    _, tail = image.newest()
+    assert tail.kind is TailKind.DAMAGED
+
+
+def test_random_tails_lose_no_acknowledged_record() -> None:
+    """Whatever garbage follows, the newest record is found or damage is named."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(300):
+        image = Image([rng.randrange(600) for _ in range(3)])
+        image.data += rng.randbytes(rng.randrange(1, 2000)) + bytes(rng.randrange(1000))
+        newest, tail = image.newest()
+        assert newest == image.heads[-1]
+        assert tail.offset == image.end and tail.kind is not TailKind.CLEAN
+
+
+def test_payload_is_checked_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image([1000])
+    for window in (1, 7, 999, 1000, 1001):
+        monkeypatch.setattr(records, "WINDOW", window)
+        assert records.payload_checks(image.pread, image.heads[0])
+    image.data[FIRST_RECORD + HEAD.size + 999] ^= 1
+    assert not records.payload_checks(image.pread, image.heads[0])
+    del image.data[FIRST_RECORD + HEAD.size + 500 :]
+    assert not records.payload_checks(image.pread, image.heads[0])
