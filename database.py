@@ -81,12 +81,14 @@ def copy(source: str, target: str, progress: Progress | None = None) -> Snapshot
     return Snapshot(target, version)
 
 
-_MISSING_SPACE = re.compile(r"(\b(?:reserved_til|peer_id)=[0-9]+)(WHERE\b)")
+_MISSING_SPACE = re.compile(
+    r"""(?P<literal>'[^']*'|"[^"]*")|(?P<value>\b(?:reserved_til|peer_id)=[0-9]+)(?=WHERE\b)"""
+)
 
 
 def mend(statement: str) -> str:
     """``statement`` with the space that releases of 2020 left out before some WHEREs."""
-    return _MISSING_SPACE.sub(r"\1 \2", statement)
+    return _MISSING_SPACE.sub(lambda m: m["literal"] or f"{m['value']} ", statement)
 
 
 def copy_files(source: str, target: str) -> None:
@@ -263,7 +265,8 @@ class _TableWalk:
     def _sorted(self, connection: sqlite3.Connection) -> Iterator[Row]:
         # Behind the key all columns, so that even NULLs in a key leave one order.
         order = dict.fromkeys([*self._key, *range(len(self._columns))])
-        names = [_quoted(column) for column in self._columns]
+        # Without its table in front, SQLite takes a missing column's name for a text.
+        names = [f"{_quoted(self._table)}.{_quoted(column)}" for column in self._columns]
         return connection.execute(
             f"SELECT {', '.join(names)} FROM {_quoted(self._table)}"
             f" ORDER BY {', '.join(f'{names[i]} COLLATE BINARY' for i in order)}"

@@ -1,0 +1,458 @@
+"""SQLite: copies, data_version, replay as the node's connection did it, checks, comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import database
+from backend import Change, bump
+from database import Replayer
+from errors import DatabaseError
+from tests import support
+
+OFF = ["PRAGMA foreign_keys = OFF;"]
+ON = ["PRAGMA foreign_keys = ON;"]
+FAMILY = [
+    "CREATE TABLE parents (id INTEGER PRIMARY KEY, name TEXT)",
+    "CREATE TABLE children (id INTEGER PRIMARY KEY,"
+    " parent INTEGER REFERENCES parents (id) ON DELETE CASCADE)",
+    "INSERT INTO parents VALUES (1, 'one'), (2, 'two')",
+    "INSERT INTO children VALUES (10, 1), (20, 2)",
+]
+REBUILD = [
+    "CREATE TABLE temp_parents (id INTEGER PRIMARY KEY, name TEXT, added INTEGER)",
+    "INSERT INTO temp_parents SELECT id, name, 0 FROM parents",
+    "DROP TABLE parents",
+    "ALTER TABLE temp_parents RENAME TO parents",
+]
+"""How a schema migration replaces a table that others point to."""
+
+
+def make(path: Path, *statements: str) -> str:
+    """A database at ``path`` after ``statements``, with foreign keys not enforced."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+    return str(path)
+
+
+def rows(path: Path | str, query: str) -> list[tuple[object, ...]]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def versioned(version: int) -> list[str]:
+    return [
+        "CREATE TABLE vars (name TEXT PRIMARY KEY, intval INTEGER)",
+        f"INSERT INTO vars VALUES ('data_version', {version})",
+    ]
+
+
+def replay(path: Path, *calls: Sequence[str]) -> int:
+    """Replay ``calls`` into ``path``; its data_version."""
+    replayer = Replayer(str(path))
+    try:
+        for statements in calls:
+            replayer.apply(Change(0, None, statements))
+    except BaseException:
+        replayer.close()
+        raise
+    return replayer.finish()
+
+
+# data_version and copies
+
+
+@pytest.mark.parametrize(
+    ("statements", "version"),
+    [
+        (versioned(7), 7),
+        (versioned(0), 0),
+        (["CREATE TABLE vars (name TEXT PRIMARY KEY, intval INTEGER)"], 0),
+        (["CREATE TABLE vars (name, intval)", "INSERT INTO vars VALUES ('data_version', NULL)"], 0),
+        (["CREATE TABLE vars (name, val)", "INSERT INTO vars VALUES ('data_version', '9')"], 0),
+        (["CREATE TABLE other (x)"], 0),
+        ([], 0),
+    ],
+)
+def test_data_version(statements: list[str], version: int, tmp_path: Path) -> None:
+    path = make(tmp_path / "node", *statements)
+    assert database.version_of(path) == version
+    if statements:
+        assert database.copy(path, str(tmp_path / "copy")).version == version
+
+
+def test_data_version_of_no_database(tmp_path: Path) -> None:
+    assert database.version_of(str(tmp_path / "missing")) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_version_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"no database " * 1000)
+    with pytest.raises(DatabaseError, match="file is not a database"):
+        database.version_of(str(tmp_path / "text"))
+
+
+@pytest.mark.parametrize("name", ["node", "with space", "per%20cent", "what?mode=memory", "ha#sh"])
+def test_copy(name: str, tmp_path: Path) -> None:
+    source = make(tmp_path / name, *versioned(3), *FAMILY)
+    seen: list[tuple[int, int]] = []
+    target = tmp_path / "copy"
+    found = database.copy(source, str(target), lambda done, total: seen.append((done, total)))
+    assert (found.path, found.version) == (str(target), 3)
+    assert database.compare(source, str(target)) == []
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "copy"])
+
+
+def test_copy_reports_progress_on_the_way(tmp_path: Path) -> None:
+    source = make(tmp_path / "node", "CREATE TABLE t (x)")
+    make(tmp_path / "node", "INSERT INTO t VALUES (zeroblob(10000000))")
+    seen: list[int] = []
+    database.copy(source, str(tmp_path / "copy"), lambda done, _total: seen.append(done))
+    assert seen == sorted(seen)
+    assert len(seen) >= 3
+
+
+def test_copy_of_a_wal_that_was_never_written_back(tmp_path: Path) -> None:
+    source = make(tmp_path / "node", *versioned(1), "PRAGMA journal_mode = WAL")
+    with contextlib.closing(sqlite3.connect(source, isolation_level=None)) as connection:
+        connection.execute("UPDATE vars SET intval = 2")
+        # Still open: what it wrote is in the WAL alone.
+        found = database.copy(source, str(tmp_path / "copy"))
+        assert found.version == 2
+        assert rows(tmp_path / "copy", "SELECT intval FROM vars") == [(2,)]
+
+
+def test_copy_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"no database " * 1000)
+    with pytest.raises(DatabaseError, match="text: SQLite says: file is not a database"):
+        database.copy(str(tmp_path / "text"), str(tmp_path / "copy"))
+    with pytest.raises(DatabaseError, match="unable to open"):
+        database.copy(str(tmp_path / "missing"), str(tmp_path / "copy"))
+
+
+# Replay
+
+
+def test_replay_from_nothing(tmp_path: Path) -> None:
+    calls = support.first_changes(20)
+    replayer = Replayer(str(tmp_path / "there"))
+    for version, statements in calls:
+        replayer.apply(Change(version, None, statements))
+    assert replayer.finish() == 20
+    support.apply_calls(tmp_path / "node", calls)
+    assert database.compare(str(tmp_path / "node"), str(tmp_path / "there")) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["node", "there"]
+
+
+def test_replay_enforces_foreign_keys_as_the_node_does(tmp_path: Path) -> None:
+    path = tmp_path / "there"
+    replay(path, FAMILY, ["DELETE FROM parents WHERE id = 1"])
+    assert rows(path, "SELECT id FROM children") == [(20,)]
+    with pytest.raises(DatabaseError, match="FOREIGN KEY"):
+        replay(path, ["INSERT INTO children VALUES (30, 99)"])
+
+
+def test_drop_table_cascades_unless_foreign_keys_are_off(tmp_path: Path) -> None:
+    replay(tmp_path / "on", FAMILY, REBUILD)
+    assert rows(tmp_path / "on", "SELECT id FROM children") == []
+    replay(tmp_path / "off", FAMILY, OFF, REBUILD, ON)
+    assert rows(tmp_path / "off", "SELECT id FROM children") == [(10,), (20,)]
+
+
+def test_off_holds_for_exactly_one_change(tmp_path: Path) -> None:
+    # The session that sent OFF ended before it sent ON: the next one began with ON.
+    replay(tmp_path / "there", FAMILY, OFF, REBUILD, ["DELETE FROM parents WHERE id = 1"])
+    assert rows(tmp_path / "there", "SELECT id FROM children") == [(20,)]
+
+
+def test_on_ends_off_before_any_change(tmp_path: Path) -> None:
+    replay(tmp_path / "there", FAMILY, OFF, ON, ["DELETE FROM parents WHERE id = 1"])
+    assert rows(tmp_path / "there", "SELECT id FROM children") == [(20,)]
+
+
+def test_a_pragma_inside_a_transaction_has_no_effect_there(tmp_path: Path) -> None:
+    # As on the node, whose every other call is one transaction.
+    calls = [*OFF, "DELETE FROM parents WHERE id = 1"]
+    replay(tmp_path / "there", FAMILY, calls)
+    assert rows(tmp_path / "there", "SELECT id FROM children") == [(20,)]
+
+
+@pytest.mark.parametrize(
+    ("statements", "reason"),
+    [
+        (["INSERT INTO nowhere VALUES (1)"], "no such table: nowhere"),
+        (["INSERT INTO parents VALUES (1, 'again')"], "UNIQUE constraint failed"),
+        (["SELECT 1; SELECT 2"], "one statement at a time"),
+        (["COMMIT", "SELECT 1"], "no transaction is active"),
+        (["SELECT ?"], "binding"),
+    ],
+)
+def test_a_statement_that_fails_names_its_version(
+    statements: list[str], reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "there"
+    replay(path, FAMILY)
+    replayer = Replayer(str(path))
+    with pytest.raises(DatabaseError) as caught:
+        replayer.apply(Change(4711, None, ["INSERT INTO parents VALUES (3, 'x')", *statements]))
+    replayer.close()
+    text = str(caught.value)
+    assert text.startswith(f"{path}: the change to version 4711 does not replay: ")
+    assert reason in text
+    assert repr(statements[-1])[1:20] in text
+    if statements[0] != "COMMIT":
+        assert rows(path, "SELECT id FROM parents") == [(1,), (2,)]
+
+
+def test_replay_of_a_wal_database_leaves_it_one(tmp_path: Path) -> None:
+    for name, mode in (("wal", "wal"), ("plain", "delete")):
+        path = tmp_path / name
+        make(path, f"PRAGMA journal_mode = {mode}", *versioned(1))
+        assert replay(path, ["INSERT INTO vars VALUES ('x', 1)", bump(2)]) == 2
+        assert rows(path, "PRAGMA journal_mode") == [(mode,)]
+        assert rows(path, "SELECT count(*) FROM vars") == [(2,)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "wal"]
+
+
+def test_replay_holds_every_kind_of_value(tmp_path: Path) -> None:
+    text = "quotes '' -- /* \n \r \t \x01 é 😀 \ufffe"
+    insert = f"INSERT INTO t VALUES (1, '{text}', x'00ff27', 9223372036854775807, -0.5, NULL)"
+    replay(tmp_path / "there", ["CREATE TABLE t (a, b, c, d, e, f)", insert])
+    found = rows(tmp_path / "there", "SELECT b, c, d, e, f FROM t")
+    assert found == [(text.replace("''", "'"), b"\x00\xff'", 2**63 - 1, -0.5, None)]
+
+
+# Checks
+
+
+def test_check_of_a_sound_database(tmp_path: Path) -> None:
+    assert database.check(make(tmp_path / "node", *FAMILY)) == []
+
+
+def test_check_names_rows_that_point_nowhere(tmp_path: Path) -> None:
+    path = make(tmp_path / "node", *FAMILY, "DELETE FROM parents WHERE id = 2")
+    (problem,) = database.check(path)
+    assert problem == "foreign_key_check: row 20 of children points to no row of parents"
+
+
+def test_check_limits_what_it_names(tmp_path: Path) -> None:
+    path = make(tmp_path / "node", *FAMILY, "DELETE FROM parents")
+    make(tmp_path / "node", *(f"INSERT INTO children VALUES ({n}, 9)" for n in range(100, 150)))
+    assert len(database.check(path)) == database.MAX_REPORTED
+
+
+def test_integrity_problems_of_a_broken_page(tmp_path: Path) -> None:
+    path = make(tmp_path / "node", "CREATE TABLE t (x)", "CREATE INDEX i ON t (x)")
+    make(tmp_path / "node", "INSERT INTO t VALUES ('in the table and in the index')")
+    assert database.integrity_problems(path) == []
+    data = bytearray(Path(path).read_bytes())
+    at = data.index(b"in the index")
+    data[at : at + 12] = b"in XXX index"
+    Path(path).write_bytes(data)
+    assert database.integrity_problems(path)[0].startswith("integrity_check: ")
+    data[5000:9000] = bytes(4000)
+    Path(path).write_bytes(data)
+    assert database.integrity_problems(path)[0].startswith("integrity_check: ")
+
+
+# Comparison: every pair below differs in one thing, which is found and named
+
+TABLE = "CREATE TABLE t (id INTEGER PRIMARY KEY, a, b)"
+INSERT = "INSERT INTO t VALUES"
+
+PAIRS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "a row missing in the second": (
+        [TABLE, f"{INSERT} (1, 'x', NULL), (2, 'y', NULL)"],
+        [TABLE, f"{INSERT} (1, 'x', NULL)"],
+        ["table t: the row with id = 2 is only in the first"],
+    ),
+    "a row missing in the first": (
+        [TABLE, f"{INSERT} (3, 'x', NULL)"],
+        [TABLE, f"{INSERT} (1, 'w', 0), (3, 'x', NULL)"],
+        ["table t: the row with id = 1 is only in the second"],
+    ),
+    "one byte of a blob": (
+        [TABLE, f"{INSERT} (1, x'{'00' * 100}', 2)"],
+        [TABLE, f"{INSERT} (1, x'{'00' * 99}01', 2)"],
+        ["table t: in the row with id = 1, a is 000"],
+    ),
+    "a number and its text": (
+        [TABLE, f"{INSERT} (1, 5, 2)"],
+        [TABLE, f"{INSERT} (1, '5', 2)"],
+        ["table t: in the row with id = 1, a is 5 in the first and '5' in the second"],
+    ),
+    "a text and its bytes": (
+        [TABLE, f"{INSERT} (1, 'A', 2)"],
+        [TABLE, f"{INSERT} (1, x'41', 2)"],
+        ["table t: in the row with id = 1, a is 'A' in the first and 41 in the second"],
+    ),
+    "NULL and 0": (
+        [TABLE, f"{INSERT} (1, 'A', NULL)"],
+        [TABLE, f"{INSERT} (1, 'A', 0)"],
+        ["table t: in the row with id = 1, b is None in the first and 0 in the second"],
+    ),
+    "an integer and a real": (
+        ["CREATE TABLE t (id INTEGER PRIMARY KEY, a BLOB)", f"{INSERT} (1, 1)"],
+        ["CREATE TABLE t (id INTEGER PRIMARY KEY, a BLOB)", f"{INSERT} (1, 1.0)"],
+        ["table t: in the row with id = 1, a is 1 in the first and 1.0 in the second"],
+    ),
+    "large integers that are equal as reals": (
+        [TABLE, f"{INSERT} (1, 9007199254740993, 0)"],
+        [TABLE, f"{INSERT} (1, 9007199254740992, 0)"],
+        ["table t: in the row with id = 1, a is 9007199254740993 in the first"],
+    ),
+    "a table only in the first": (
+        [TABLE, "CREATE TABLE u (x)"],
+        [TABLE],
+        ["table u is only in the first"],
+    ),
+    "an index only in the second": (
+        [TABLE],
+        [TABLE, "CREATE INDEX i ON t (a)"],
+        ["index i is only in the second"],
+    ),
+    "another definition": (
+        [TABLE],
+        [TABLE.replace("b)", "b NOT NULL)")],
+        ["table t has another definition"],
+    ),
+    "a column more": (
+        [TABLE, f"{INSERT} (1, 2, 3)"],
+        ["CREATE TABLE t (id INTEGER PRIMARY KEY, a, b, c)", f"{INSERT} (1, 2, 3, 4)"],
+        ["table t has another definition"],
+    ),
+    "one duplicate fewer": (
+        ["CREATE TABLE t (a, b)", f"{INSERT} (1, 2), (1, 2), (1, 2)"],
+        ["CREATE TABLE t (a, b)", f"{INSERT} (1, 2), (1, 2)"],
+        ["table t: the row with a = 1, b = 2 is only in the first"],
+    ),
+    "without a key": (
+        ["CREATE TABLE t (a, b)", f"{INSERT} (NULL, x'02'), ('z', 2)"],
+        ["CREATE TABLE t (a, b)", f"{INSERT} (NULL, x'03'), ('z', 2)"],
+        ["the row with a = None, b = 02 is only in the", "a = None, b = 03 is only in the second"],
+    ),
+    "NULL in a key": (
+        ["CREATE TABLE t (k TEXT PRIMARY KEY, a)", f"{INSERT} (NULL, 1), (NULL, 2), ('x', 3)"],
+        ["CREATE TABLE t (k TEXT PRIMARY KEY, a)", f"{INSERT} (NULL, 1), (NULL, 4), ('x', 3)"],
+        ["table t: in the row with k = None, a is 2 in the first and 4 in the second"],
+    ),
+    "WITHOUT ROWID": (
+        [
+            "CREATE TABLE t (a, b, c, PRIMARY KEY (b, a)) WITHOUT ROWID",
+            f"{INSERT} (1, 2, 'x'), (2, 1, 'y')",
+        ],
+        [
+            "CREATE TABLE t (a, b, c, PRIMARY KEY (b, a)) WITHOUT ROWID",
+            f"{INSERT} (1, 2, 'x'), (2, 1, 'z')",
+        ],
+        ["table t: in the row with b = 1, a = 2, c is 'y' in the first and 'z' in the second"],
+    ),
+    "a trigger": (
+        [TABLE, "CREATE TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END"],
+        [TABLE, "CREATE TRIGGER g AFTER INSERT ON t BEGIN SELECT 2; END"],
+        ["trigger g has another definition"],
+    ),
+    "AUTOINCREMENT's counter": (
+        [
+            "CREATE TABLE t (id INTEGER PRIMARY KEY AUTOINCREMENT)",
+            f"{INSERT} (1), (9)",
+            "DELETE FROM t WHERE id = 9",
+        ],
+        ["CREATE TABLE t (id INTEGER PRIMARY KEY AUTOINCREMENT)", f"{INSERT} (1)"],
+        ["table sqlite_sequence"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_compare(name: str, tmp_path: Path) -> None:
+    left, right, expected = PAIRS[name]
+    first, second = make(tmp_path / "1", *left), make(tmp_path / "2", *right)
+    found = database.compare(first, second)
+    for text in expected:
+        assert any(text in line for line in found), found
+    assert len(found) <= 2, found
+    assert len(database.compare(second, first)) == len(found)
+    assert database.compare(first, first) == database.compare(second, second) == []
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_compare_does_not_care_for_the_order_of_insertion(name: str, tmp_path: Path) -> None:
+    statements = PAIRS[name][0]
+    first = make(tmp_path / "1", *statements)
+    second = make(tmp_path / "2", *(s for s in statements if s.startswith("CREATE")))
+    tables = [
+        table for (table,) in rows(first, "SELECT name FROM sqlite_master WHERE type='table'")
+    ]
+    with contextlib.closing(sqlite3.connect(second, isolation_level=None)) as connection:
+        connection.execute("ATTACH ? AS other", (first,))
+        for table in map(str, tables):
+            if not table.startswith("sqlite_"):
+                order = "rowid DESC" if "WITHOUT" not in statements[0] else "a DESC"
+                connection.execute(
+                    f"INSERT INTO {table} SELECT * FROM other.{table} ORDER BY {order}"
+                )
+        if "sqlite_sequence" in tables:
+            connection.execute("UPDATE sqlite_sequence SET seq = 9")
+    assert database.compare(first, second) == []
+
+
+def test_compare_sorts_as_sqlite_does(tmp_path: Path) -> None:
+    values = [
+        *("NULL", "-1", "0", "0.5", "1", "9007199254740992", "9007199254740993", "1e300"),
+        *("''", "'A'", "'B'", "'a'", "'é'", "'\uffff'", "'😀'", "x''", "x'00'", "x'ff'"),
+    ]
+    table = "CREATE TABLE t (k PRIMARY KEY, a)"
+    inserts = [f"INSERT INTO t VALUES ({value}, {n})" for n, value in enumerate(values)]
+    whole = make(tmp_path / "whole", table, *inserts)
+    for missing in range(len(values)):
+        path = tmp_path / f"without-{missing}"
+        part = make(path, table, *(s for n, s in enumerate(inserts) if n != missing))
+        for pair in ((whole, part), (part, whole)):
+            assert len(database.compare(*pair)) == 1, values[missing]
+
+
+def test_compare_with_a_collation_of_the_column(tmp_path: Path) -> None:
+    table = "CREATE TABLE t (k TEXT PRIMARY KEY COLLATE NOCASE, a)"
+    keys = ["b", "A", "c", "B2", "_", "Z", "a2"]
+    inserts = [f"INSERT INTO t VALUES ('{key}', 1)" for key in keys]
+    whole = make(tmp_path / "whole", table, *inserts)
+    assert database.compare(whole, make(tmp_path / "again", table, *reversed(inserts))) == []
+    part = make(tmp_path / "part", table, *inserts[1:])
+    assert len(database.compare(whole, part)) == 1
+
+
+def test_compare_names_a_limited_number(tmp_path: Path) -> None:
+    inserts = [f"{INSERT} ({n}, 1, 2)" for n in range(100)]
+    first, second = make(tmp_path / "1", TABLE, *inserts), make(tmp_path / "2", TABLE)
+    assert 0 < len(database.compare(first, second)) <= 2 * database.MAX_REPORTED
+
+
+def test_compare_with_odd_names(tmp_path: Path) -> None:
+    table = 'CREATE TABLE "my ""odd"" table" ("a b" PRIMARY KEY, "select")'
+    first = make(tmp_path / "1", table, 'INSERT INTO "my ""odd"" table" VALUES (1, 2)')
+    second = make(tmp_path / "2", table)
+    (difference,) = database.compare(first, second)
+    assert "a b = 1 is only in the first" in difference
+    assert database.compare(first, first) == []
+
+
+def test_compare_of_text_that_is_not_utf8(tmp_path: Path) -> None:
+    for name, byte in (("1", "80"), ("2", "80"), ("3", "81")):
+        make(tmp_path / name, TABLE, f"{INSERT} (1, CAST(x'41{byte}' AS TEXT), 0)")
+    assert database.compare(str(tmp_path / "1"), str(tmp_path / "2")) == []
+    assert len(database.compare(str(tmp_path / "1"), str(tmp_path / "3"))) == 1
+
+
+def test_compare_leaves_both_as_they_are(tmp_path: Path) -> None:
+    first, second = make(tmp_path / "1", *FAMILY), make(tmp_path / "2", TABLE)
+    before = support.contents(tmp_path)
+    database.compare(first, second)
+    assert support.contents(tmp_path) == before
