@@ -208,7 +208,7 @@ def leave_last(hook: Hook) -> None:
     while True:
         now = time.monotonic()
         others = other_plugins()
-        if others or hook.calls != calls:
+        if others or hook.calls != calls or hook.lock.locked():
             alone_since, calls = now, hook.calls
         limit_s = LEAVE_AFTER_S if others is not None else LEAVE_BLIND_AFTER_S
         if now - started > limit_s or (others == [] and now - alone_since > ALONE_FOR_S):

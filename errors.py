@@ -95,14 +95,24 @@ class Damaged(BackupError):
     Attributes:
         last_good: data_version of the last change before the damage.
         lost: what is known of the versions behind it, in words.
+        newest: the newest version seen behind it, or None.
     """
 
-    def __init__(self, path: str, offset: int, reason: str, last_good: int, lost: str) -> None:
+    def __init__(
+        self,
+        path: str,
+        offset: int,
+        reason: str,
+        last_good: int,
+        lost: str,
+        newest: int | None = None,
+    ) -> None:
         self.path = path
         self.offset = offset
         self.reason = reason
         self.last_good = last_good
         self.lost = lost
+        self.newest = newest
         super().__init__(
             f"The backup {path} is damaged at offset {offset}: {reason};"
             f" it is good up to version {last_good}, {lost}.",

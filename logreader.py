@@ -163,7 +163,7 @@ class LogReader:
             lost = "and whether a later one is lost cannot be told"
         else:
             lost = f"versions {good + 1} to {newest.version} stand behind the damage"
-        return Damaged(self.path, offset, reason, good, lost)
+        return Damaged(self.path, offset, reason, good, lost, newest.version if newest else None)
 
     def _newest_anywhere(self) -> Head | None:
         start = records.FIRST_RECORD

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import backup
 import database
 from tests import support
 from tests.support import CLI, Call, PluginProcess, change, first_changes
@@ -543,6 +544,44 @@ def test_shutdown_does_not_wait_for_ever(settings: str, node_dir: Path, filled: 
         found.plugin.send("shutdown", {}, notification=True)
         leaves(found)
         assert len(found.looks()) > 1
+
+
+class Gone(Exception):
+    """In place of the end of the process."""
+
+
+@pytest.mark.parametrize(
+    ("busy", "what"),
+    [(3.0, "nothing"), (3.0, "plugin"), (3.0, "call"), (3.0, "hook"), (30.0, "plugin")],
+)
+def test_when_it_leaves(busy: float, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second after the last sign of life of ``what``, by a clock of the test's own."""
+    hook = backup.Hook()
+    clock = [100.0]
+
+    def sleep(duration_s: float) -> None:
+        clock[0] += duration_s
+        active = clock[0] < 100 + busy
+        if what == "call" and active:
+            hook.calls += 1
+        if what == "hook" and active != hook.lock.locked():
+            hook.lock.acquire() if active else hook.lock.release()
+
+    def leave(code: int) -> None:
+        raise Gone(code)
+
+    def others() -> list[int]:
+        return [4711] if what == "plugin" and clock[0] < 100 + busy else []
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(backup, "other_plugins", others)
+    with pytest.raises(Gone, match="0"):
+        backup.leave_last(hook)
+    stayed_s = clock[0] - 100
+    expected_s = 0.5 if what == "nothing" else min(busy + 0.5, 20.0)
+    assert expected_s - 0.1 < stayed_s < expected_s + 0.2
 
 
 def test_no_shutdown_no_leaving(node_dir: Path, filled: Path) -> None:
