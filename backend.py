@@ -5,12 +5,14 @@ from __future__ import annotations
 import enum
 import hashlib
 import logging
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from errors import InvalidChange, LostState, OutOfDate
 
+RELEASE = "1.0.0"
 log = logging.getLogger("backup")
 NOTICE = 25
 """Log level between INFO and WARNING, as syslog has it."""
@@ -169,10 +171,12 @@ class Snapshot:
     Attributes:
         path: the file, which nobody changes meanwhile.
         version: its data_version.
+        chain: names the history that begins with it: random.
     """
 
     path: str
     version: int
+    chain: bytes = field(default_factory=lambda: secrets.token_bytes(CHAIN_SIZE))
 
 
 @dataclass(slots=True)

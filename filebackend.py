@@ -15,7 +15,6 @@ import durable
 import layout1
 import records
 from backend import (
-    CHAIN_SIZE,
     Backend,
     Change,
     Reading,
@@ -61,7 +60,7 @@ def write_log(path: str, snapshot: Snapshot | None) -> None:
             begin = BEFORE_FIRST._replace(
                 version=snapshot.version,
                 time_ns=time.time_ns(),
-                chain=secrets.token_bytes(CHAIN_SIZE),  # A new snapshot begins a history.
+                chain=snapshot.chain,
             )
             writer.add_snapshot(snapshot.path, begin)
         writer.finish()
@@ -243,6 +242,8 @@ class FileBackend(Backend):
                 flags=records.BUMPS if change.bumps else 0,
                 version=change.version,
                 changes=before.changes + 1,
+                time_ns=time.time_ns(),
+                session=self._session,
                 chain_before=before.chain,
                 chain=chain_after(before.chain, change.version, change.payload),
             ),
@@ -259,11 +260,46 @@ class FileBackend(Backend):
                 flags=0,
                 version=before.version - 1,
                 changes=before.changes - 1,
+                time_ns=time.time_ns(),
+                session=self._session,
                 chain_before=before.chain,
                 chain=before.chain_before,
             ),
             b"",
         )
+
+    def add_record(self, head: Head, payload: bytes) -> None:
+        """Store a change or a rewind as another log holds it; returns when it is durable.
+
+        Args:
+            head: continues this log: its chain before is this log's, and the version rule
+                holds.
+        """
+        before = self._newest
+        assert head.chain_before == before.chain, "the chain is compared first"
+        self._append(
+            before._replace(
+                kind=head.kind,
+                flags=head.flags,
+                version=head.version,
+                changes=before.changes + (1 if head.kind == Kind.CHANGE else -1),
+                time_ns=head.time_ns,
+                session=head.session,
+                chain_before=head.chain_before,
+                chain=head.chain,
+            ),
+            payload,
+        )
+
+    @property
+    def newest(self) -> Head:
+        """Head of the last record; records.BEFORE_FIRST if there is none."""
+        return self._newest
+
+    @property
+    def size(self) -> int:
+        """Offset of the log's end."""
+        return self._end
 
     def is_last(self, change: Change) -> bool:
         """Whether ``change`` is, by content, the last record: a repeat of it is known."""
@@ -288,8 +324,6 @@ class FileBackend(Backend):
         head = head._replace(
             sequence=head.sequence + 1,
             offset=self._end,
-            time_ns=time.time_ns(),
-            session=self._session,
             length=len(payload),
         )
         try:

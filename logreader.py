@@ -107,7 +107,9 @@ class LogReader:
     def __iter__(self) -> Iterator[tuple[Head, bytes]]:
         while (record := self._next()) is not None:
             head, payload = record
-            problem = records.follows(self.last, head, self._log_start_for(head))
+            # Without the file header each record is taken at its own word.
+            log_start = self.log_start or records.log_start_by(head)
+            problem = records.follows(self.last, head, log_start)
             if head.kind == Kind.CHANGE and not problem:
                 chain = chain_after(head.chain_before, head.version, payload)
                 problem = "" if chain == head.chain else "its content does not match its chain"
@@ -120,14 +122,6 @@ class LogReader:
             self.damage = self.as_damage(self.tail.offset, self.tail.reason)
         elif self.position < (self.log_start or 0):
             self.damage = self.as_damage(self.position, "the rest of the snapshot is missing")
-
-    def _log_start_for(self, head: Head) -> int:
-        if self.log_start is not None:
-            return self.log_start
-        # The file header is lost: each record is taken at its own word.
-        if head.kind != Kind.SNAPSHOT:
-            return head.offset
-        return head.end if head.flags & records.FINAL else head.end + 1
 
     def _next(self) -> tuple[Head, bytes] | None:
         """The record at ``position``; None at the end, where ``tail`` is then set."""

@@ -1,4 +1,4 @@
-"""Wire protocol 1: packets to bytes and back. No sockets here: bytes in, events out.
+"""Wire protocols 1 and 2: packets to bytes and back. No sockets here: bytes in, events out.
 
 A packet, all numbers big-endian and unsigned:
 
@@ -6,6 +6,8 @@ A packet, all numbers big-endian and unsigned:
          0     1  type     see below
          1     4  length   of the payload
          5     n  payload
+
+Protocol 1:
 
     type  name          from    payload                                      answer
       01  CHANGE        client  version u32, zlib(statements joined by NUL)  ACK or NACK
@@ -26,6 +28,42 @@ before. A REWIND names the server's prev_version: one step only. The client may 
 packets of a RESTORE. prev_version is the version before the last change; it equals
 version where nothing can be rewound. version_count is the number of changes since the
 snapshot, and one for the snapshot.
+
+Protocol 2 begins on a connection when the client sends REQ_METADATA with the payload
+``protocol u32 = 2`` and the server answers METADATA with protocol 2; a server of protocol 1
+ignores the payload and answers as always. From then on, in place of CHANGE, SNAPSHOT and
+REWIND:
+
+    type  name      from    payload                                          answer
+      10  RECORD    both    a record, compressed                             ACK or NACK
+      11  COMING    server  bytes u64: size of the log to come
+      06  ACK       server  version u32, chain 16 bytes, that are now stored
+      07  NACK      server  version u32 of the backup, code u16, text in UTF-8
+      08  METADATA  server  as in protocol 1 with protocol = 2, then: backup id 16 bytes,
+                            sequence u64, chain before 16, chain 16, session 16,
+                            time u64 (ns), size of the log u64, the server's name and
+                            version in UTF-8
+
+A record is what file layout 2 (records.py) stores, and its fields mean the same:
+
+    offset  size  field         meaning
+         0     1  kind          1 snapshot, 2 change, 3 rewind
+         1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot
+         2     4  data_version
+         6     8  sequence      in a restore; 0 from a client
+        14     4  payload crc
+        18     8  time
+        26    16  session
+        42    16  chain before  what the receiver must have
+        58    16  chain         what it has then
+        74     n  payload
+
+The records of one direction of one connection are one raw deflate stream, with a sync
+flush after each: it keeps its window, and a new connection begins with a new one. A
+snapshot's pieces are records of at most 1 MiB; only the last is answered. RESTORE is
+answered by COMING, the log's records as they stand, rewinds included, and DONE; or by
+NACK where the log is damaged. A client appends only onto the chain it knows; once another
+session has written, every record of the session before gets a NACK.
 """
 
 from __future__ import annotations
@@ -36,18 +74,26 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, Change
+from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, Change, chain_after
 from errors import BackupError
+from records import BEFORE_FIRST, MAX_LENGTH, Head, Kind
 
-PROTOCOL = 1
+NEWEST = 2
+"""The newest protocol spoken here."""
 HEADER = struct.Struct("!BI")
 VERSION = struct.Struct("!I")
 METADATA = struct.Struct("!IIIQ")
+DETAILS = struct.Struct("!16sQ16s16s16sQQ")
+NACK = struct.Struct("!IH")
+ACK = struct.Struct("!I16s")
+COMING = struct.Struct("!Q")
+RECORD = struct.Struct("!BBIQIQ16s16s16s")
 MAX_PACKET_SIZE = 2**32 - 1
 """A packet's length is a u32."""
 MAX_SNAPSHOT_SIZE = 1 << 40
 """Bytes that a SNAPSHOT may inflate to."""
 MAX_TEXT_SIZE = 1 << 16
+MAX_NACK_TEXT = 4096
 _MAX_CHANGE_PACKET = VERSION.size + MAX_CHANGE_SIZE + MAX_CHANGE_SIZE // 1000 + 64
 """zlib adds less than a thousandth to what it cannot compress."""
 _GREATEST_RATIO = 1032
@@ -68,6 +114,8 @@ class PacketType(enum.IntEnum):
     DONE = 9
     COMPACT = 10
     COMPACT_RES = 11
+    RECORD = 16
+    COMING = 17
 
 
 TO_SERVER: Mapping[int, int] = {
@@ -78,6 +126,7 @@ TO_SERVER: Mapping[int, int] = {
     PacketType.RESTORE: MAX_TEXT_SIZE,
     PacketType.ACK: VERSION.size,
     PacketType.COMPACT: MAX_TEXT_SIZE,
+    PacketType.RECORD: _MAX_CHANGE_PACKET,
 }
 """What a server accepts: packet type to the greatest length."""
 TO_CLIENT: Mapping[int, int] = {
@@ -88,6 +137,8 @@ TO_CLIENT: Mapping[int, int] = {
     PacketType.METADATA: MAX_TEXT_SIZE,
     PacketType.DONE: MAX_TEXT_SIZE,
     PacketType.COMPACT_RES: MAX_TEXT_SIZE,
+    PacketType.RECORD: _MAX_CHANGE_PACKET,
+    PacketType.COMING: COMING.size,
 }
 """What a client accepts: packet type to the greatest length."""
 
@@ -115,13 +166,53 @@ class SnapshotPart(NamedTuple):
 Event = Packet | SnapshotPart
 
 
+class Details(NamedTuple):
+    """What METADATA carries in protocol 2; the fields are those of the last record.
+
+    Attributes:
+        size: bytes of the log.
+        server: its name and version.
+    """
+
+    backup_id: bytes
+    sequence: int
+    chain_before: bytes
+    chain: bytes
+    session: bytes
+    time_ns: int
+    size: int
+    server: str
+
+
 class Metadata(NamedTuple):
-    """The answer to REQ_METADATA."""
+    """The answer to REQ_METADATA; ``details`` in protocol 2 only."""
 
     protocol: int
     version: int
     prev_version: int
     version_count: int
+    details: Details | None = None
+
+
+class NackCode(enum.IntEnum):
+    """Why a server of protocol 2 refuses."""
+
+    OTHER = 0
+    OUT_OF_DATE = 1
+    LOST_STATE = 2
+    TAKEN_OVER = 3
+    OTHER_HISTORY = 4
+    OLD_SNAPSHOT = 5
+    INVALID = 6
+    DAMAGED = 7
+
+
+class Nack(NamedTuple):
+    """The content of a NACK; protocol 1 has at most the version."""
+
+    version: int | None
+    code: NackCode
+    text: str
 
 
 def encode(kind: PacketType, payload: bytes = b"") -> bytes:
@@ -136,8 +227,12 @@ def encode_version(kind: PacketType, version: int) -> bytes:
 
 def encode_change(change: Change) -> bytes:
     """The CHANGE packet of a transaction."""
-    data = zlib.compress(change.payload)
-    return encode(PacketType.CHANGE, VERSION.pack(change.version) + data)
+    return encode_payload(change.version, change.payload)
+
+
+def encode_payload(version: int, payload: bytes) -> bytes:
+    """The CHANGE packet of a transaction's payload."""
+    return encode(PacketType.CHANGE, VERSION.pack(version) + zlib.compress(payload))
 
 
 def snapshot_header(version: int, compressed_size: int) -> bytes:
@@ -157,17 +252,52 @@ def snapshot_header(version: int, compressed_size: int) -> bytes:
 
 def encode_metadata(metadata: Metadata) -> bytes:
     """The METADATA packet."""
-    return encode(PacketType.METADATA, METADATA.pack(*metadata))
+    payload = METADATA.pack(*metadata[:4])
+    if metadata.details is not None:
+        payload += DETAILS.pack(*metadata.details[:-1]) + metadata.details.server.encode()
+    return encode(PacketType.METADATA, payload)
 
 
 def decode_metadata(payload: bytes) -> Metadata:
-    """The content of a METADATA packet; ProtocolError if it is none of protocol 1."""
-    if len(payload) != METADATA.size:
+    """The content of a METADATA packet; ProtocolError if it is none that is known here."""
+    if len(payload) < METADATA.size:
         raise ProtocolError(f"METADATA of {len(payload)} bytes in place of {METADATA.size}.")
-    metadata = Metadata._make(METADATA.unpack(payload))
-    if metadata.protocol != PROTOCOL:
-        raise ProtocolError(f"The server speaks protocol {metadata.protocol}, not {PROTOCOL}.")
-    return metadata
+    metadata = Metadata(*METADATA.unpack_from(payload))
+    rest = payload[METADATA.size :]
+    if metadata.protocol == 1 and not rest:
+        return metadata
+    if metadata.protocol != 2 or len(rest) < DETAILS.size:
+        raise ProtocolError(f"METADATA of protocol {metadata.protocol} is not known here.")
+    server = rest[DETAILS.size :].decode(errors="replace")
+    return metadata._replace(details=Details._make((*DETAILS.unpack_from(rest), server)))
+
+
+def encode_request_metadata() -> bytes:
+    """The REQ_METADATA packet that offers protocol 2."""
+    return encode(PacketType.REQ_METADATA, VERSION.pack(NEWEST))
+
+
+def agreed_protocol(payload: bytes) -> int:
+    """The protocol that a REQ_METADATA with ``payload`` leads to."""
+    if len(payload) < VERSION.size:
+        return 1
+    return min(NEWEST, max(1, decode_version(payload[: VERSION.size])))
+
+
+def encode_nack(nack: Nack) -> bytes:
+    """The NACK packet of protocol 2."""
+    text = nack.text.encode()[:MAX_NACK_TEXT]
+    return encode(PacketType.NACK, NACK.pack(nack.version or 0, nack.code) + text)
+
+
+def decode_nack(payload: bytes) -> Nack:
+    """The content of a NACK of either protocol."""
+    if len(payload) < NACK.size:
+        version = decode_version(payload) if len(payload) == VERSION.size else None
+        return Nack(version, NackCode.OTHER, "")
+    version, code = NACK.unpack_from(payload)
+    known = NackCode(code) if code in NackCode._value2member_map_ else NackCode.OTHER
+    return Nack(version, known, payload[NACK.size :].decode(errors="replace"))
 
 
 def decode_version(payload: bytes) -> int:
@@ -231,6 +361,69 @@ class Inflater:
         """Check that the stream is complete and its checksum matched."""
         if not self._zlib.eof:
             raise ProtocolError("Compressed data ends early.")
+
+
+class RecordPacker:
+    """One direction of a connection of protocol 2: records to RECORD packets.
+
+    Args:
+        level: zlib's, 1 to 9.
+    """
+
+    def __init__(self, level: int = 6) -> None:
+        self._zlib = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
+
+    def pack(self, head: Head, payload: bytes) -> bytes:
+        """The RECORD packet; the CRC is computed here."""
+        fields = RECORD.pack(
+            *(head.kind, head.flags, head.version, head.sequence, zlib.crc32(payload)),
+            *(head.time_ns, head.session, head.chain_before, head.chain),
+        )
+        data = self._zlib.compress(fields + payload) + self._zlib.flush(zlib.Z_SYNC_FLUSH)
+        return encode(PacketType.RECORD, data)
+
+
+class RecordUnpacker:
+    """The other end of a RecordPacker."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
+
+    def unpack(self, data: bytes) -> tuple[Head, bytes]:
+        """The record of a RECORD packet.
+
+        Raises:
+            ProtocolError: it does not inflate, or past the limit, or does not check.
+        """
+        try:
+            fields = self._zlib.decompress(data, RECORD.size)
+            limit = MAX_LENGTH.get(fields[0], -1) if len(fields) == RECORD.size else -1
+            if limit < 0:
+                raise ProtocolError("A RECORD of no known kind.")
+            # One byte more than may come shows that it is too much.
+            payload = self._zlib.decompress(self._zlib.unconsumed_tail, limit + 1)
+        except zlib.error as error:
+            raise ProtocolError(f"Compressed data is broken: {error}.") from error
+        if len(payload) > limit or self._zlib.unconsumed_tail or self._zlib.unused_data:
+            raise ProtocolError("A RECORD inflates past its limit.")
+        kind, flags, version, sequence, crc, time_ns, session, before, chain = RECORD.unpack(fields)
+        if zlib.crc32(payload) != crc:
+            raise ProtocolError("A RECORD does not match its checksum.")
+        head = BEFORE_FIRST._replace(
+            kind=kind,
+            flags=flags,
+            version=version,
+            sequence=sequence,
+            payload_crc=crc,
+            time_ns=time_ns,
+            session=session,
+            length=len(payload),
+            chain_before=before,
+            chain=chain,
+        )
+        if kind == Kind.CHANGE and chain != chain_after(before, version, payload):
+            raise ProtocolError("A RECORD does not match its chain.")
+        return head, payload
 
 
 class Decoder:

@@ -90,6 +90,14 @@ class Kind(enum.IntEnum):
     REWIND = 3
 
 
+MAX_LENGTH: dict[int, int] = {
+    Kind.SNAPSHOT: MAX_CHUNK_SIZE,
+    Kind.CHANGE: MAX_CHANGE_SIZE,
+    Kind.REWIND: 0,
+}
+"""Bytes of payload that a kind may have."""
+
+
 class Head(NamedTuple):
     """The head of a record, field by field as in the table above."""
 
@@ -188,7 +196,7 @@ def decode_head(data: bytes, offset: int, backup_id: bytes | None) -> Head | Non
         return None
     if backup_id is not None and head.backup_id != backup_id:
         return None
-    if head.length > _MAX_LENGTH.get(head.kind, -1):
+    if head.length > MAX_LENGTH.get(head.kind, -1):
         return None
     return head
 
@@ -215,15 +223,17 @@ def follows(before: Head | None, head: Head, log_start: int) -> str:
     return ""
 
 
+def log_start_by(head: Head) -> int:
+    """The log start that fits ``head``, where the file header cannot tell it."""
+    if head.kind != Kind.SNAPSHOT:
+        return head.offset
+    return head.end if head.flags & FINAL else head.end + 1
+
+
 def _stands_for(head: Head) -> tuple[int, int, bytes]:
     return head.sequence, head.version, head.chain
 
 
-_MAX_LENGTH: dict[int, int] = {
-    Kind.SNAPSHOT: MAX_CHUNK_SIZE,
-    Kind.CHANGE: MAX_CHANGE_SIZE,
-    Kind.REWIND: 0,
-}
 # Finding the end of a file.
 
 Pread = Callable[[int, int], bytes]

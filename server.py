@@ -26,14 +26,18 @@ from collections.abc import Callable, Generator, Iterator
 import database
 import durable
 import protocol
+import records
 import restore
-from backend import NOTICE, Change, Reading, Snapshot, Verdict, judge, log
+from backend import NOTICE, RELEASE, Change, Reading, Snapshot, Verdict, judge, log
 from compaction import Compactor, Housekeeper
 from errors import BackupError, ConfigError, DiskError, InvalidChange
 from filebackend import FileBackend
-from protocol import Metadata, PacketType, ProtocolError, SnapshotPart
+from logreader import LogReader
+from protocol import Details, Metadata, Nack, NackCode, PacketType, ProtocolError, SnapshotPart
+from records import BEFORE_FIRST, Head, Kind
 from socketbackend import RECEIVE_SIZE, parse_host_port, tune
 
+SERVER_NAME = f"backup-cli server {RELEASE}"
 MAX_CONNECTIONS = 16
 FIRST_PACKET_S = 30.0
 """How long a new connection may stay silent."""
@@ -66,14 +70,29 @@ class Keeper:
         self.lock = threading.Lock()
         self._writer: Connection | None = None
         self._newest_writer = 0
+        self._superseded: set[bytes] = set()
+        """Sessions that wrote, and after which another one wrote."""
 
-    def metadata(self) -> Metadata:
-        """What REQ_METADATA is told."""
+    def metadata(self, agreed: int) -> Metadata:
+        """What REQ_METADATA is told, in the protocol agreed on."""
         with self.lock:
-            backend = self.backend
-            return Metadata(
-                protocol.PROTOCOL, backend.version, backend.prev_version, backend.version_count
+            backend, newest = self.backend, self.backend.newest
+            metadata = Metadata(
+                agreed, backend.version, backend.prev_version, backend.version_count
             )
+            if agreed == 1:
+                return metadata
+            details = Details(
+                newest.backup_id,
+                newest.sequence,
+                newest.chain_before,
+                newest.chain,
+                newest.session,
+                newest.time_ns,
+                backend.size,
+                SERVER_NAME,
+            )
+            return metadata._replace(details=details)
 
     def is_writer(self, connection: Connection) -> bool:
         """Whether ``connection`` was the last to write."""
@@ -117,6 +136,50 @@ class Keeper:
             backend.rewind()
             connection.acknowledge(version)
 
+    def record(self, connection: Connection, head: Head, payload: bytes) -> None:
+        """Store a change or a rewind of protocol 2 and acknowledge it, or refuse it."""
+        with self.lock:
+            newest = self.backend.newest
+            if (head.chain, head.session) == (newest.chain, newest.session):
+                log.info(f"{connection}: version {head.version} came again; it is stored already")
+                self._take_over(connection)
+                return connection.acknowledge(head.version, head.chain)
+            found = self._refusal(connection, head)
+            if found is not None:
+                what = "rewind" if head.kind == Kind.REWIND else "change"
+                return connection.refuse(
+                    f"the {what} to version {head.version}: {found[1]}", found[0]
+                )
+            self._take_over(connection)
+            if newest.session != head.session:
+                self._superseded.add(newest.session)
+            self.backend.add_record(head, payload)
+            connection.acknowledge(head.version, head.chain)
+
+    def _refusal(self, connection: Connection, head: Head) -> tuple[NackCode, str] | None:
+        """Why ``head`` may not be appended, or None. The chain decides, then the version."""
+        newest = self.backend.newest
+        if head.session in self._superseded or self._is_outdated(connection):
+            return NackCode.TAKEN_OVER, _taken_over(newest)
+        if head.chain_before != newest.chain:
+            if newest.session not in (head.session, BEFORE_FIRST.session):
+                self._superseded.add(head.session)
+                return NackCode.TAKEN_OVER, _taken_over(newest)
+            return NackCode.OTHER_HISTORY, (
+                f"it continues another history than the backup's, which is at version"
+                f" {newest.version}"
+            )
+        if head.kind == Kind.REWIND:
+            fits = newest.rewindable and head.session != newest.session
+            fits = fits and (head.version, head.chain) == (newest.version - 1, newest.chain_before)
+            return None if fits else (NackCode.INVALID, "the last change cannot be taken back")
+        base = head.version - (1 if head.flags & records.BUMPS else 0)
+        verdict = judge(base, newest.version, newest.rewindable, first=False)
+        if verdict is Verdict.APPEND:
+            return None
+        code = NackCode.OUT_OF_DATE if verdict is Verdict.OUT_OF_DATE else NackCode.LOST_STATE
+        return code, f"{verdict.value}: the backup is at version {newest.version}"
+
     def too_old(self, version: int) -> str:
         """Why a snapshot of ``version`` may not replace the backup, or ""."""
         backend = self.backend
@@ -140,7 +203,7 @@ class Keeper:
                 f" {snapshot.version}; the old one "
                 + (f"is kept as {kept}" if kept else "was empty"),
             )
-            connection.acknowledge(snapshot.version)
+            connection.acknowledge(snapshot.version, snapshot.chain)
 
     def _is_outdated(self, connection: Connection) -> bool:
         return connection.number < self._newest_writer
@@ -164,35 +227,31 @@ class Keeper:
 
 
 class Spool:
-    """A SNAPSHOT on its way in: inflated into a scratch file beside the backup.
+    """A snapshot on its way in: a scratch file beside the backup.
 
     Args:
-        path: the scratch file, which must not exist.
-        version: the data_version that the client names.
+        snapshot: its path, which must not exist, and what the client says of it.
     """
 
-    def __init__(self, path: str, version: int) -> None:
-        self.snapshot = Snapshot(path, version)
-        self._inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
-        self._file = os.fdopen(durable.create(path), "wb")
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self._file = os.fdopen(durable.create(snapshot.path), "wb")
         self._unchecked = 0
 
-    def feed(self, data: bytes) -> None:
-        """Take some compressed bytes; ProtocolError or Dropped if they go too far."""
-        for piece in self._inflater.feed(data):
-            self._unchecked += len(piece)
-            if self._unchecked >= MIN_FREE_BYTES // 4:
-                self._unchecked = 0
-                self._check_space()
-            self._file.write(piece)
+    def add(self, piece: bytes) -> None:
+        """Take a piece; Dropped if the disk has no room for it."""
+        self._unchecked += len(piece)
+        if self._unchecked >= MIN_FREE_BYTES // 4:
+            self._unchecked = 0
+            self._check_space()
+        self._file.write(piece)
 
     def _check_space(self) -> None:
         if shutil.disk_usage(os.path.dirname(self.snapshot.path)).free < MIN_FREE_BYTES:
             raise Dropped("the disk has no room for this snapshot")
 
     def finish(self) -> None:
-        """Check that the file is complete and the database it claims to be."""
-        self._inflater.finish()
+        """Check that the file is the database it claims to be."""
         self._file.close()
         found = database.version_of(self.snapshot.path)
         if found != self.snapshot.version:
@@ -204,6 +263,11 @@ class Spool:
         """Remove the scratch file."""
         self._file.close()
         restore.remove_database(self.snapshot.path)
+
+
+def _taken_over(newest: Head) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(newest.time_ns // 10**9))
+    return f"another node took over at version {newest.version}, {when}"
 
 
 class Connection:
@@ -225,8 +289,13 @@ class Connection:
         self._silent = True
         self._packet_began = self.last_heard
         self._packet_size = 0
+        self._protocol = 1
+        self._unpacker = protocol.RecordUnpacker()
+        self._packer = protocol.RecordPacker(level=1)
         self._spool: Spool | None = None
         self._refused_snapshot = ""
+        self._snapshot_chain: bytes | None = None
+        self._inflater = protocol.Inflater(0)
 
     def __str__(self) -> str:
         return f"{self._peer} (connection {self.number})"
@@ -249,8 +318,7 @@ class Connection:
         except OSError as error:
             log.info(f"{self}: connection lost: {error}")
         finally:
-            if self._spool is not None:
-                self._spool.close()
+            self._drop_spool()
             self._keeper.forget(self)
             self._server.forget(self)
             self._sock.close()
@@ -294,7 +362,10 @@ class Connection:
                 version = protocol.decode_version(event.payload)
                 self._server.guard(lambda: self._keeper.rewind(self, version))
             case PacketType.REQ_METADATA:
-                self._send(protocol.encode_metadata(self._keeper.metadata()))
+                self._protocol = protocol.agreed_protocol(event.payload)
+                self._send(protocol.encode_metadata(self._keeper.metadata(self._protocol)))
+            case PacketType.RECORD if self._protocol == 2:
+                self._take_record(*self._unpacker.unpack(event.payload))
             case PacketType.RESTORE:
                 self._stream_backup()
             case PacketType.COMPACT:
@@ -316,14 +387,30 @@ class Connection:
             return self.refuse(f"compaction: {error}")
         self._send(protocol.encode(PacketType.COMPACT_RES, json.dumps(result).encode()))
 
-    def acknowledge(self, version: int) -> None:
-        """Say that ``version`` is stored."""
+    def _take_record(self, head: Head, payload: bytes) -> None:
+        if head.kind == Kind.SNAPSHOT:
+            return self._take_piece(head, payload)
+        if head.kind == Kind.CHANGE:
+            try:
+                change = Change.decode(head.version, payload)
+            except InvalidChange as error:
+                return self.refuse(str(error), NackCode.INVALID)
+            if change.bumps != bool(head.flags & records.BUMPS):
+                return self.refuse(f"the change to version {head.version}: its flags do not fit")
+        self._server.guard(lambda: self._keeper.record(self, head, payload))
+
+    def acknowledge(self, version: int, chain: bytes = b"") -> None:
+        """Say that ``version`` is stored, in protocol 2 with its chain."""
+        if self._protocol == 2:
+            return self._send(protocol.encode(PacketType.ACK, protocol.ACK.pack(version, chain)))
         self._send(protocol.encode_version(PacketType.ACK, version))
 
-    def refuse(self, reason: str) -> None:
-        """Say that nothing was stored; the log says why."""
+    def refuse(self, reason: str, code: NackCode = NackCode.OTHER) -> None:
+        """Say that nothing was stored; the log says why, in protocol 2 the client is told."""
         log.warning(f"{self}: refused {reason}")
         version = self._keeper.backend.version
+        if self._protocol == 2:
+            return self._send(protocol.encode_nack(Nack(version, code, f"refused {reason}")))
         self._send(protocol.encode_version(PacketType.NACK, version))
 
     def _send(self, data: bytes) -> None:
@@ -338,32 +425,75 @@ class Connection:
     # Snapshots in, backups out
 
     def _take_snapshot(self, part: SnapshotPart) -> None:
+        """Some of a SNAPSHOT of protocol 1."""
         if part.first:
-            self._refused_snapshot = self._keeper.too_old(part.version)
-            if not self._refused_snapshot:
-                path = f"{self._keeper.backend.scratch_prefix}in-{self.number}"
-                self._spool = Spool(path, part.version)
+            self._begin_snapshot(part.version, None)
         if self._spool is not None:
-            self._spool.feed(part.data)
-        if not part.last:
-            return
+            for piece in self._inflater.feed(part.data):
+                self._spool.add(piece)
+        if part.last:
+            if self._spool is not None:
+                self._inflater.finish()
+            self._end_snapshot(part.version)
+
+    def _take_piece(self, head: Head, payload: bytes) -> None:
+        """A piece of a snapshot of protocol 2."""
+        if self._snapshot_chain != head.chain:
+            self._begin_snapshot(head.version, head.chain)
+        if self._spool is not None:
+            self._spool.add(payload)
+        if head.flags & records.FINAL:
+            self._end_snapshot(head.version)
+
+    def _begin_snapshot(self, version: int, chain: bytes | None) -> None:
+        self._drop_spool()
+        self._snapshot_chain = chain
+        self._inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
+        self._refused_snapshot = self._keeper.too_old(version)
+        if not self._refused_snapshot:
+            path = f"{self._keeper.backend.scratch_prefix}in-{self.number}"
+            snapshot = Snapshot(path, version) if chain is None else Snapshot(path, version, chain)
+            self._spool = Spool(snapshot)
+
+    def _end_snapshot(self, version: int) -> None:
+        self._snapshot_chain = None
         if self._spool is None:
-            return self.refuse(f"a snapshot of version {part.version}: {self._refused_snapshot}")
+            what = f"a snapshot of version {version}: {self._refused_snapshot}"
+            return self.refuse(what, NackCode.OLD_SNAPSHOT)
         self._spool.finish()
         self._keeper.replace(self, self._spool.snapshot)
-        self._spool.close()
-        self._spool = None
+        self._drop_spool()
+
+    def _drop_spool(self) -> None:
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
 
     def _stream_backup(self) -> None:
+        log.info(f"{self}: restores the backup")
+        if self._protocol == 2:
+            return self._stream_records()
         reading = self._keeper.backend.read()
         with contextlib.closing(reading):
-            log.info(f"{self}: restores the backup")
             for block in blocks(reading, os.path.dirname(self._keeper.backend.path)):
                 self._stream(block)
-            if reading.damage is not None:
-                log.error(f"{self}: restore ended early: {reading.damage}")
-                raise Dropped("the backup is damaged")
-            self._stream(protocol.encode(PacketType.DONE))
+        if reading.damage is not None:
+            raise Dropped(f"the backup is damaged: {reading.damage}")
+        self._stream(protocol.encode(PacketType.DONE))
+
+    def _stream_records(self) -> None:
+        with contextlib.closing(LogReader(self._keeper.backend.path)) as reader:
+            size = protocol.COMING.pack(self._keeper.backend.size)
+            block = bytearray(protocol.encode(PacketType.COMING, size))
+            for head, payload in reader:
+                block += self._packer.pack(head, payload)
+                if len(block) >= BLOCK_SIZE:
+                    self._stream(bytes(block))
+                    block.clear()
+            self._stream(bytes(block))
+        if reader.damage is not None:
+            return self.refuse(str(reader.damage), NackCode.DAMAGED)
+        self._stream(protocol.encode(PacketType.DONE))
 
     def _stream(self, data: bytes) -> None:
         """Send ``data`` while taking the ACKs that the client may send meanwhile."""

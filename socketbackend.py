@@ -8,6 +8,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import socket
 import tempfile
 import time
@@ -17,9 +18,31 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import parse_qsl
 
 import protocol
-from backend import MAX_CHUNK_SIZE, Backend, Change, Reading, Snapshot, Status, log
+import records
+from backend import (
+    EMPTY_CHAIN,
+    MAX_CHUNK_SIZE,
+    Backend,
+    Change,
+    Reading,
+    Snapshot,
+    Status,
+    chain_after,
+    log,
+)
 from errors import CLI, BackupError, BackupExists, ConfigError
-from protocol import Metadata, Packet, PacketType, ProtocolError, SnapshotPart
+from logreader import effective
+from protocol import (
+    Details,
+    Metadata,
+    Nack,
+    NackCode,
+    Packet,
+    PacketType,
+    ProtocolError,
+    SnapshotPart,
+)
+from records import BEFORE_FIRST, Head, Kind
 
 DEFAULT_RETRY_FOR_S = 120.0
 """How long a node waits for its server to come back before the change is refused."""
@@ -154,6 +177,33 @@ class Unreachable(BackupError):
 class Refused(BackupError):
     """The server answered NACK."""
 
+    def __init__(self, nack: Nack) -> None:
+        text = nack.text or "it does not say why, but its log does"
+        self.code = nack.code
+        super().__init__(f"The backup server says no: {text}.", NEXT_STEPS[nack.code])
+
+
+class Diverged(BackupError):
+    """The server holds another history than this node's."""
+
+    def __init__(self, code: NackCode, text: str) -> None:
+        self.code = code
+        super().__init__(f"The backup server has another history: {text}.", NEXT_STEPS[code])
+
+
+NEXT_STEPS = {
+    NackCode.OTHER: "Compare `backup-cli status` of it with the node.",
+    NackCode.OUT_OF_DATE: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
+    NackCode.LOST_STATE: f"Move the node's database away and run `{CLI} restore URL DEST`.",
+    NackCode.TAKEN_OVER: "Two nodes write to this backup: find out which one holds the latest"
+    " state, and never run the other again.",
+    NackCode.OTHER_HISTORY: "If this node holds the latest state, stop it and run"
+    f" `{CLI} resync --lightning-dir DIR`.",
+    NackCode.OLD_SNAPSHOT: "The backup is the newer copy: restore it in place of the node's.",
+    NackCode.INVALID: "Look at both logs before you start lightningd again.",
+    NackCode.DAMAGED: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
+}
+
 
 def connect(url: SocketUrl) -> socket.socket:
     """A connection to the server, each of its addresses tried in turn; OSError if none."""
@@ -201,6 +251,9 @@ class Link:
         self._sock = connect(url)
         self._decoder = protocol.Decoder(protocol.TO_CLIENT)
         self._events: list[protocol.Event] = []
+        self._packer = protocol.RecordPacker()
+        self._unpacker = protocol.RecordUnpacker()
+        self.protocol = 1
 
     def send(self, data: bytes, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         """Send ``data`` with as few segments as it needs."""
@@ -225,12 +278,45 @@ class Link:
         return event
 
     def metadata(self) -> Metadata:
-        """Ask for METADATA."""
-        self.send(protocol.encode(PacketType.REQ_METADATA))
+        """Ask for METADATA, and agree on a protocol."""
+        self.send(protocol.encode_request_metadata())
         packet = self.answer()
         if packet.type is not PacketType.METADATA:
             raise ProtocolError(f"The server answered {packet.type.name} in place of METADATA.")
-        return protocol.decode_metadata(packet.payload)
+        metadata = protocol.decode_metadata(packet.payload)
+        self.protocol = metadata.protocol
+        return metadata
+
+    def send_record(self, head: Head, payload: bytes) -> None:
+        """Send a change, a rewind or, in protocol 2, a piece of a snapshot."""
+        if self.protocol == 2:
+            self.send(self._packer.pack(head, payload))
+        elif head.kind == Kind.REWIND:
+            self.send(protocol.encode_version(PacketType.REWIND, head.version))
+        else:
+            self.send(protocol.encode_payload(head.version, payload))
+
+    def record(self, packet: Packet) -> tuple[Head, bytes]:
+        """The record that a RECORD packet holds."""
+        return self._unpacker.unpack(packet.payload)
+
+    def check_ack(self, packet: Packet, head: Head) -> None:
+        """Make sure that ``packet`` acknowledges ``head``.
+
+        Raises:
+            Refused: it is a NACK.
+            ProtocolError: it is something else.
+        """
+        if packet.type is PacketType.NACK:
+            raise Refused(protocol.decode_nack(packet.payload))
+        expected = protocol.VERSION.pack(head.version)
+        if self.protocol == 2:
+            expected = protocol.ACK.pack(head.version, head.chain)
+        if packet.type is not PacketType.ACK or packet.payload != expected:
+            raise ProtocolError(
+                f"The backup server answered {packet.type.name} {packet.payload[:20].hex()}"
+                f" in place of ACK {expected.hex()}."
+            )
 
     def close(self) -> None:
         """Close the connection."""
@@ -265,6 +351,15 @@ def fate_of_rewind(before: Metadata, now: Metadata) -> Fate:
     return Fate.UNKNOWN
 
 
+def fate_by_content(head: Head, before: Details, now: Details) -> Fate:
+    """Whether the record ``head``, sent when the server was at ``before``, is stored ``now``."""
+    if now.chain == before.chain:
+        return Fate.LOST
+    if (now.chain, now.session) == (head.chain, head.session):
+        return Fate.STORED
+    return Fate.UNKNOWN
+
+
 class SocketBackend(Backend):
     """A destination ``socket:<host>:<port>``.
 
@@ -280,7 +375,8 @@ class SocketBackend(Backend):
             raise ConfigError(f"{url!r} is no backup URL: {error}.") from error
         self.medium = f"the backup server {self._url.target}"
         self._link: Link | None = None
-        self._known = Metadata(protocol.PROTOCOL, 0, 0, 0)
+        self._known = Metadata(1, 0, 0, 0)
+        self._session = secrets.token_bytes(16)
         self._refusal: BackupError | None = None
         self.reconnects = 0
 
@@ -333,42 +429,41 @@ class SocketBackend(Backend):
         return f"on {self._url.target}, under the name that the server's log gives"
 
     def _send_snapshot(self, link: Link, snapshot: Snapshot) -> None:
-        directory = os.path.dirname(snapshot.path)
+        head = BEFORE_FIRST._replace(
+            kind=Kind.SNAPSHOT,
+            version=snapshot.version,
+            time_ns=time.time_ns(),
+            session=self._session,
+            chain=snapshot.chain,
+        )
         try:
-            with open(snapshot.path, "rb") as source, compressed(source, directory) as packed:
-                size = packed.seek(0, os.SEEK_END)
-                packed.seek(0)
-                link.send(protocol.snapshot_header(snapshot.version, size))
-                while piece := packed.read(MAX_CHUNK_SIZE):
-                    link.send(piece)
+            with open(snapshot.path, "rb") as source:
+                if link.protocol == 2:
+                    _send_pieces(link, source, head)
+                else:
+                    _send_packed(link, source, snapshot)
             packet = link.answer(SNAPSHOT_TIMEOUT_S)
         except OSError as error:
             raise Unreachable(self._url.target, error) from error
-        self._check_ack(packet, snapshot.version, "the snapshot")
-
-    def _check_ack(self, packet: Packet, version: int, what: str) -> None:
-        if packet.type is PacketType.NACK:
-            raise Refused(
-                f"The backup server {self._url.target} refused {what} of version {version}.",
-                f"Its log says why. Compare `{CLI} status {self.url}` with the node.",
-            )
-        if packet.type is not PacketType.ACK or protocol.decode_version(packet.payload) != version:
-            raise ProtocolError(
-                f"The backup server {self._url.target} answered {packet.type.name}"
-                f" {packet.payload[:8].hex()} in place of ACK {version}."
-            )
+        link.check_ack(packet, head)
 
     def status(self) -> Status:
         """See Backend. A server of protocol 1 tells versions only."""
         link, found = self._once()
         link.close()
-        return Status(
+        status = Status(
             url=self.url,
             layout="server of protocol 1",
             version=found.version,
             prev_version=found.prev_version if found.prev_version != found.version else None,
             version_count=found.version_count,
         )
+        if found.details is not None:
+            status.layout = f"{found.details.server}, protocol 2"
+            status.backup_id = found.details.backup_id.hex()
+            status.size = found.details.size
+            status.last_change_ns = found.details.time_ns or None
+        return status
 
     def read(self) -> Reading:
         """See Backend."""
@@ -386,9 +481,7 @@ class SocketBackend(Backend):
             link.send(protocol.encode(PacketType.COMPACT))
             packet = link.answer(COMPACT_TIMEOUT_S)
             if packet.type is PacketType.NACK:
-                raise Refused(
-                    f"The backup server {self._url.target} did not compact.", "Its log says why."
-                )
+                raise Refused(protocol.decode_nack(packet.payload))
             if packet.type is not PacketType.COMPACT_RES:
                 raise ProtocolError(f"The server answered {packet.type.name} to COMPACT.")
             return dict(json.loads(packet.payload))
@@ -412,27 +505,48 @@ class SocketBackend(Backend):
         """See Backend."""
         assert change.base == self.version, "the version rule comes first"
         before = self._known
-        self._deliver(
-            protocol.encode_change(change),
-            change.version,
-            "the change",
-            lambda now: fate_of_change(change, before, now),
+        chain = before.details.chain if before.details else EMPTY_CHAIN
+        head = self._head(Kind.CHANGE, change.version)._replace(
+            flags=records.BUMPS if change.bumps else 0,
+            length=len(change.payload),
+            chain_before=chain,
+            chain=chain_after(chain, change.version, change.payload),
         )
-        if change.bumps:
-            count = before.version_count + 1
-            self._note(Metadata(protocol.PROTOCOL, change.version, before.version, count))
-        else:
+        self._deliver(head, change.payload, lambda now: fate_of_change(change, before, now))
+        prev_version = before.version if change.bumps else change.version
+        self._note_stored(head, prev_version, before.version_count + 1)
+        if self._known.details is None and not change.bumps:
             self._refresh()  # A server may take a repeated PRAGMA for the one it has.
 
     def rewind(self) -> None:
         """See Backend."""
         assert self.rewindable, "the version rule comes first"
         before = self._known
-        packet = protocol.encode_version(PacketType.REWIND, before.prev_version)
-        self._deliver(
-            packet, before.prev_version, "the rewind", lambda now: fate_of_rewind(before, now)
-        )
+        head = self._head(Kind.REWIND, before.prev_version)
+        if before.details is not None:
+            head = head._replace(
+                chain_before=before.details.chain, chain=before.details.chain_before
+            )
+        self._deliver(head, b"", lambda now: fate_of_rewind(before, now))
         self._refresh()
+
+    def _head(self, kind: Kind, version: int) -> Head:
+        return BEFORE_FIRST._replace(
+            kind=kind, version=version, time_ns=time.time_ns(), session=self._session
+        )
+
+    def _note_stored(self, head: Head, prev_version: int, count: int) -> None:
+        details = self._known.details
+        if details is not None:
+            details = details._replace(
+                sequence=details.sequence + 1,
+                chain_before=head.chain_before,
+                chain=head.chain,
+                session=head.session,
+                time_ns=head.time_ns,
+            )
+        known = self._known
+        self._note(Metadata(known.protocol, head.version, prev_version, count, details))
 
     def _refresh(self) -> None:
         try:
@@ -441,40 +555,60 @@ class SocketBackend(Backend):
         except OSError:
             self._reconnect(time.monotonic())
 
-    def _deliver(
-        self, packet: bytes, version: int, what: str, fate: Callable[[Metadata], Fate]
-    ) -> None:
-        """Send ``packet`` until its ACK came, or METADATA shows what became of it."""
+    def _deliver(self, head: Head, payload: bytes, by_count: Callable[[Metadata], Fate]) -> None:
+        """Send a record until its ACK came, or METADATA shows what became of it.
+
+        Args:
+            by_count: what became of it by versions and counts, for a server of protocol 1.
+        """
         if self._refusal is not None:
             raise self._refusal
-        started = time.monotonic()
+        started, before = time.monotonic(), self._known
         try:
             while True:
                 try:
                     assert self._link is not None
-                    self._link.send(packet)
-                    self._check_ack(self._link.answer(), version, what)
+                    self._link.send_record(head, payload)
+                    self._link.check_ack(self._link.answer(), head)
                     return
                 except OSError as error:
                     log.warning(f"Lost the backup server {self._url.target}: {error}")
                     self.reconnects += 1
                     self._reconnect(started)
-                if self._settled(fate(self._known), what, version):
+                now = self._known
+                if before.details is not None and now.details is not None:
+                    fate = fate_by_content(head, before.details, now.details)
+                else:
+                    fate = by_count(now)
+                if fate is Fate.UNKNOWN:
+                    raise self._diverged(before, now)
+                log.info(f"Connected to {self._url.target} again: {fate.value}")
+                if fate is Fate.STORED:
                     return
         except BackupError as error:
             self._refusal = error
             raise
 
-    def _settled(self, fate: Fate, what: str, version: int) -> bool:
-        if fate is Fate.UNKNOWN:
-            raise Refused(
-                f"After a lost connection the backup server {self._url.target} is at version"
-                f" {self._known.version} with {self._known.version_count} entries: something else"
-                f" than {what} of version {version} was written to it.",
-                "Make sure that only this node writes to it, then start lightningd again.",
+    def _diverged(self, before: Metadata, now: Metadata) -> Diverged:
+        """The server holds something else than what it had and what was sent."""
+        code = NackCode.OTHER_HISTORY
+        text = (
+            f"it acknowledged version {before.version} to this node, and now is at version"
+            f" {now.version} with another content"
+        )
+        if now.details and now.version >= before.version:
+            if now.details.session != self._session:
+                code = NackCode.TAKEN_OVER
+                when = time.strftime(
+                    "%Y-%m-%d %H:%M:%S UTC", time.gmtime(now.details.time_ns // 10**9)
+                )
+                text = f"another node took over at version {now.version}, {when}"
+        elif now.version < before.version:
+            text = (
+                f"it has lost acknowledged changes: it is at version {now.version}, this node"
+                f" at version {before.version}"
             )
-        log.info(f"Connected to {self._url.target} again: {fate.value}")
-        return fate is Fate.STORED
+        return Diverged(code, text)
 
     def _reconnect(self, started: float) -> None:
         """A new link, with fresh METADATA; Unreachable after ``retry_for``."""
@@ -501,6 +635,22 @@ class SocketBackend(Backend):
         if self._link is not None:
             self._link.close()
             self._link = None
+
+
+def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:
+    size = os.fstat(source.fileno()).st_size
+    while piece := source.read(MAX_CHUNK_SIZE):
+        flags = records.FINAL if source.tell() == size else 0
+        link.send_record(head._replace(flags=flags, length=len(piece)), piece)
+
+
+def _send_packed(link: Link, source: BinaryIO, snapshot: Snapshot) -> None:
+    with compressed(source, os.path.dirname(snapshot.path)) as packed:
+        size = packed.seek(0, os.SEEK_END)
+        packed.seek(0)
+        link.send(protocol.snapshot_header(snapshot.version, size))
+        while piece := packed.read(MAX_CHUNK_SIZE):
+            link.send(piece)
 
 
 @contextlib.contextmanager
@@ -530,14 +680,15 @@ class SocketReading(Reading):
         self._link = link
         self._found = found
         self._target = target
-        self.version = 0
+        self._last: Head | None = None
 
     def __iter__(self) -> Iterator[Change]:
         try:
             self._link.send(protocol.encode(PacketType.RESTORE))
-            for change in self._changes():
-                self.version = change.version
-                yield change
+            if self._link.protocol == 2:
+                yield from effective(self._records())
+            else:
+                yield from self._changes()
         except OSError as error:
             self.damage = Unreachable(self._target, error)
         except BackupError as error:
@@ -549,10 +700,12 @@ class SocketReading(Reading):
             )
 
     def _changes(self) -> Iterator[Change]:
+        """What a server of protocol 1 sends."""
         inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
         while True:
             event = self._link.event()
             if isinstance(event, SnapshotPart):
+                self.version = event.version
                 if event.first:
                     inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
                     yield Change(event.version, b"", None)
@@ -561,11 +714,39 @@ class SocketReading(Reading):
                 if event.last:
                     inflater.finish()
             elif event.type is PacketType.CHANGE:
-                yield protocol.decode_change(event.payload)
+                change = protocol.decode_change(event.payload)
+                self.version = change.version
+                yield change
             elif event.type is PacketType.DONE:
                 return
             else:
                 raise ProtocolError(f"{event.type.name} may not come in a restore.")
+
+    def _records(self) -> Iterator[tuple[Head, bytes]]:
+        """What a server of protocol 2 sends: its log, checked like a file."""
+        while True:
+            packet = self._link.answer()
+            if packet.type is PacketType.RECORD:
+                yield self._checked(*self._link.record(packet))
+            elif packet.type is PacketType.COMING:
+                (self.total,) = protocol.COMING.unpack(packet.payload)
+            elif packet.type is PacketType.NACK:
+                raise Refused(protocol.decode_nack(packet.payload))
+            elif packet.type is PacketType.DONE:
+                return
+            else:
+                raise ProtocolError(f"{packet.type.name} may not come in a restore.")
+
+    def _checked(self, head: Head, payload: bytes) -> tuple[Head, bytes]:
+        last = self._last or BEFORE_FIRST
+        if head.kind != Kind.SNAPSHOT:
+            head = records.moved(head, last)
+        problem = records.follows(self._last, head, records.log_start_by(head))
+        if problem:
+            raise ProtocolError(f"Version {head.version} came out of order: {problem}.")
+        self._last, self.version, self.last_change_ns = head, head.version, head.time_ns
+        self.position += records.OVERHEAD + len(payload)
+        return head, payload
 
     def close(self) -> None:
         """See Reading."""
