@@ -8,7 +8,7 @@ Header, 512 bytes:
          8     8  offset         end of the last good entry
         16     4  prev version   before the last entry
         20     8  prev offset    its end
-        28     8  version count  entries
+        28     8  version count  entries ever added, those taken back included
         36   476  padding        zero
 
 Then entries, back to back from byte 512:
@@ -27,16 +27,31 @@ The version rule, read one entry later, tells which of the two was abandoned.
 
 The header was written before a change was acknowledged. So an end that cannot be read,
 while the header is not ahead of what can, was never acknowledged: a torn tail. If the
-header is ahead, acknowledged changes are lost: damage.
+header is ahead, or a later version is seen behind that end, acknowledged changes are
+lost: damage.
+
+There are no checksums: a byte that went wrong inside a statement or a snapshot is seen
+only if SQLite then refuses it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 
-from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, Change, Reading, Status, Verdict, judge
+from backend import (
+    MAX_CHANGE_SIZE,
+    MAX_CHUNK_SIZE,
+    MAX_VERSION,
+    Change,
+    Reading,
+    Status,
+    Verdict,
+    bump,
+    judge,
+)
 from errors import BackupError, BackupMissing, Damaged, DiskError, InvalidChange
 
 START = b"\x00\x00\x00\x01"
@@ -46,6 +61,7 @@ FIRST_ENTRY = 512
 ENTRY = struct.Struct("!IIB")
 TRANSACTION = 1
 SNAPSHOT = 2
+_BUMP = re.compile(re.escape(bump(1).removesuffix("0").encode()) + rb"([0-9]{1,10})")
 
 
 class Layout1Reading(Reading):
@@ -75,21 +91,25 @@ class Layout1Reading(Reading):
         self.rewindable = False
         self._held: Change | None = None
         self._reason = ""
+        self._entries = 0
+        self._highest = 0
 
     def __iter__(self) -> Iterator[Change]:
         header = self._pread(0, FIRST_ENTRY)
         try:
             while self.position < self.total and not self._reason:
                 yield from self._next_entry()
-            if self._held is not None:
-                yield self._held
         except BackupError as error:
             self.damage = error
+        if self._held is not None:
+            yield self._held
+        if self.damage is not None:
             return
         if len(header) < FIRST_ENTRY:
             self.damage = self._damaged("the header is cut off", "and there may be more")
         else:
-            self._judge_end(*HEADER.unpack_from(header)[1:3])
+            _, version, _, _, _, count = HEADER.unpack_from(header)
+            self._judge_end(version, count)
 
     def _next_entry(self) -> Iterator[Change]:
         head = self._pread(self.position, ENTRY.size)
@@ -102,16 +122,29 @@ class Layout1Reading(Reading):
         if kind not in (TRANSACTION, SNAPSHOT):
             return self._stop(f"an entry of the unknown type {kind}")
         if end > self.total:
-            return self._stop("it ends inside an entry")
+            return self._unreadable(version, kind, length, "it ends inside an entry")
         if kind == SNAPSHOT:
             yield from self._snapshot(version, length)
         else:
             yield from self._transaction(version, length)
         if not self._reason:
             self.position = end
+            self._entries += 1
+            self._highest = max(self._highest, version)
 
     def _stop(self, reason: str) -> None:
         self._reason = reason
+
+    def _unreadable(self, version: int, kind: int, length: int, reason: str) -> None:
+        """Stop before an entry of which only the head can be read."""
+        bumps = kind == TRANSACTION and length >= len(bump(version))
+        if bumps and self.rewindable and version == self.version:
+            # It came in place of the change before it, which was abandoned.
+            self._held, self.rewindable = None, False
+            self.version -= 1
+            self.changes -= 1
+            self.abandoned += 1
+        self._stop(reason)
 
     def _snapshot(self, version: int, length: int) -> Iterator[Change]:
         self._held = None
@@ -129,7 +162,7 @@ class Layout1Reading(Reading):
                 raise InvalidChange("an entry over the limit of a change")
             change = Change.decode(version, self._pread(self.position + ENTRY.size, length))
         except InvalidChange as error:
-            return self._stop(error.problem)
+            return self._unreadable(version, TRANSACTION, length, error.problem.rstrip("."))
         verdict = judge(change.base, self.version, self.rewindable, first=True)
         if verdict is Verdict.REWIND:
             self.abandoned += 1
@@ -145,21 +178,34 @@ class Layout1Reading(Reading):
         self.version, self.rewindable = version, change.bumps
         self.changes += 1
 
-    def _judge_end(self, header_version: int, header_offset: int) -> None:
-        """Compare the header with where the entries end."""
-        if header_version > self.version:
-            reason = self._reason or "the file ends there"
-            self.damage = self._damaged(
-                reason, f"but its header names version {header_version}: what is between is lost"
-            )
+    def _judge_end(self, header_version: int, header_count: int) -> None:
+        """Compare the header, and what stands behind the end, with the entries read."""
+        reason, lost = self._reason or "the file ends there", ""
+        behind = self._newest_behind() if self._reason else 0
+        if header_version > self._highest:
+            lost = f"but its header names version {header_version}: what is between is lost"
+        elif header_count > self._entries:
+            lost = f"but its header counts {header_count} entries, and {self._entries} are there"
+        elif behind > self.version + 1:
+            lost = f"versions {self.version + 1} to {behind} stand behind the damage"
+        if lost:
+            self.damage = self._damaged(reason, lost)
         elif self._reason:
             self.torn_tail = True
-            self.notes.append(f"At offset {self.position} {self._reason}; it was left out.")
-        if (header_version, header_offset) < (self.version, self.position):
+            self.notes.append(f"At offset {self.position} {reason}; it was left out.")
+        if header_version < self.version:
             self.notes.append(
                 f"The header is behind: it names version {header_version}, and the entries"
                 f" lead to version {self.version}."
             )
+
+    def _newest_behind(self) -> int:
+        """The highest version that a change behind the end of the entries leads to, or 0."""
+        newest, overlap = 0, len(bump(MAX_VERSION))
+        for offset in range(self.position, self.total, MAX_CHUNK_SIZE):
+            window = self._pread(offset, MAX_CHUNK_SIZE + overlap)
+            newest = max([newest, *(int(match[1]) + 1 for match in _BUMP.finditer(window))])
+        return newest
 
     def _damaged(self, reason: str, lost: str) -> Damaged:
         return Damaged(self.path, self.position, reason, self.version, lost)

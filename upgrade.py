@@ -19,6 +19,7 @@ class AllButTail(Reading):
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
+        self.total = reading.total
         self.tail: list[Change] = []
 
     def __iter__(self) -> Iterator[Change]:
