@@ -44,6 +44,7 @@ def make_database(path: Path, size_mib: int) -> None:
 
 def plain_copy(source: Path, target: Path) -> float:
     """The seconds that a copy with a flush takes: the disk's speed."""
+    sync_all()
     started = time.perf_counter()
     with open(source, "rb") as read, open(target, "wb", buffering=0) as write:
         while piece := read.read(MIB):
@@ -81,7 +82,7 @@ def run(options: Options) -> list[Row]:
     copy = scratch / "copy"
     rows = [
         _row(what, command, lambda: plain_copy(database, copy), database, rounds)
-        for what, command in (("init", init), ("restore", restore))
+        for what, command in (("init (copies, stores, verifies)", init), ("restore", restore))
     ]
     shutil.rmtree(scratch)
     return rows
@@ -93,6 +94,7 @@ def _row(
     peaks: list[float] = []
 
     def timed() -> float:
+        sync_all()
         done = ours()
         peaks.append(done.peak_mib)
         return done.took_s
@@ -100,7 +102,7 @@ def _row(
     results = pairs(rounds, timed, floor)
     size_mib = database.stat().st_size / MIB
     return Row(
-        f"{what} with a database of {size_mib:.0f} MiB",
+        f"{what}, database of {size_mib:.0f} MiB",
         f"{median_of([own for own, _ in results]):.2f} s",
         f"{median_of([against for _, against in results]):.2f} s, a copy of the file with fsync",
         median_ratio(results),
