@@ -6,6 +6,9 @@ import importlib
 import os
 import sys
 
+MOVED = "BACKUP_MOVED_INTO_VENV"
+"""Environment variable: process id of a program that has moved already, as exec keeps it."""
+
 
 def ensure(*modules: str) -> None:
     """Import ``modules``; if that fails, start this program again inside ``.venv``, once.
@@ -22,7 +25,9 @@ def ensure(*modules: str) -> None:
     here = os.path.dirname(os.path.realpath(__file__))
     venv = os.path.join(here, ".venv")
     reason = f"{missing}"
-    if os.path.realpath(sys.prefix) != os.path.realpath(venv):
+    # Not by sys.prefix: a broken .venv may start a python that does not know that it is in one.
+    if os.environ.get(MOVED) != str(os.getpid()):
+        os.environ[MOVED] = str(os.getpid())
         python = os.path.join(venv, "bin", "python")
         try:
             os.execv(python, [python, *sys.argv])
