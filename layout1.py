@@ -230,6 +230,16 @@ def is_layout_1(path: str) -> bool:
         return False  # Whoever opens it next says why.
 
 
+def header_version(path: str) -> int:
+    """The version that the header of the file ``path`` names; 0 if it is cut off."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER.size)
+    except OSError as error:
+        raise DiskError(path, error, "read") from error
+    return int(HEADER.unpack(header)[1]) if len(header) == HEADER.size else 0
+
+
 def status(url: str, path: str) -> Status:
     """A look at the file of layout 1 ``path``."""
     reading = Layout1Reading(path)
