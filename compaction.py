@@ -17,10 +17,13 @@ stdin does, so it never outlives its parent.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import re
+import secrets
+import select
 import shutil
 import subprocess
 import sys
@@ -100,7 +103,8 @@ class Compactor:
         return {"before": before, "after": after}
 
     def _build_and_adopt(self, progress: Progress) -> None:
-        prefix = f"{self._backend.scratch_prefix}compact"
+        # A new name each time: the process of a killed parent may need a moment to end.
+        prefix = f"{self._backend.scratch_prefix}compact-{secrets.token_hex(4)}"
         command = [sys.executable, os.path.realpath(__file__), self._backend.path, prefix]
         try:
             with subprocess.Popen(
@@ -271,19 +275,24 @@ class Fold(Reading):
 
 def build(path: str, prefix: str) -> Message:
     """Write the compacted log of ``path`` to ``<prefix>-log``; the last message."""
-    reader = LogReader(path)
-    last = boundary(reader)
-    if last is None:
-        return {"nothing": True}
-    entries = iter(reader)
-    scratch = f"{prefix}-new.sqlite3"
-    restore.build(fold := Fold(reader, entries, last), scratch, False, reporter(fold, last))
-    check_sound(scratch, path, prefix)
-    assert reader.backup_id is not None
-    writer = LogWriter(f"{prefix}-log", reader.backup_id, os.path.getsize(scratch))
-    writer.add_snapshot(scratch, last)
-    os.unlink(scratch)
-    return catch_up(reader, entries, writer)
+    with contextlib.closing(LogReader(path)) as reader:
+        last = boundary(reader)
+        if last is None:
+            return {"nothing": True}
+        entries = iter(reader)
+        scratch = f"{prefix}-new.sqlite3"
+        fold = Fold(reader, entries, last)
+        with contextlib.suppress(restore.NothingToRestore):
+            restore.build(fold, scratch, False, reporter(fold, last))
+        if not os.path.getsize(scratch):  # PRAGMA calls alone: a snapshot has at least a page.
+            return {"nothing": True}
+        check_sound(scratch, path, prefix)
+        assert reader.backup_id is not None
+        writer = LogWriter(f"{prefix}-log", reader.backup_id, os.path.getsize(scratch))
+        with contextlib.closing(writer), contextlib.closing(LogReader(writer.path)) as verifier:
+            writer.add_snapshot(scratch, last)
+            os.unlink(scratch)
+            return catch_up(reader, entries, writer, verifier)
 
 
 def reporter(fold: Fold, last: Head) -> Callable[[], None]:
@@ -315,9 +324,10 @@ def check_sound(scratch: str, path: str, prefix: str) -> None:
         raise BackupError(f"The new snapshot would not be sound: {problems[0]}.")
 
 
-def catch_up(reader: LogReader, entries: Iterator[Entry], writer: LogWriter) -> Message:
+def catch_up(
+    reader: LogReader, entries: Iterator[Entry], writer: LogWriter, verifier: LogReader
+) -> Message:
     """Copy what the snapshot does not stand for, verify all of it; the last message."""
-    verifier = LogReader(writer.path)
     copied = None
     for _ in range(CATCH_UP_ROUNDS):
         began = writer.last.end
@@ -342,6 +352,8 @@ def catch_up(reader: LogReader, entries: Iterator[Entry], writer: LogWriter) -> 
 def main(path: str, prefix: str) -> None:
     """Build the compacted log, and say what became of it."""
     os.nice(NICE)
+    if select.select([0], [], [], 0)[0]:
+        return  # The parent is gone already: leave no file behind.
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         _say(build(path, prefix))
@@ -352,7 +364,8 @@ def main(path: str, prefix: str) -> None:
 
 
 def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin: a thread that reads it makes the interpreter abort at its end.
+    os.read(0, 1)
     os._exit(1)
 
 

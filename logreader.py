@@ -188,14 +188,14 @@ def effective(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[Change]:
             yield Change(head.version, payload, None)
             continue
         change = Change.decode(head.version, payload)
+        if is_foreign_keys_off(head):
+            off = head, change
+            continue
         # A new lightningd has foreign_keys ON: OFF holds for its own session alone.
         if off is not None and off[0].session == head.session:
             yield off[1]
         off = None
-        if is_foreign_keys_off(head):
-            off = head, change
-        else:
-            yield change
+        yield change
 
 
 def _not_rewound(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[tuple[Head, bytes]]:
