@@ -1,0 +1,393 @@
+"""Under a real lightningd: fresh and existing nodes, restarts, clean stops, SIGKILL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import database
+from tests import support
+from tests.support import run_cli
+
+NEEDED = ["lightningd", "lightning-cli", "bitcoind", "bitcoin-cli"]
+MISSING = [name for name in NEEDED if shutil.which(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not on PATH: {', '.join(MISSING)}")
+
+READY_S = 120.0
+"""Longer than any start or stop takes; only a hang meets it."""
+LATE_WRITES = 20
+
+LATE_PLUGIN = f"""#!{sys.executable}
+import json, os, socket
+from pyln.client import Plugin
+plugin = Plugin()
+connection = socket.socket(socket.AF_UNIX)
+@plugin.init()
+def init(configuration, **_):
+    # While it stops lightningd takes no new connection, but serves those it has.
+    connection.connect(os.path.join(configuration["lightning-dir"], configuration["rpc-file"]))
+@plugin.subscribe("shutdown")
+def on_shutdown(**_):
+    answers = connection.makefile()
+    for number in range({LATE_WRITES}):
+        params = {{"key": ["late", str(number)], "string": "x" * 1000}}
+        request = {{"jsonrpc": "2.0", "id": number, "method": "datastore", "params": params}}
+        connection.sendall(json.dumps(request).encode())
+        while answers.readline().strip():
+            pass
+    os._exit(0)
+plugin.run()
+"""
+"""A plugin that makes the node write its database while it stops."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Bitcoind:
+    """A bitcoind on regtest."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.options = [f"-datadir={directory}", f"-rpcport={self.port}", "-regtest"]
+        (directory / "bitcoin.conf").write_text("regtest=1\nrpcuser=rpc\nrpcpassword=rpc\n")
+        extra = ["-server", "-listen=0", "-dnsseed=0", "-printtoconsole=0"]
+        self.process = subprocess.Popen(["bitcoind", *self.options, *extra])
+        self.cli("-rpcwait", f"-rpcwaittimeout={READY_S:.0f}", "getblockcount")
+        self.cli("createwallet", "test")
+        self.cli("generatetoaddress", "5", self.cli("getnewaddress"))
+
+    def cli(self, *arguments: str) -> str:
+        command = ["bitcoin-cli", *self.options, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=READY_S)
+
+
+@pytest.fixture(scope="module")
+def bitcoind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bitcoind]:
+    running = Bitcoind(tmp_path_factory.mktemp("bitcoin"))
+    yield running
+    running.stop()
+
+
+class Refusal(Exception):
+    """lightningd ended by itself while it started."""
+
+
+class Lightningd:
+    """A node, started and stopped any number of times.
+
+    Attributes:
+        directory: its network directory.
+        log: its log file, of all starts.
+    """
+
+    def __init__(self, base: Path, bitcoind: Bitcoind) -> None:
+        self.base = base
+        self.directory = base / "regtest"
+        self.database = self.directory / "lightningd.sqlite3"
+        self.log = base.parent / "node.log"
+        self._bitcoind = bitcoind
+        self._process: subprocess.Popen[bytes] | None = None
+        self.directory.mkdir(parents=True)
+
+    def start(self, *options: str, backup: bool = True) -> None:
+        """Start; returns once it answers. Refusal if it ends instead."""
+        bitcoin = self._bitcoind
+        command = [
+            *("lightningd", "--network=regtest", f"--lightning-dir={self.base}"),
+            *("--developer", "--dev-fast-gossip", "--dev-bitcoind-poll=1", "--offline"),
+            *("--autolisten=false", "--disable-dns", "--log-level=debug"),
+            *(f"--log-file={self.log}", f"--bitcoin-cli={shutil.which('bitcoin-cli')}"),
+            *(f"--bitcoin-datadir={bitcoin.directory}", "--bitcoin-rpcconnect=127.0.0.1"),
+            *(f"--bitcoin-rpcport={bitcoin.port}", "--bitcoin-rpcuser=rpc"),
+            "--bitcoin-rpcpassword=rpc",
+            *([f"--important-plugin={support.PLUGIN}"] if backup else []),
+            *options,
+        ]
+        # The plugin's first line finds the python that has the packages.
+        path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+        self._process = subprocess.Popen(
+            command,
+            env=dict(os.environ, PATH=path),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + READY_S
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise Refusal(self._process.returncode)
+            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            return bool(self.rpc("getinfo")["id"])
+        return False
+
+    def rpc(self, *arguments: str) -> Any:
+        """What ``lightning-cli`` answers."""
+        command = ["lightning-cli", f"--lightning-dir={self.base}", "--network=regtest"]
+        done = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
+        return json.loads(done.stdout) if done.stdout.startswith("{") else done.stdout
+
+    def act(self, count: int = 5) -> None:
+        """Make the node write its database in several ways."""
+        for _ in range(count):
+            self.rpc("newaddr")
+            self.rpc("invoice", "1000", f"label {time.time_ns()}", "text with 'quotes' -- é")
+            self.rpc("datastore", f'["act", "{time.time_ns()}"]', "x" * 5000)
+
+    def stop(self) -> None:
+        """``lightning-cli stop``; returns when the process has ended, and well."""
+        assert self._process is not None
+        self.rpc("stop")
+        assert self._process.wait(timeout=READY_S) == 0, self.log.read_text()[-5000:]
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+    def end(self) -> None:
+        """Leave no process behind, whatever a test did."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
+    def logged(self, text: str) -> int:
+        """How many lines of the log contain ``text``."""
+        return sum(text in line for line in self.log.read_text().splitlines())
+
+
+@pytest.fixture
+def lightningd(tmp_path: Path, bitcoind: Bitcoind) -> Iterator[Lightningd]:
+    found = Lightningd(tmp_path / "lightning", bitcoind)
+    yield found
+    found.end()
+
+
+@pytest.fixture(params=["file"])
+def destination(request: pytest.FixtureRequest, url: str) -> str:
+    """URL of a destination, each kind in turn. No backup is there yet."""
+    assert request.param == "file"
+    return url
+
+
+@pytest.fixture
+def node(lightningd: Lightningd, destination: str) -> Lightningd:
+    """A fresh node with an empty backup, not started yet."""
+    run_cli("init", "--lightning-dir", lightningd.directory, destination)
+    return lightningd
+
+
+def status(url: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run_cli("status", "--json", url, check=None).stdout)
+    return found
+
+
+def assert_same(node: Lightningd, url: str, target: Path) -> None:
+    """The stopped node's database and the restored one are identical, at one version."""
+    run_cli("restore", url, target)
+    version = database.version_of(str(node.database))
+    assert version == status(url)["version"] == database.version_of(str(target)) > 0
+    assert database.compare(str(node.database), str(target)) == []
+
+
+# A life with the backup
+
+
+def test_a_fresh_node_and_five_restarts(node: Lightningd, destination: str, tmp_path: Path) -> None:
+    seen = []
+    for number in range(6):
+        node.start()
+        node.act()
+        node.stop()
+        seen.append(status(destination)["version"])
+        assert_same(node, destination, tmp_path / f"restored-{number}")
+    assert seen == sorted(set(seen))
+    assert node.logged("Versions match up") == 6
+    assert node.logged("rewinding") == 0
+    assert node.logged("**BROKEN** plugin-backup.py") == 0
+
+
+def test_a_stop_in_the_middle_of_activity_leaves_no_gap(
+    node: Lightningd, destination: str, tmp_path: Path
+) -> None:
+    late = tmp_path / "late.py"
+    late.write_text(LATE_PLUGIN)
+    late.chmod(0o755)
+    for number in range(3):
+        node.start(f"--plugin={late}")
+        stored = node.rpc("listdatastore", '["late"]')["datastore"]
+        assert len(stored) == (LATE_WRITES if number else 0), "no late writes: it shows nothing"
+        for entry in stored:
+            node.rpc("deldatastore", json.dumps(entry["key"]))
+        node.act(1)
+        node.stop()
+        assert_same(node, destination, tmp_path / f"restored-{number}")
+    assert node.logged("Versions match up") == 3
+
+
+def test_sigkill_and_start_again(node: Lightningd, destination: str, tmp_path: Path) -> None:
+    for number in range(4):
+        node.start()
+        worker = threading.Thread(target=act_until_it_dies, args=(node,))
+        worker.start()
+        wait_for_versions(destination, status(destination)["version"] + 3 + number)
+        node.kill()
+        worker.join()
+        version = database.version_of(str(node.database))
+        assert status(destination)["version"] - version in (0, 1)
+    node.start()
+    assert node.logged("Versions match up") + node.logged("rewinding non-committed") == 5
+    node.stop()
+    assert_same(node, destination, tmp_path / "restored")
+
+
+def act_until_it_dies(node: Lightningd) -> None:
+    with contextlib.suppress(subprocess.CalledProcessError):
+        while True:
+            node.act(1)
+
+
+def wait_for_versions(url: str, version: int) -> None:
+    deadline = time.monotonic() + READY_S
+    while status(url)["version"] < version:
+        assert time.monotonic() < deadline
+
+
+def test_restored_onto_a_new_machine(
+    node: Lightningd, destination: str, bitcoind: Bitcoind, tmp_path: Path
+) -> None:
+    node.start()
+    node.act()
+    identity = node.rpc("getinfo")["id"]
+    stored = node.rpc("listdatastore", '["act"]')
+    node.stop()
+    fresh = Lightningd(tmp_path / "new-machine" / "lightning", bitcoind)
+    shutil.copy(node.directory / "hsm_secret", fresh.directory)
+    out = run_cli("restore", destination, fresh.directory).stdout
+    assert "attach" in out
+    run_cli("attach", "--lightning-dir", fresh.directory, destination)
+    try:
+        fresh.start()
+        assert fresh.rpc("getinfo")["id"] == identity
+        assert fresh.rpc("listdatastore", '["act"]') == stored
+        fresh.act()
+        fresh.stop()
+    finally:
+        fresh.end()
+    assert fresh.logged("Versions match up") == 1
+    assert_same(fresh, destination, tmp_path / "restored")
+
+
+def test_init_on_an_existing_node(lightningd: Lightningd, destination: str, tmp_path: Path) -> None:
+    lightningd.start(backup=False)
+    lightningd.act()
+    lightningd.stop()
+    out = run_cli("init", "--lightning-dir", lightningd.directory, destination).stdout
+    assert "Found an existing database" in out
+    assert_same(lightningd, destination, tmp_path / "snapshot")
+    lightningd.start()
+    lightningd.act()
+    lightningd.stop()
+    assert lightningd.logged("Versions match up") == 1
+    assert_same(lightningd, destination, tmp_path / "restored")
+
+
+def test_resync_after_a_run_without_the_plugin(
+    node: Lightningd, destination: str, tmp_path: Path
+) -> None:
+    node.start()
+    node.stop()
+    node.start(backup=False)
+    node.act()
+    node.stop()
+    version = database.version_of(str(node.database))
+    with pytest.raises(Refusal):
+        node.start()
+    assert node.logged("**BROKEN** plugin-backup.py: Backup is out of date") == 1
+    assert database.version_of(str(node.database)) == version, "lightningd committed all the same"
+    run_cli("resync", "--yes", "--lightning-dir", node.directory)
+    node.start()
+    node.act()
+    node.stop()
+    assert_same(node, destination, tmp_path / "restored")
+
+
+# What must not be
+
+
+def test_no_start_without_backup_lock(lightningd: Lightningd) -> None:
+    with pytest.raises(Refusal):
+        lightningd.start()
+    line = "**BROKEN** plugin-backup.py: Could not find backup.lock in the lightning-dir"
+    assert lightningd.logged(line) == 1
+    assert database.version_of(str(lightningd.database)) == 0
+
+
+def test_no_start_on_lost_state(node: Lightningd, tmp_path: Path) -> None:
+    node.start()
+    node.stop()
+    shutil.copy(node.database, tmp_path / "old")
+    node.start()
+    node.act()
+    node.stop()
+    shutil.copy(tmp_path / "old", node.database)
+    with pytest.raises(Refusal):
+        node.start()
+    assert node.logged("**BROKEN** plugin-backup.py: lightningd seems to have lost some state") == 1
+    assert (tmp_path / "old").read_bytes() == node.database.read_bytes()
+
+
+def test_commands_beside_a_running_node(node: Lightningd, destination: str, tmp_path: Path) -> None:
+    node.start()
+    node.act()
+    for command in (["resync", "--yes"], ["attach", destination], ["init", f"{destination}-2"]):
+        done = run_cli(*command, "--lightning-dir", node.directory, check=1)
+        assert "lightningd is running" in done.stderr
+    stop = done.stderr.partition("Run `")[2].partition("`")[0]
+    assert stop == f"lightning-cli --lightning-dir={node.base} --network=regtest stop"
+    assert status(destination)["damage"] is None
+    run_cli("restore", destination, tmp_path / "beside")
+    assert database.check(str(tmp_path / "beside")) == []
+    node.act()
+    node.stop()
+    assert_same(node, destination, tmp_path / "restored")
+
+
+def test_a_second_start_and_help_do_no_harm(
+    node: Lightningd, destination: str, tmp_path: Path
+) -> None:
+    node.start()
+    node.act(1)
+    options = ["--network=regtest", f"--lightning-dir={node.base}"]
+    plugin = f"--important-plugin={support.PLUGIN}"
+    for extra in ["--help"], []:
+        command = ["lightningd", *options, plugin, *extra]
+        done = subprocess.run(command, capture_output=True, timeout=READY_S)
+        assert (done.returncode == 0) == bool(extra), done.stdout + done.stderr
+    node.act(1)
+    node.stop()
+    assert_same(node, destination, tmp_path / "restored")
