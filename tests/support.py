@@ -134,6 +134,7 @@ class PluginProcess:
         self.notifications: list[dict[str, Any]] = []
         self._ids = itertools.count(1)
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._early: dict[int, dict[str, Any]] = {}
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -166,13 +167,24 @@ class PluginProcess:
 
     def answer(self, number: int) -> Any:
         """The result of request ``number``; Refused if it is an error or the plugin died."""
-        message = self._answers.get(timeout=ANSWER_S)
-        if message is None:
-            raise Refused("the plugin is gone")
-        assert message["id"] == number
+        while not self.answered(number):
+            self._take(self._answers.get(timeout=ANSWER_S))
+        message = self._early.pop(number)
         if "error" in message:
             raise Refused(message["error"]["message"])
         return message["result"]
+
+    def answered(self, number: int) -> bool:
+        """Whether the answer to request ``number`` has come."""
+        while not self._answers.empty():
+            self._take(self._answers.get())
+        return number in self._early
+
+    def _take(self, message: dict[str, Any] | None) -> None:
+        if message is None:
+            self._answers.put(None)
+            raise Refused("the plugin is gone")
+        self._early[message["id"]] = message
 
     def call(self, method: str, params: dict[str, Any] | None = None) -> Any:
         """Send a request and wait for its result."""
