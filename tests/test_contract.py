@@ -1,0 +1,376 @@
+"""What every Backend must do, whatever it is made of. Only its interface is used here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from backend import FOREIGN_KEYS_OFF, Backend, Change, Snapshot
+from errors import BackupBusy, BackupError, BackupExists
+from filebackend import FileBackend
+from tests import support
+from tests.support import Call
+
+OFF = [FOREIGN_KEYS_OFF]
+ON = ["PRAGMA foreign_keys = ON;"]
+
+Connect = Callable[[], Backend]
+"""A new Backend object for the destination of this test."""
+
+
+@contextlib.contextmanager
+def file_destination(directory: Path) -> Iterator[Connect]:
+    """A file that does not exist yet."""
+    yield lambda: FileBackend(f"file://{directory}/node.bkp")
+
+
+DESTINATIONS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Connect]]] = {
+    "file": file_destination,
+}
+
+
+@pytest.fixture(params=DESTINATIONS)
+def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Connect]:
+    """A destination without a backup, once for each kind."""
+    (tmp_path / "destination").mkdir()
+    with DESTINATIONS[request.param](tmp_path / "destination") as destination:
+        yield destination
+
+
+@contextlib.contextmanager
+def opened(connect: Connect) -> Iterator[Backend]:
+    """The writer: one session of lightningd."""
+    backend = connect()
+    backend.open()
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def add(backend: Backend, *calls: Call) -> None:
+    """Store ``calls`` as they come."""
+    for version, statements in calls:
+        backend.add_change(Change(version, None, statements))
+
+
+def state(backend: Backend) -> tuple[int, int, bool, int]:
+    """What a Backend that is open tells of itself."""
+    return backend.version, backend.prev_version, backend.rewindable, backend.version_count
+
+
+def restored(connect: Connect) -> tuple[bytes, list[Call]]:
+    """The snapshot and the calls that a restore would apply."""
+    reading = connect().read()
+    snapshot, calls = b"", list[Call]()
+    for change in reading:
+        if change.snapshot is None:
+            calls.append((change.version, list(change.transaction or ())))
+        else:
+            assert not calls, "a snapshot comes first"
+            snapshot += change.snapshot
+    reading.close()
+    assert (reading.damage, reading.torn_tail) == (None, False)
+    return snapshot, calls
+
+
+def snapshot(directory: Path, version: int, size: int = 8192) -> Snapshot:
+    """A closed database at ``version``, of more than ``size`` bytes."""
+    path = directory / f"snapshot-{version}.sqlite3"
+    support.apply_calls(path, support.first_changes(version))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE filler AS SELECT randomblob(?) AS x", (size,))
+    return Snapshot(str(path), version)
+
+
+def content(of: Snapshot) -> bytes:
+    return Path(of.path).read_bytes()
+
+
+CALLS = support.first_changes(6)
+
+
+def change(version: int, text: str = "") -> Call:
+    return support.change(version, f"-- {text or version}")
+
+
+def test_missing_backup_is_refused_by_everyone(connect: Connect) -> None:
+    connect().require_absent()
+    with pytest.raises(BackupError):
+        connect().open()
+    with pytest.raises(BackupError):
+        restored(connect)
+    connect().require_absent()
+
+
+def test_empty_backup(connect: Connect) -> None:
+    connect().create(None)
+    assert restored(connect) == (b"", [])
+    with opened(connect) as backend:
+        assert state(backend) == (0, 0, False, 0)
+    with opened(connect) as backend:
+        assert state(backend) == (0, 0, False, 0)
+
+
+def test_backup_that_begins_with_a_snapshot(connect: Connect, tmp_path: Path) -> None:
+    first = snapshot(tmp_path, 3, size=5 << 19)
+    connect().create(first)
+    assert os.path.getsize(first.path) > 2 << 20, "several pieces"
+    assert restored(connect) == (content(first), [])
+    with opened(connect) as backend:
+        assert state(backend) == (3, 3, False, 1)
+        add(backend, change(4))
+        assert state(backend) == (4, 3, True, 2)
+    assert restored(connect) == (content(first), [change(4)])
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_create_refuses_what_is_there(filled: bool, connect: Connect, tmp_path: Path) -> None:
+    connect().create(None if not filled else snapshot(tmp_path, 2))
+    before = restored(connect)
+    if filled:  # A destination may take an empty backup for none.
+        for again in (None, snapshot(tmp_path, 4)):
+            with pytest.raises(BackupExists):
+                connect().create(again)
+        with pytest.raises(BackupExists):
+            connect().require_absent()
+    with opened(connect) as backend:
+        add(backend, change(2 * filled + 1))
+    with pytest.raises(BackupExists):
+        connect().create(None)
+    with pytest.raises(BackupExists):
+        connect().create(snapshot(tmp_path, 5))
+    assert restored(connect) == (before[0], [change(2 * filled + 1)])
+
+
+def test_changes_are_kept_in_order_over_sessions(connect: Connect) -> None:
+    connect().create(None)
+    for number, call in enumerate(CALLS, 1):
+        with opened(connect) as backend:
+            add(backend, call)
+            assert state(backend) == (number, number - 1, True, number)
+            assert restored(connect) == (b"", CALLS[:number]), "acknowledged is stored"
+        assert restored(connect) == (b"", CALLS[:number])
+    with opened(connect) as backend:
+        assert state(backend) == (6, 5, True, 6)
+
+
+def test_content_comes_back_exactly(connect: Connect) -> None:
+    texts = ["'it''s' -- /* \n\r\n */ ;", "\U0001f600 \ufeff\u2028\x85\x01", " ", "x" * 3_000_000]
+    calls = [support.change(1, *texts), (1, ["-- no bump", "two"]), change(2)]
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, *calls)
+    assert restored(connect) == (b"", calls)
+
+
+def test_rewind_takes_back_one_change(connect: Connect, tmp_path: Path) -> None:
+    first = snapshot(tmp_path, 2)
+    connect().create(first)
+    with opened(connect) as backend:
+        add(backend, change(3), change(4, "abandoned"))
+    with opened(connect) as backend:
+        assert state(backend) == (4, 3, True, 3)
+        backend.rewind()
+        assert state(backend) == (3, 3, False, 2), "one can be taken back, no more"
+        assert restored(connect) == (content(first), [change(3)])
+    assert restored(connect) == (content(first), [change(3)])
+
+
+def test_rewind_then_other_content_then_reopened(connect: Connect) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, change(1), change(2, "abandoned"))
+    for text in ("abandoned too", "abandoned again", "done"):
+        with opened(connect) as backend:
+            backend.rewind()
+            add(backend, change(2, text))
+            assert state(backend) == (2, 1, True, 2)
+    with opened(connect) as backend:
+        assert state(backend) == (2, 1, True, 2)
+        add(backend, change(3))
+    assert restored(connect) == (b"", [change(1), change(2, "done"), change(3)])
+
+
+def test_rewind_is_kept_without_another_change(connect: Connect) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, change(1), change(2))
+    with opened(connect) as backend:
+        backend.rewind()
+    with opened(connect) as backend:
+        assert (backend.version, backend.version_count) == (1, 1)
+        add(backend, change(2, "other"))
+    assert restored(connect) == (b"", [change(1), change(2, "other")])
+
+
+def test_first_change_of_all_can_be_taken_back(connect: Connect) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, change(1, "abandoned"))
+    with opened(connect) as backend:
+        backend.rewind()
+        assert state(backend) == (0, 0, False, 0)
+        assert restored(connect) == (b"", [])
+        add(backend, change(1))
+    assert restored(connect) == (b"", [change(1)])
+
+
+def test_change_without_a_bump(connect: Connect) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, change(1), (1, OFF))
+        assert state(backend) == (1, 1, False, 2)
+    with opened(connect) as backend:
+        assert state(backend) == (1, 1, False, 2)
+
+
+# PRAGMA foreign_keys = OFF holds for the one change that follows it in its session.
+
+PRAGMA_CASES: dict[str, tuple[list[list[Call]], list[Call]]] = {
+    "a migration": (
+        [[change(1), (1, OFF), change(2), (2, ON), change(3)]],
+        [change(1), (1, OFF), change(2), (2, ON), change(3)],
+    ),
+    "OFF at the end": ([[change(1), (1, OFF)]], [change(1)]),
+    "OFF alone": ([[(0, OFF)]], []),
+    "OFF across a restart": ([[change(1), (1, OFF)], [change(2)]], [change(1), change(2)]),
+    "OFF again after a restart": (
+        [[change(1), (1, OFF)], [(1, OFF), change(2), (2, ON)]],
+        [change(1), (1, OFF), change(2), (2, ON)],
+    ),
+    "killed before ON": (
+        [[change(1), (1, OFF), change(2)], [change(3)]],
+        [change(1), (1, OFF), change(2), change(3)],
+    ),
+    "ON across a restart": ([[change(1)], [(1, ON), change(2)]], [change(1), (1, ON), change(2)]),
+}
+
+
+@pytest.mark.parametrize("name", PRAGMA_CASES)
+def test_foreign_keys_off_holds_for_one_change_of_its_session(name: str, connect: Connect) -> None:
+    sessions, expected = PRAGMA_CASES[name]
+    connect().create(None)
+    for calls in sessions:
+        with opened(connect) as backend:
+            add(backend, *calls)
+    assert restored(connect) == (b"", expected)
+
+
+def test_foreign_keys_off_does_not_outlive_the_abandoned_change(connect: Connect) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, change(1), (1, OFF), change(2, "abandoned"))
+    with opened(connect) as backend:
+        backend.rewind()
+        add(backend, change(2, "with foreign keys"))
+    assert restored(connect) == (b"", [change(1), change(2, "with foreign keys")])
+
+
+# Replacing.
+
+
+def test_replace_starts_over_and_keeps_the_old(connect: Connect, tmp_path: Path) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, change(1), change(2))
+    fresh = snapshot(tmp_path, 5)
+    assert connect().replace(fresh), "where the old one is"
+    assert restored(connect) == (content(fresh), [])
+    with opened(connect) as backend:
+        assert state(backend) == (5, 5, False, 1)
+        add(backend, change(6))
+        assert state(backend) == (6, 5, True, 2)
+    assert restored(connect) == (content(fresh), [change(6)])
+
+
+def test_replace_of_a_backup_that_began_with_a_snapshot(connect: Connect, tmp_path: Path) -> None:
+    connect().create(snapshot(tmp_path, 2))
+    for version in (3, 4):
+        assert connect().replace(snapshot(tmp_path, version))
+        assert restored(connect) == (content(snapshot_at(tmp_path, version)), [])
+
+
+def snapshot_at(directory: Path, version: int) -> Snapshot:
+    return Snapshot(str(directory / f"snapshot-{version}.sqlite3"), version)
+
+
+# One writer, many readers.
+
+
+def test_one_writer_at_a_time(connect: Connect, tmp_path: Path) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, change(1))
+        with pytest.raises(BackupError) as caught:
+            connect().open()
+        assert isinstance(caught.value, BackupBusy) or "another" in str(caught.value).lower()
+        add(backend, change(2))
+    with opened(connect) as backend:
+        add(backend, change(3))
+    assert restored(connect) == (b"", [change(1), change(2), change(3)])
+
+
+def test_reading_in_mid_session_and_going_on(connect: Connect) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, *CALLS[:2])
+        reading = connect().read()
+        found = next(iter(reading))
+        assert list(found.transaction or ()) == CALLS[0][1]
+        add(backend, *CALLS[2:])
+        reading.close()  # A pass may end early.
+        assert restored(connect) == (b"", CALLS)
+
+
+def test_reading_tells_how_far_it_came(connect: Connect) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, *CALLS)
+    reading = connect().read()
+    assert len(list(reading)) == len(CALLS)
+    assert (reading.version, reading.damage, reading.torn_tail) == (6, None, False)
+    assert reading.total == 0 or reading.position == reading.total
+    reading.close()
+
+
+# Status.
+
+
+def test_status(connect: Connect, tmp_path: Path) -> None:
+    first = snapshot(tmp_path, 2)
+    connect().create(first)
+    known = []
+    for calls, version, prev, count in (
+        ([], 2, None, 1),
+        ([change(3)], 3, 2, 2),
+        ([(3, OFF)], 3, None, 3),
+        ([change(4)], 4, 3, 4),
+    ):
+        with opened(connect) as backend:
+            add(backend, *calls)
+            within = connect().status()
+        status = connect().status()
+        for found in (within, status):
+            assert (found.version, found.prev_version, found.version_count) == (
+                version,
+                prev,
+                count,
+            )
+            assert (found.damage, found.torn_tail) == (None, False)
+            # What a destination cannot tell is None.
+            assert found.changes in (None, count - 1)
+            assert found.snapshot_size in (None, os.path.getsize(first.path))
+            assert found.size is None or found.allocated is None or found.size <= found.allocated
+        assert status.url == connect().url and status.layout
+        known.append(status.backup_id)
+    assert len(set(known)) == 1
+    with opened(connect) as backend:
+        backend.rewind()
+    status = connect().status()
+    assert (status.version, status.prev_version, status.version_count) == (3, None, 3)
