@@ -132,15 +132,29 @@ class FileBackend(Backend):
                     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
                     kept = durable.free_name(f"{self.path}.old-{stamp}")
                     durable.keep(self.path, kept)
-                durable.replace(beside, self.path)
+                self._put_in_place(beside)
             except OSError as error:
                 raise DiskError(self.path, error, "replace") from error
             finally:
                 durable.remove(f"{self.scratch_prefix}log")
-            if self._file is not None:
-                self._file.close()
-                self._load()
         return kept
+
+    def _put_in_place(self, beside: str) -> None:
+        try:
+            durable.replace(beside, self.path)
+        except OSError as error:
+            # Which of the two files a restart finds is not known: nothing more is appended.
+            self._failed = DiskError(self.path, error, "replace")
+            raise self._failed from error
+        if self._file is None:
+            return
+        self._file.close()
+        try:
+            self._load()
+        except BackupError as error:
+            problem = OSError(errno.EIO, error.problem)
+            self._failed = DiskError(self.path, problem, "go on with")
+            raise
 
     def _is_empty(self) -> bool:
         if layout1.is_layout_1(self.path):

@@ -50,6 +50,8 @@ BLOCK_SIZE = 1 << 16
 ACCEPT_PAUSE_S = 0.1
 MIN_FREE_BYTES = 64 << 20
 """A snapshot that comes in leaves the disk at least this much for changes."""
+SPACE_CHECK_BYTES = 16 << 20
+"""Bytes of a snapshot between two looks at the free space."""
 SWITCH_INTERVAL_S = 0.0002
 """So that a thread that streams a backup does not make the writer's thread wait."""
 
@@ -241,7 +243,7 @@ class Spool:
     def add(self, piece: bytes) -> None:
         """Take a piece; Dropped if the disk has no room for it."""
         self._unchecked += len(piece)
-        if self._unchecked >= MIN_FREE_BYTES // 4:
+        if self._unchecked >= SPACE_CHECK_BYTES:
             self._unchecked = 0
             self._check_space()
         self._file.write(piece)
@@ -287,6 +289,7 @@ class Connection:
         self._peer = peer
         self._decoder = protocol.Decoder(protocol.TO_SERVER)
         self._silent = True
+        self._restored = False
         self._packet_began = self.last_heard
         self._packet_size = 0
         self._protocol = 1
@@ -370,6 +373,8 @@ class Connection:
                 self._stream_backup()
             case PacketType.COMPACT:
                 self._compact()
+            case PacketType.ACK if self._restored:
+                pass  # Of a packet of the restore, which it is still reading.
             case _:
                 raise Dropped(f"{event.type.name} may not come now")
 
@@ -402,16 +407,26 @@ class Connection:
     def acknowledge(self, version: int, chain: bytes = b"") -> None:
         """Say that ``version`` is stored, in protocol 2 with its chain."""
         if self._protocol == 2:
-            return self._send(protocol.encode(PacketType.ACK, protocol.ACK.pack(version, chain)))
-        self._send(protocol.encode_version(PacketType.ACK, version))
+            return self._answer(protocol.encode(PacketType.ACK, protocol.ACK.pack(version, chain)))
+        self._answer(protocol.encode_version(PacketType.ACK, version))
 
     def refuse(self, reason: str, code: NackCode = NackCode.OTHER) -> None:
         """Say that nothing was stored; the log says why, in protocol 2 the client is told."""
         log.warning(f"{self}: refused {reason}")
         version = self._keeper.backend.version
         if self._protocol == 2:
-            return self._send(protocol.encode_nack(Nack(version, code, f"refused {reason}")))
-        self._send(protocol.encode_version(PacketType.NACK, version))
+            return self._answer(protocol.encode_nack(Nack(version, code, f"refused {reason}")))
+        self._answer(protocol.encode_version(PacketType.NACK, version))
+
+    def _answer(self, packet: bytes) -> None:
+        """Send ``packet`` at once or never: the keeper's lock is held, and others want it."""
+        self._sock.settimeout(0)
+        try:
+            sent = self._sock.send(packet)
+        except BlockingIOError:
+            sent = 0
+        if sent != len(packet):
+            raise Dropped("it does not read its answers")
 
     def _send(self, data: bytes) -> None:
         self._sock.settimeout(SEND_TIMEOUT_S)
@@ -471,6 +486,7 @@ class Connection:
 
     def _stream_backup(self) -> None:
         log.info(f"{self}: restores the backup")
+        self._restored = True
         if self._protocol == 2:
             return self._stream_records()
         reading = self._keeper.backend.read()
