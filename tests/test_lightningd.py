@@ -31,7 +31,7 @@ READY_S = 120.0
 LATE_WRITES = 20
 
 LATE_PLUGIN = f"""#!{sys.executable}
-import json, os, socket
+import json, os, socket, time
 from pyln.client import Plugin
 plugin = Plugin()
 connection = socket.socket(socket.AF_UNIX)
@@ -41,6 +41,7 @@ def init(configuration, **_):
     connection.connect(os.path.join(configuration["lightning-dir"], configuration["rpc-file"]))
 @plugin.subscribe("shutdown")
 def on_shutdown(**_):
+    time.sleep(1.5)  # Longer than a backup that only waits for quiet would stay.
     answers = connection.makefile()
     for number in range({LATE_WRITES}):
         params = {{"key": ["late", str(number)], "string": "x" * 1000}}
