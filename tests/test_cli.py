@@ -132,7 +132,7 @@ def test_help_names_every_command() -> None:
     text = run_cli("--help").stdout
     for command in COMMANDS:
         assert f"  {command} " in text
-    assert "backup-cli init file:///" in text
+    assert "backup-cli init --lightning-dir ~/.lightning/bitcoin file:///" in text
     assert "Exit codes:" in text
     assert run_cli("-h").stdout == text
 
@@ -605,7 +605,7 @@ def test_resync_refuses_without_a_database(
     path = node_dir / "lightningd.sqlite3"
     for content in (b"", None):
         path.unlink() if content is None else path.write_bytes(content)
-        says = ["The node has no database, or an empty one", f"restore {url}"]
+        says = ["The node has no database, or an empty one", "add --wallet", f"restore {url}"]
         refused(tmp_path, "resync", "--yes", "--lightning-dir", node_dir, says=says)
 
 
@@ -738,7 +738,7 @@ def test_attach_an_empty_backup_to_a_fresh_node(node_dir: Path, url: str) -> Non
     [
         (6, 5, ["Backup is out of date", "version 6, the backup at version 5", "init`"]),
         (5, 7, ["lost some state", "version 5, the backup at version 7", "restore file://"]),
-        (0, 5, ["lost some state", "version 0, the backup at version 5", "restore file://"]),
+        (0, 5, ["There is no database at", "add --wallet", "restore file://", "first"]),
         (3, 0, ["Backup is out of date", "version 3, the backup at version 0", "init`"]),
     ],
 )
