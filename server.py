@@ -105,12 +105,13 @@ class Keeper:
         with self.lock:
             backend = self.backend
             first = not self.is_writer(connection)
-            if backend.is_last(change) and (change.bumps or first):
+            outdated = self._is_outdated(connection)
+            if backend.is_last(change) and (change.bumps or first) and not outdated:
                 log.info(f"{connection}: version {change.version} came again; it is stored already")
                 self._take_over(connection)
                 return connection.acknowledge(change.version)
             verdict = judge(change.base, backend.version, backend.rewindable, first=False)
-            if verdict is not Verdict.APPEND or self._is_outdated(connection):
+            if verdict is not Verdict.APPEND or outdated:
                 reason = "a newer connection has written"
                 if verdict is not Verdict.APPEND:
                     reason = f"{verdict.value}: the backup is at version {backend.version}"
@@ -142,7 +143,8 @@ class Keeper:
         """Store a change or a rewind of protocol 2 and acknowledge it, or refuse it."""
         with self.lock:
             newest = self.backend.newest
-            if (head.chain, head.session) == (newest.chain, newest.session):
+            repeated = (head.chain, head.session) == (newest.chain, newest.session)
+            if repeated and not self._is_outdated(connection):
                 log.info(f"{connection}: version {head.version} came again; it is stored already")
                 self._take_over(connection)
                 return connection.acknowledge(head.version, head.chain)
