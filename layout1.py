@@ -42,6 +42,7 @@ import struct
 from collections.abc import Iterator
 
 from backend import (
+    FOREIGN_KEYS_OFF,
     MAX_CHANGE_SIZE,
     MAX_CHUNK_SIZE,
     MAX_VERSION,
@@ -61,6 +62,8 @@ FIRST_ENTRY = 512
 ENTRY = struct.Struct("!IIB")
 TRANSACTION = 1
 SNAPSHOT = 2
+NOT_BUMPING = ([FOREIGN_KEYS_OFF], ["PRAGMA foreign_keys = ON;"])
+"""In every release all other changes end with the statement that raises data_version."""
 _BUMP = re.compile(re.escape(bump(1).removesuffix("0").encode()) + rb"([0-9]{1,10})")
 
 
@@ -163,6 +166,12 @@ class Layout1Reading(Reading):
             change = Change.decode(version, self._pread(self.position + ENTRY.size, length))
         except InvalidChange as error:
             return self._unreadable(version, TRANSACTION, length, error.problem.rstrip("."))
+        if not change.bumps and change.transaction not in NOT_BUMPING:
+            raise self._damaged(
+                f"the change to version {version} does not end with the statement that every"
+                " change ends with",
+                "and what follows is not known",
+            )
         verdict = judge(change.base, self.version, self.rewindable, first=True)
         if verdict is Verdict.REWIND:
             self.abandoned += 1
@@ -184,6 +193,8 @@ class Layout1Reading(Reading):
         behind = self._newest_behind() if self._reason else 0
         if header_version > self._highest:
             lost = f"but its header names version {header_version}: what is between is lost"
+        elif header_version > self.version and header_count == self._entries and not self._reason:
+            lost = f"but its header names version {header_version}"
         elif header_count > self._entries:
             lost = f"but its header counts {header_count} entries, and {self._entries} are there"
         elif behind > self.version + 1:
