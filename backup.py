@@ -15,6 +15,7 @@ environment.ensure("pyln.client")
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
+import re  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -197,8 +198,9 @@ def _is_plugin(pid: int) -> bool:
             name, _, rest = file.read().partition("(")[2].rpartition(")")
     except OSError:
         return False
-    # Subdaemons are named lightning_*d; a zombie is gone.
-    return not name.startswith("lightning_") and rest.split()[0] != "Z"
+    # Subdaemons are named lightning_*d, cut to 15 characters; a zombie is gone.
+    subdaemon = re.fullmatch(r"lightning_(\w*d|\w{5})", name)
+    return subdaemon is None and rest.split()[0] != "Z"
 
 
 def leave_last(hook: Hook) -> None:
