@@ -416,8 +416,9 @@ class FileBackend(Backend):
             last: offset of that record's counterpart in ``path``.
 
         Raises:
-            BackupError: the two do not agree; this log stays in use.
-            DiskError: which of the two a loss of power would leave is not known.
+            BackupError: the two do not agree, or a file could not be written or renamed; this
+                log stays in use. Where the directory could not be flushed, it takes no
+                more changes: which log a loss of power would leave is not known.
         """
         old = LogReader(self.path)
         try:
@@ -431,8 +432,10 @@ class FileBackend(Backend):
             durable.replace(path, self.path)
         except OSError as error:
             file.close()
-            self._failed = DiskError(self.path, error, "replace")
-            raise self._failed from error
+            failure = DiskError(self.path, error, "replace")
+            if not os.path.exists(path):  # Renamed, but that may not outlive a loss of power.
+                self._failed = failure
+            raise failure from error
         self._file.close()
         file.path = self.path
         self._file, self._end, self._log_start = file, newest.end, log_start
