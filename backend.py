@@ -7,10 +7,10 @@ import hashlib
 import logging
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from errors import InvalidChange, LostState, OutOfDate
+from errors import BackupError, InvalidChange, LostState, OutOfDate
 
 RELEASE = "1.0.0"
 log = logging.getLogger("backup")
@@ -162,6 +162,31 @@ def judge(base: int, version: int, rewindable: bool, first: bool) -> Verdict:
     if first and rewindable and base == version - 1:
         return Verdict.REWIND
     return Verdict.OUT_OF_DATE if base > version else Verdict.LOST_STATE
+
+
+def committed(changes: Iterable[Change]) -> Iterator[Change]:
+    """What the earlier plugin stored, without the changes that the node never committed.
+
+    There, a change that was taken back is followed by what came in its place.
+
+    Raises:
+        BackupError: the versions do not follow each other; what stands before was given.
+    """
+    version, held = 0, None
+    for change in changes:
+        if change.snapshot is not None:
+            version, held = change.version, None
+            yield change
+            continue
+        rewindable = held is not None and held.bumps
+        verdict = judge(change.base, version, rewindable, first=True)
+        if verdict is not Verdict.REWIND and held is not None:
+            yield held
+        if verdict not in (Verdict.APPEND, Verdict.REWIND):
+            raise BackupError(f"A change to version {change.version} follows version {version}.")
+        version, held = change.version, change
+    if held is not None:
+        yield held
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from backend import (
     Snapshot,
     Status,
     chain_after,
+    committed,
     log,
 )
 from errors import CLI, BackupError, BackupExists, ConfigError
@@ -688,7 +689,7 @@ class SocketReading(Reading):
             if self._link.protocol == 2:
                 yield from effective(self._records())
             else:
-                yield from self._changes()
+                yield from self._noted(committed(self._changes()))
         except OSError as error:
             self.damage = Unreachable(self._target, error)
         except BackupError as error:
@@ -699,13 +700,17 @@ class SocketReading(Reading):
                 f" it sent ends at version {self.version}."
             )
 
+    def _noted(self, changes: Iterator[Change]) -> Iterator[Change]:
+        for change in changes:
+            self.version = change.version
+            yield change
+
     def _changes(self) -> Iterator[Change]:
-        """What a server of protocol 1 sends."""
+        """What a server of protocol 1 sends: old ones also what was taken back."""
         inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
         while True:
             event = self._link.event()
             if isinstance(event, SnapshotPart):
-                self.version = event.version
                 if event.first:
                     inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
                     yield Change(event.version, b"", None)
@@ -714,9 +719,7 @@ class SocketReading(Reading):
                 if event.last:
                     inflater.finish()
             elif event.type is PacketType.CHANGE:
-                change = protocol.decode_change(event.payload)
-                self.version = change.version
-                yield change
+                yield protocol.decode_change(event.payload)
             elif event.type is PacketType.DONE:
                 return
             else:
