@@ -17,6 +17,10 @@ from errors import DatabaseError
 
 COPY_PAGES = 1024
 """Pages that SQLite's backup API moves at a time."""
+CACHED_STATEMENTS = 64
+"""More than half of a node's statements come again soon: BEGIN, COMMIT and many UPDATEs."""
+LARGE_CHANGE = 256 << 10
+"""Bytes of a change whose statements are not kept in the cache."""
 MAX_REPORTED = 10
 """Problems or differences named before the rest is only counted."""
 SIDE_FILES = ("-journal", "-wal", "-shm")
@@ -76,7 +80,11 @@ def copy(source: str, target: str, progress: Progress | None = None) -> Snapshot
     with opened(source) as node, contextlib.closing(sqlite3.connect(target)) as snapshot:
         # The copy is thrown away after a crash: nothing of it needs to be durable.
         snapshot.execute("PRAGMA synchronous = OFF")
-        node.backup(snapshot, pages=COPY_PAGES, progress=report, sleep=0)
+        try:
+            node.backup(snapshot, pages=COPY_PAGES, progress=report, sleep=0)
+        except sqlite3.Error as error:
+            problem = f"SQLite says: {error}, copying it to {target}"
+            raise DatabaseError(source, problem) from error
         version = data_version(node)
     return Snapshot(target, version)
 
@@ -112,8 +120,9 @@ class Replayer:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # Every statement is met once: a statement cache would only cost time.
-        self._connection = sqlite3.connect(path, isolation_level=None, cached_statements=0)
+        self._connection = sqlite3.connect(
+            path, isolation_level=None, cached_statements=CACHED_STATEMENTS
+        )
         self._execute = self._connection.cursor().execute
         self._off = False
         try:
@@ -150,6 +159,8 @@ class Replayer:
                         raise
                     self._execute(mended)
             self._execute("COMMIT")
+            if len(change.payload) > LARGE_CHANGE:
+                self._forget_statements()
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
                 self._off = False
@@ -159,6 +170,11 @@ class Replayer:
                 f"the change to version {change.version} does not replay: {error},"
                 f" in {statement[:100]!r}",
             ) from error
+
+    def _forget_statements(self) -> None:
+        """Push large statements out of the statement cache, or they fill the memory."""
+        for number in range(CACHED_STATEMENTS):
+            self._execute(f"SELECT {number}")
 
     def finish(self) -> int:
         """Close the database in the journal mode it had; its data_version."""
