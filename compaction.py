@@ -40,7 +40,7 @@ from backend import Change, Reading, log
 from errors import BackupError, ConfigError
 from filebackend import FileBackend, disk_warnings
 from logreader import LogReader, effective, is_foreign_keys_off
-from logwriter import LogWriter
+from logwriter import SMALL_FLUSH_STEP, LogWriter
 from records import Head, Kind
 
 NICE = 19
@@ -288,7 +288,8 @@ def build(path: str, prefix: str) -> Message:
             return {"nothing": True}
         check_sound(scratch, path, prefix)
         assert reader.backup_id is not None
-        writer = LogWriter(f"{prefix}-log", reader.backup_id, os.path.getsize(scratch))
+        size = os.path.getsize(scratch)
+        writer = LogWriter(f"{prefix}-log", reader.backup_id, size, SMALL_FLUSH_STEP)
         with contextlib.closing(writer), contextlib.closing(LogReader(writer.path)) as verifier:
             writer.add_snapshot(scratch, last)
             os.unlink(scratch)

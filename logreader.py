@@ -176,8 +176,10 @@ class LogReader:
 
 def is_foreign_keys_off(head: Head) -> bool:
     """Whether the record is a PRAGMA foreign_keys = OFF, which its chain tells."""
-    chain = chain_after(head.chain_before, head.version, FOREIGN_KEYS_OFF.encode())
-    return head.kind == Kind.CHANGE and head.chain == chain
+    if head.kind != Kind.CHANGE or head.length != len(FOREIGN_KEYS_OFF):
+        return False
+    payload = FOREIGN_KEYS_OFF.encode()
+    return head.chain == chain_after(head.chain_before, head.version, payload)
 
 
 def effective(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[Change]:

@@ -12,8 +12,10 @@ from errors import ConfigError
 from logreader import LogReader
 from records import BEFORE_FIRST, Head, Kind, TailKind
 
-FLUSH_STEP = 4 << 20
-"""Bytes between two flushes: a node that shares the disk waits for no more than this."""
+FLUSH_STEP = 32 << 20
+"""Bytes between two flushes where no node waits."""
+SMALL_FLUSH_STEP = 4 << 20
+"""Bytes between two flushes beside a running node: its own flush waits for no more."""
 
 
 class LogWriter:
@@ -23,14 +25,18 @@ class LogWriter:
         path: the file, which must not exist.
         backup_id: 16 bytes.
         snapshot_size: bytes of the snapshot that ``add_snapshot`` will add; 0 for none.
+        flush_step: bytes between two flushes.
 
     Attributes:
         last: the last record written.
     """
 
-    def __init__(self, path: str, backup_id: bytes, snapshot_size: int) -> None:
+    def __init__(
+        self, path: str, backup_id: bytes, snapshot_size: int, flush_step: int = FLUSH_STEP
+    ) -> None:
         self.path = path
         self._fd = durable.create(path)
+        self._flush_step = flush_step
         self._unflushed = 0
         self._end = 0
         self.last = BEFORE_FIRST._replace(backup_id=backup_id)
@@ -70,7 +76,7 @@ class LogWriter:
         durable.write_all(self._fd, data, self._end)
         self._end += len(data)
         self._unflushed += len(data)
-        if self._unflushed >= FLUSH_STEP:
+        if self._unflushed >= self._flush_step:
             self.flush()
 
     def flush(self) -> None:
