@@ -96,6 +96,13 @@ class Change:
         return self.transaction is not None and self.transaction[-1] == bump(self.version)
 
     @property
+    def is_pragma(self) -> bool:
+        """Whether it is a call of PRAGMAs alone, which run outside of any transaction."""
+        return self.transaction is not None and all(
+            s.startswith("PRAGMA") for s in self.transaction
+        )
+
+    @property
     def base(self) -> int:
         """The version that the database had before this change."""
         return self.version - 1 if self.bumps else self.version

@@ -144,7 +144,7 @@ class Replayer:
         assert change.transaction is not None
         statement = ""
         try:
-            if all(s.startswith("PRAGMA") for s in change.transaction):
+            if change.is_pragma:
                 for statement in change.transaction:
                     self._execute(statement)
                 self._off = change.transaction == [FOREIGN_KEYS_OFF]
