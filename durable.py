@@ -134,10 +134,15 @@ def publish(beside: str, path: str) -> None:
 
     Raises:
         FileExistsError: ``path`` is taken.
+        OSError: it failed, and ``path`` is not there.
     """
     _link(beside, path)
-    remove(beside)
-    sync_dir(os.path.dirname(path))
+    try:
+        remove(beside)
+        sync_dir(os.path.dirname(path))
+    except OSError:
+        remove(path)  # It may not outlive a loss of power, so it must not look done.
+        raise
 
 
 def replace(beside: str, path: str) -> None:
@@ -149,7 +154,20 @@ def replace(beside: str, path: str) -> None:
 def keep(path: str, kept: str) -> None:
     """Give the file at ``path`` the second name ``kept``, so that a replace spares it."""
     _link(path, kept)
-    sync_dir(os.path.dirname(kept))
+    try:
+        sync_dir(os.path.dirname(kept))
+    except OSError:
+        unkeep(path, kept)
+        raise
+
+
+def unkeep(path: str, kept: str) -> None:
+    """Take ``keep`` back when no replace followed, as far as the disk still lets us."""
+    with contextlib.suppress(OSError):  # The file has one of the names in any case.
+        if os.path.lexists(path):
+            os.unlink(kept)
+        else:  # Without hard links, ``keep`` has renamed it.
+            os.rename(kept, path)
 
 
 def _link(source: str, target: str) -> None:
@@ -168,13 +186,13 @@ def write_file(path: str, data: bytes) -> None:
     """Create the small file ``path`` with ``data``; never overwrites, never half there."""
     beside = f"{path}.new"
     remove(beside)
-    with open(create(beside), "wb") as file:
-        file.write(data)
-        flush_file(file)
     try:
+        with open(create(beside), "wb") as file:
+            file.write(data)
+            flush_file(file)
         publish(beside, path)
     except OSError:
-        os.unlink(beside)
+        remove(beside)
         raise
 
 

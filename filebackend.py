@@ -125,18 +125,22 @@ class FileBackend(Backend):
             changes: what follows the snapshot, so that the last of it can be rewound.
         """
         with self._locked():
+            beside, kept = f"{self.scratch_prefix}log", None
             try:
-                beside = self._build(snapshot, changes)
-                kept = None
+                self._build(snapshot, changes)
                 if not self._is_empty():
                     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
                     kept = durable.free_name(f"{self.path}.old-{stamp}")
                     durable.keep(self.path, kept)
                 self._put_in_place(beside)
-            except OSError as error:
-                raise DiskError(self.path, error, "replace") from error
+            except BaseException as error:
+                if kept is not None and os.path.lexists(beside):
+                    durable.unkeep(self.path, kept)  # The old file is the backup still.
+                if isinstance(error, OSError):
+                    raise DiskError(self.path, error, "replace") from error
+                raise
             finally:
-                durable.remove(f"{self.scratch_prefix}log")
+                durable.remove(beside)
         return kept
 
     def _put_in_place(self, beside: str) -> None:
