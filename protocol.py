@@ -44,14 +44,15 @@ REWIND:
                             time u64 (ns), size of the log u64, the server's name and
                             version in UTF-8
 
-A record is what file layout 2 (records.py) stores, and its fields mean the same:
+A record is what file layout 2 (records.py) stores, and its fields mean the same but for
+the crc:
 
     offset  size  field         meaning
          0     1  kind          1 snapshot, 2 change, 3 rewind
          1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot
          2     4  data_version
          6     8  sequence      in a restore; 0 from a client
-        14     4  payload crc
+        14     4  crc           CRC-32 of all of the record, with 0 here
         18     8  time
         26    16  session
         42    16  chain before  what the receiver must have
@@ -88,6 +89,7 @@ NACK = struct.Struct("!IH")
 ACK = struct.Struct("!I16s")
 COMING = struct.Struct("!Q")
 RECORD = struct.Struct("!BBIQIQ16s16s16s")
+_CRC_AT = 14
 MAX_PACKET_SIZE = 2**32 - 1
 """A packet's length is a u32."""
 MAX_SNAPSHOT_SIZE = 1 << 40
@@ -300,6 +302,13 @@ def decode_nack(payload: bytes) -> Nack:
     return Nack(version, known, payload[NACK.size :].decode(errors="replace"))
 
 
+def decode_coming(payload: bytes) -> int:
+    """The size that a COMING packet announces."""
+    if len(payload) != COMING.size:
+        raise ProtocolError(f"COMING of {len(payload)} bytes in place of {COMING.size}.")
+    return int(COMING.unpack(payload)[0])
+
+
 def decode_version(payload: bytes) -> int:
     """The version that is all of ``payload``."""
     if len(payload) != VERSION.size:
@@ -376,9 +385,10 @@ class RecordPacker:
     def pack(self, head: Head, payload: bytes) -> bytes:
         """The RECORD packet; the CRC is computed here."""
         fields = RECORD.pack(
-            *(head.kind, head.flags, head.version, head.sequence, zlib.crc32(payload)),
+            *(head.kind, head.flags, head.version, head.sequence, 0),
             *(head.time_ns, head.session, head.chain_before, head.chain),
         )
+        fields = _with_crc(fields, zlib.crc32(payload, zlib.crc32(fields)))
         data = self._zlib.compress(fields + payload) + self._zlib.flush(zlib.Z_SYNC_FLUSH)
         return encode(PacketType.RECORD, data)
 
@@ -390,11 +400,13 @@ class RecordUnpacker:
         self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
 
     def unpack(self, data: bytes) -> tuple[Head, bytes]:
-        """The record of a RECORD packet.
+        """The record of a RECORD packet; its CRC and its offset are not set.
 
         Raises:
             ProtocolError: it does not inflate, or past the limit, or does not check.
         """
+        if len(data) > MAX_CHANGE_SIZE // _GREATEST_RATIO:
+            self._measure(data)
         try:
             fields = self._zlib.decompress(data, RECORD.size)
             limit = MAX_LENGTH.get(fields[0], -1) if len(fields) == RECORD.size else -1
@@ -407,14 +419,13 @@ class RecordUnpacker:
         if len(payload) > limit or self._zlib.unconsumed_tail or self._zlib.unused_data:
             raise ProtocolError("A RECORD inflates past its limit.")
         kind, flags, version, sequence, crc, time_ns, session, before, chain = RECORD.unpack(fields)
-        if zlib.crc32(payload) != crc:
+        if zlib.crc32(payload, zlib.crc32(_with_crc(fields, 0))) != crc:
             raise ProtocolError("A RECORD does not match its checksum.")
         head = BEFORE_FIRST._replace(
             kind=kind,
             flags=flags,
             version=version,
             sequence=sequence,
-            payload_crc=crc,
             time_ns=time_ns,
             session=session,
             length=len(payload),
@@ -424,6 +435,22 @@ class RecordUnpacker:
         if kind == Kind.CHANGE and chain != chain_after(before, version, payload):
             raise ProtocolError("A RECORD does not match its chain.")
         return head, payload
+
+    def _measure(self, data: bytes) -> None:
+        """Inflate what may be a bomb in pieces first: it must not fill the memory."""
+        trial, left = self._zlib.copy(), RECORD.size + MAX_CHANGE_SIZE
+        try:
+            while data and left >= 0:
+                left -= len(trial.decompress(data, MAX_CHUNK_SIZE))
+                data = trial.unconsumed_tail
+        except zlib.error as error:
+            raise ProtocolError(f"Compressed data is broken: {error}.") from error
+        if left < 0:
+            raise ProtocolError("A RECORD inflates past its limit.")
+
+
+def _with_crc(fields: bytes, crc: int) -> bytes:
+    return fields[:_CRC_AT] + VERSION.pack(crc) + fields[_CRC_AT + VERSION.size :]
 
 
 class Decoder:

@@ -402,8 +402,9 @@ class Connection:
                 change = Change.decode(head.version, payload)
             except InvalidChange as error:
                 return self.refuse(str(error), NackCode.INVALID)
-            if change.bumps != bool(head.flags & records.BUMPS):
-                return self.refuse(f"the change to version {head.version}: its flags do not fit")
+            if head.flags != (records.BUMPS if change.bumps else 0):
+                what = f"the change to version {head.version}: its flags do not fit"
+                return self.refuse(what, NackCode.INVALID)
         self._server.guard(lambda: self._keeper.record(self, head, payload))
 
     def acknowledge(self, version: int, chain: bytes = b"") -> None:
@@ -510,7 +511,9 @@ class Connection:
                     block.clear()
             self._stream(bytes(block))
         if reader.damage is not None:
-            return self.refuse(str(reader.damage), NackCode.DAMAGED)
+            log.warning(f"{self}: the restore ends early: {reader.damage}")
+            nack = Nack(self._keeper.backend.version, NackCode.DAMAGED, str(reader.damage))
+            return self._stream(protocol.encode_nack(nack))
         self._stream(protocol.encode(PacketType.DONE))
 
     def _stream(self, data: bytes) -> None:

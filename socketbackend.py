@@ -344,7 +344,7 @@ def fate_of_change(change: Change, before: Metadata, now: Metadata) -> Fate:
 
 def fate_of_rewind(before: Metadata, now: Metadata) -> Fate:
     """Whether a REWIND, sent when the server was at ``before``, is stored ``now``."""
-    if now == before:
+    if now[1:4] == before[1:4]:
         return Fate.LOST
     moved = now.version_count - before.version_count
     if now.version == before.prev_version and moved in (-1, 0):  # Old servers keep the count.
@@ -378,6 +378,7 @@ class SocketBackend(Backend):
         self._link: Link | None = None
         self._known = Metadata(1, 0, 0, 0)
         self._session = secrets.token_bytes(16)
+        self._written = False
         self._refusal: BackupError | None = None
         self.reconnects = 0
 
@@ -498,6 +499,9 @@ class SocketBackend(Backend):
         self._reconnect(time.monotonic())
 
     def _note(self, known: Metadata) -> None:
+        if self._written and known.details is not None and self._known.details is None:
+            # What was written in protocol 1 bears a session that the server made up.
+            self._session = known.details.session
         self._known = known
         self.version, self.version_count = known.version, known.version_count
         self.rewindable = known.prev_version == known.version - 1
@@ -513,7 +517,7 @@ class SocketBackend(Backend):
             chain_before=chain,
             chain=chain_after(chain, change.version, change.payload),
         )
-        self._deliver(head, change.payload, lambda now: fate_of_change(change, before, now))
+        head = self._deliver(head, change.payload, lambda now: fate_of_change(change, before, now))
         prev_version = before.version if change.bumps else change.version
         self._note_stored(head, prev_version, before.version_count + 1)
         if self._known.details is None and not change.bumps:
@@ -528,8 +532,11 @@ class SocketBackend(Backend):
             head = head._replace(
                 chain_before=before.details.chain, chain=before.details.chain_before
             )
-        self._deliver(head, b"", lambda now: fate_of_rewind(before, now))
-        self._refresh()
+        head = self._deliver(head, b"", lambda now: fate_of_rewind(before, now))
+        if self._known.details is None:
+            self._refresh()  # Servers differ in what they count.
+        else:
+            self._note_stored(head, head.version, before.version_count - 1)
 
     def _head(self, kind: Kind, version: int) -> Head:
         return BEFORE_FIRST._replace(
@@ -556,11 +563,14 @@ class SocketBackend(Backend):
         except OSError:
             self._reconnect(time.monotonic())
 
-    def _deliver(self, head: Head, payload: bytes, by_count: Callable[[Metadata], Fate]) -> None:
+    def _deliver(self, head: Head, payload: bytes, by_count: Callable[[Metadata], Fate]) -> Head:
         """Send a record until its ACK came, or METADATA shows what became of it.
 
         Args:
             by_count: what became of it by versions and counts, for a server of protocol 1.
+
+        Returns:
+            ``head``, with the chains that the server has now.
         """
         if self._refusal is not None:
             raise self._refusal
@@ -571,7 +581,8 @@ class SocketBackend(Backend):
                     assert self._link is not None
                     self._link.send_record(head, payload)
                     self._link.check_ack(self._link.answer(), head)
-                    return
+                    self._written = True
+                    return head
                 except OSError as error:
                     log.warning(f"Lost the backup server {self._url.target}: {error}")
                     self.reconnects += 1
@@ -585,10 +596,27 @@ class SocketBackend(Backend):
                     raise self._diverged(before, now)
                 log.info(f"Connected to {self._url.target} again: {fate.value}")
                 if fate is Fate.STORED:
-                    return
+                    self._written = True
+                    return self._as_stored(head)
+                if before.details is None and now.details is not None:
+                    head, before = self._continuing(head, payload, now.details), now
         except BackupError as error:
             self._refusal = error
             raise
+
+    def _as_stored(self, head: Head) -> Head:
+        now = self._known.details
+        if now is None:
+            return head
+        self._session = now.session  # Of a change sent in protocol 1, the server made it up.
+        return head._replace(chain_before=now.chain_before, chain=now.chain, session=now.session)
+
+    def _continuing(self, head: Head, payload: bytes, now: Details) -> Head:
+        """``head``, made for a server that spoke protocol 1, as it continues ``now``."""
+        chain = now.chain_before
+        if head.kind == Kind.CHANGE:
+            chain = chain_after(now.chain, head.version, payload)
+        return head._replace(session=self._session, chain_before=now.chain, chain=chain)
 
     def _diverged(self, before: Metadata, now: Metadata) -> Diverged:
         """The server holds something else than what it had and what was sent."""
@@ -732,7 +760,8 @@ class SocketReading(Reading):
             if packet.type is PacketType.RECORD:
                 yield self._checked(*self._link.record(packet))
             elif packet.type is PacketType.COMING:
-                (self.total,) = protocol.COMING.unpack(packet.payload)
+                self.total = protocol.decode_coming(packet.payload)
+                self.position = records.FIRST_RECORD
             elif packet.type is PacketType.NACK:
                 raise Refused(protocol.decode_nack(packet.payload))
             elif packet.type is PacketType.DONE:
