@@ -113,7 +113,9 @@ class Compactor:
                 try:
                     ready = self._follow(process, progress)
                     if ready is not None:
-                        with self._lock:
+                        # Closing the old log for the last time frees its space, which takes
+                        # long: hold it until no change waits any more.
+                        with open(self._backend.path, "rb"), self._lock:
                             self._backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
                 finally:
                     process.kill()
