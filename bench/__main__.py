@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.common import DATA, TRACE_FILE, Options, Row
 
-BENCHES = ("hook", "restoring", "snapshot", "start")
+BENCHES = ("hook", "restoring", "snapshot", "start", "compaction")
 """Modules of this package, each with ``run(options) -> list[Row]``."""
 
 
@@ -28,6 +28,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="recorded traffic (default: $TRACE, or all under tests/data)",
     )
     parser.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the database")
+    parser.add_argument(
+        "--backup", type=int, default=128, metavar="MIB", help="of the backup to compact"
+    )
     parser.add_argument("--changes", type=int, default=200_000, help="in the long log")
     parser.add_argument("--rounds", type=int, default=5, help="how often a pair is measured")
     parser.add_argument("--dir", help="a directory on the disk to measure (default: temporary)")
@@ -62,6 +65,7 @@ def main() -> None:
         options = Options(
             traces=chosen.trace or sorted(path.parent for path in DATA.glob(f"*/{TRACE_FILE}")),
             size_mib=chosen.size,
+            backup_mib=chosen.backup,
             changes=chosen.changes,
             rounds=chosen.rounds,
             scratch=Path(scratch),

@@ -37,6 +37,7 @@ class Options:
     Attributes:
         traces: folders of recorded traffic.
         size_mib: size of the database for the snapshot bench.
+        backup_mib: size of the backup for the compaction bench.
         changes: length of the long log for the start bench.
         rounds: how often a pair is repeated.
         scratch: an empty directory on the disk to measure.
@@ -44,6 +45,7 @@ class Options:
 
     traces: list[Path]
     size_mib: int
+    backup_mib: int
     changes: int
     rounds: int
     scratch: Path
