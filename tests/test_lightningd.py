@@ -188,11 +188,21 @@ def lightningd(tmp_path: Path, bitcoind: Bitcoind) -> Iterator[Lightningd]:
     found.end()
 
 
-@pytest.fixture(params=["file"])
-def destination(request: pytest.FixtureRequest, url: str) -> str:
+@pytest.fixture(params=["file", "socket"])
+def destination(request: pytest.FixtureRequest, url: str) -> Iterator[str]:
     """URL of a destination, each kind in turn. No backup is there yet."""
-    assert request.param == "file"
-    return url
+    if request.param == "file":
+        yield url
+        return
+    run_cli("init", url, cwd=os.path.dirname(url.removeprefix("file://")))
+    address = f"127.0.0.1:{free_port()}"
+    server = subprocess.Popen([sys.executable, support.CLI, "server", url, address])
+    deadline = time.monotonic() + READY_S
+    while "version" not in status(f"socket:{address}"):
+        assert time.monotonic() < deadline
+    yield f"socket:{address}"
+    server.terminate()
+    assert server.wait(timeout=READY_S) == 0
 
 
 @pytest.fixture
@@ -303,6 +313,21 @@ def test_restored_onto_a_new_machine(
     assert_same(fresh, destination, tmp_path / "restored")
 
 
+def test_compaction_and_status_by_lightning_cli(
+    node: Lightningd, destination: str, tmp_path: Path
+) -> None:
+    node.start()
+    node.act()
+    found = node.rpc("backup-status")
+    assert found["version"] > 0
+    assert found["changes_this_session"] > 0
+    result = node.rpc("backup-compact")
+    assert result["after"]["version_count"] < result["before"]["version_count"]
+    node.act()
+    node.stop()
+    assert_same(node, destination, tmp_path / "restored")
+
+
 def test_init_on_an_existing_node(lightningd: Lightningd, destination: str, tmp_path: Path) -> None:
     lightningd.start(backup=False)
     lightningd.act()
@@ -365,7 +390,7 @@ def test_no_start_on_lost_state(node: Lightningd, tmp_path: Path) -> None:
 def test_commands_beside_a_running_node(node: Lightningd, destination: str, tmp_path: Path) -> None:
     node.start()
     node.act()
-    for command in (["resync", "--yes"], ["attach", destination], ["init", f"{destination}-2"]):
+    for command in (["resync", "--yes"], ["attach", destination], ["init", destination]):
         done = run_cli(*command, "--lightning-dir", node.directory, check=1)
         assert "lightningd is running" in done.stderr
     stop = done.stderr.partition("Run `")[2].partition("`")[0]
