@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 import database
+import durable
 import restore
 import upgrade
 from backend import Change, Session
@@ -39,6 +41,7 @@ from tests.support import (
     first_changes,
     run_cli,
 )
+from tests.test_faults import KEEPS, Disk, PowerCut
 
 OFF, ON = "PRAGMA foreign_keys = OFF;", "PRAGMA foreign_keys = ON;"
 ABANDONED = change(6, "INSERT INTO items VALUES (90, 'this never happened')")
@@ -570,6 +573,32 @@ def look(old: Path, image: bytes, wanted: Path) -> str:
     assert database.compare(str(wanted), str(result)) == []
     result.unlink()
     return "new"
+
+
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_power_lost_at_every_step(
+    keeps: str, old: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that keeps only what was flushed, and of the rest what it likes."""
+    written(old, CALLS)
+    image, wanted = old.read_bytes(), tmp_path / "wanted"
+    apply_calls(wanted, CALLS)
+    monkeypatch.setattr(durable, "PREALLOCATE_STEP", 2048)
+    outcomes: list[str] = []
+    for number in itertools.count(1):
+        for stray in old.parent.iterdir():
+            stray.unlink()
+        old.write_bytes(image)
+        disk = Disk(old.parent, fail_at=number, error=0, keeps=keeps)
+        with monkeypatch.context() as patch, contextlib.suppress(PowerCut):
+            patch.setattr(durable, "os", disk)
+            upgrade.from_log(FileBackend(url), lambda _: None)
+        disk.lose_power()
+        outcomes.append(look(old, image, wanted))
+        if not disk.failed:
+            break
+    assert outcomes == sorted(outcomes, reverse=True), "first the old file, then the new one"
+    assert len(outcomes) > 10 and {*outcomes} == {"old", "new"}
 
 
 # Too little disk
