@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(VENV)/python demo.py
 
 test: .venv/installed-dev
-	$(VENV)/python -m pytest -q --cov=. --cov-report=term-missing:skip-covered
+	$(VENV)/python -m pytest -q -n auto --cov --cov-report=term-missing:skip-covered
 
 lint: .venv/installed-dev
 	$(VENV)/ruff format --check .
