@@ -76,6 +76,7 @@ class Disk:
         self._stable: dict[int, bytearray] = {}
         self._dirty: dict[int, list[range]] = {}
         self._names = self._names_now()
+        self._latest: tuple[str, str] | None = None
         for path in directory.iterdir():
             self._stable[path.stat().st_ino] = bytearray(path.read_bytes())
 
@@ -133,7 +134,7 @@ class Disk:
         assert stat.S_ISDIR(os.fstat(fd).st_mode)
         fails = self._step("fsync")
         if not fails or self._keeps == "everything":
-            self._names = self._names_now()
+            self._names, self._latest = self._names_now(), None
         if fails:
             self._fail()
 
@@ -143,11 +144,13 @@ class Disk:
         if not self._links:
             raise OSError(errno.EPERM, "no hard links here")
         os.link(source, target)
+        self._latest = "", target
 
     def rename(self, source: str, target: str) -> None:
         if self._step("rename"):
             self._fail()
         os.rename(source, target)
+        self._latest = source, target
 
     def unlink(self, path: str) -> None:
         if self._off:
@@ -166,12 +169,23 @@ class Disk:
                     stable.extend(bytes(max(0, low + len(data) - len(stable))))
                     stable[low : low + len(data)] = data
 
+    def _names_left(self) -> dict[str, int]:
+        now = self._names_now()
+        if self._keeps == "everything":
+            return now
+        if self._keeps == "the last half" and self._latest is not None:
+            # Of two new names the second one may be left alone.
+            source, target = (os.path.basename(path) for path in self._latest)
+            left = {name: number for name, number in self._names.items() if name != source}
+            return left | ({target: now[target]} if target in now else {})
+        return self._names
+
     def lose_power(self) -> None:
         """Leave in the directory what is on stable storage, and what ``keeps`` adds."""
         for path in self.directory.iterdir():
             with path.open("rb") as file:
                 self._write_back(file.fileno(), self._keeps)
-        names = self._names_now() if self._keeps == "everything" else self._names
+        names = self._names_left()
         for path in self.directory.iterdir():
             path.unlink()
         for name, number in names.items():
@@ -309,12 +323,16 @@ def every_call(
 ) -> Iterator[tuple[Disk, BaseException | None, int]]:
     """Run the session again and again, with the failure one call later each time."""
     image = path.read_bytes()
+    torn = support.records_of(path)[-1][0].end == len(image) - 1500
     for number in itertools.count(1):
         for stray in path.parent.iterdir():
             stray.unlink()
         path.write_bytes(image)
         disk = make(number)
         failure, steps, _ = run_session(f"file://{path}", disk, monkeypatch)
+        if torn and steps:  # What was cut off is durable before anything takes its place.
+            (aside,) = path.parent.glob(f"*.torn-{len(image) - 1500}")
+            assert aside.read_bytes().rstrip(b"\0") == image[-1500:].rstrip(b"\0")
         yield disk, failure, steps
         if not disk.failed:
             assert failure is None and steps == len(STEPS)
@@ -682,6 +700,20 @@ def test_small_file_is_whole_or_not_there(
         durable.write_file(str(target), b"other")
     assert target.read_bytes() == b"content"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_second_name_that_may_not_last_is_taken_back(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    disk = Disk(tmp_path, 2 if links else 3, links=links)
+    monkeypatch.setattr(durable, "os", disk)
+    with pytest.raises(OSError, match="Input/output error"):
+        durable.keep(str(path), str(tmp_path / "kept"))
+    assert disk.calls[:2] == ["link", "fsync" if links else "rename"]
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"content")]
 
 
 # Through the real plugin.
