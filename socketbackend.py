@@ -52,6 +52,8 @@ PROXY_TIMEOUT_S = 60.0
 """A new Tor circuit may take this long."""
 ANSWER_TIMEOUT_S = 90.0
 """Longer than a server retries its disk."""
+SLOWEST_RATE = 10 << 10
+"""Bytes a second that the slowest line brings; a large change gets so much more time."""
 SNAPSHOT_TIMEOUT_S = 3600.0
 """A server verifies a snapshot before it answers."""
 COMPACT_TIMEOUT_S = 6 * 3600.0
@@ -136,6 +138,8 @@ def parse_socket_url(url: str) -> SocketUrl:
     proxytype, proxytarget, retry_for = ProxyType.DIRECT, None, DEFAULT_RETRY_FOR_S
     seen: set[str] = set()
     try:
+        if question and not query:
+            raise ValueError("nothing behind the question mark")
         parameters = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(question))
     except ValueError as error:
         raise ValueError(f"the parameters {query!r} are not of the form name=value") from error
@@ -256,14 +260,16 @@ class Link:
         self._unpacker = protocol.RecordUnpacker()
         self.protocol = 1
 
-    def send(self, data: bytes, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        """Send ``data`` with as few segments as it needs."""
-        self._sock.settimeout(timeout_s)
-        self._sock.sendall(data)
+    def send(self, data: bytes) -> None:
+        """Send ``data`` with as few segments as it needs, as long as it moves on."""
+        self._sock.settimeout(ANSWER_TIMEOUT_S)
+        view = memoryview(data)
+        while view:  # Not sendall: its timeout is for all of a large change.
+            view = view[self._sock.send(view) :]
 
-    def event(self, timeout_s: float = ANSWER_TIMEOUT_S) -> protocol.Event:
+    def event(self, timeout_s: float | None = None) -> protocol.Event:
         """The next event from the server."""
-        self._sock.settimeout(timeout_s)
+        self._sock.settimeout(ANSWER_TIMEOUT_S if timeout_s is None else timeout_s)
         while not self._events:
             data = self._sock.recv(RECEIVE_SIZE)
             if not data:
@@ -271,7 +277,7 @@ class Link:
             self._events.extend(self._decoder.feed(data))
         return self._events.pop(0)
 
-    def answer(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Packet:
+    def answer(self, timeout_s: float | None = None) -> Packet:
         """The next packet from the server, where no SNAPSHOT may come."""
         event = self.event(timeout_s)
         if not isinstance(event, Packet):
@@ -380,6 +386,8 @@ class SocketBackend(Backend):
         self._session = secrets.token_bytes(16)
         self._written = False
         self._refusal: BackupError | None = None
+        self._rewound: Metadata | None = None
+        """What a server of protocol 1 said before the rewind that was the last request."""
         self.reconnects = 0
 
     # One request on a connection of its own
@@ -517,7 +525,14 @@ class SocketBackend(Backend):
             chain_before=chain,
             chain=chain_after(chain, change.version, change.payload),
         )
-        head = self._deliver(head, change.payload, lambda now: fate_of_change(change, before, now))
+        rewound = self._rewound
+
+        def by_count(now: Metadata) -> Fate:
+            # A server that forgot the rewind shows what it would show with this change.
+            return Fate.UNKNOWN if now == rewound else fate_of_change(change, before, now)
+
+        head = self._deliver(head, change.payload, by_count)
+        self._rewound = None
         prev_version = before.version if change.bumps else change.version
         self._note_stored(head, prev_version, before.version_count + 1)
         if self._known.details is None and not change.bumps:
@@ -534,7 +549,13 @@ class SocketBackend(Backend):
             )
         head = self._deliver(head, b"", lambda now: fate_of_rewind(before, now))
         if self._known.details is None:
+            self._rewound = before
             self._refresh()  # Servers differ in what they count.
+            if self.version != head.version:
+                self._refusal = Diverged(
+                    NackCode.INVALID, "it has forgotten a rewind that it acknowledged"
+                )
+                raise self._refusal
         else:
             self._note_stored(head, head.version, before.version_count - 1)
 
@@ -580,7 +601,8 @@ class SocketBackend(Backend):
                 try:
                     assert self._link is not None
                     self._link.send_record(head, payload)
-                    self._link.check_ack(self._link.answer(), head)
+                    timeout_s = ANSWER_TIMEOUT_S + len(payload) / SLOWEST_RATE
+                    self._link.check_ack(self._link.answer(timeout_s), head)
                     self._written = True
                     return head
                 except OSError as error:
@@ -656,6 +678,9 @@ class SocketBackend(Backend):
                     f"The backup server {self._url.target} cannot be reached ({error}); the"
                     f" node has been waiting for {waited:.1f} s, next try in {pause:.1f} s"
                 )
+            except BackupError:
+                self.close()
+                raise
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -736,8 +761,10 @@ class SocketReading(Reading):
     def _changes(self) -> Iterator[Change]:
         """What a server of protocol 1 sends: old ones also what was taken back."""
         inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
+        timeout_s: float | None = SNAPSHOT_TIMEOUT_S
         while True:
-            event = self._link.event()
+            # Before its first byte a server compresses all of the snapshot.
+            event, timeout_s = self._link.event(timeout_s), None
             if isinstance(event, SnapshotPart):
                 if event.first:
                     inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)

@@ -27,16 +27,19 @@ class CutProxy:
     Args:
         target: where to connect, host and port.
         delay_s: how long each piece is held, in either direction.
+        rate: bytes a second that go through at most, 0 for any number.
     """
 
-    def __init__(self, target: tuple[str, int], delay_s: float = 0.0) -> None:
+    def __init__(self, target: tuple[str, int], delay_s: float = 0.0, rate: int = 0) -> None:
         self.target = target
         self.delay_s = delay_s
+        self.rate = rate
         self.moves: list[Move] = []
         self.connections = 0
         self.cuts = 0
         self._left: list[int | None] = [None, None]
         self._lock = threading.Lock()
+        self._held: list[tuple[socket.socket, socket.socket]] = []
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -46,6 +49,10 @@ class CutProxy:
         """Once, let ``size`` more bytes through in ``direction``, then cut the connection."""
         with self._lock:
             self._left[direction] = size
+
+    def hold(self) -> None:
+        """Let nothing more through what is connected, and do not tell anybody."""
+        self._held.extend(self._pairs)
 
     def cut_now(self) -> None:
         """Cut what is connected."""
@@ -77,6 +84,10 @@ class CutProxy:
                 wait_s = held[0][0] - time.monotonic() if held else None
                 for key, _ in selector.select(None if wait_s is None else max(wait_s, 0)):
                     data = pair[key.data].recv(1 << 16)
+                    if pair in self._held:
+                        continue
+                    if self.rate:
+                        time.sleep(len(data) / self.rate)
                     if not data:
                         break
                     self.moves.append(Move(key.data, len(data)))

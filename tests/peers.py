@@ -252,7 +252,10 @@ class OldServer:
         counts_rewinds: whether a REWIND lowers version_count.
         die_before: a type; it is killed when such a packet has come, before it is stored.
         die_after: a type; it is killed when such a packet is stored, before the answer.
+            Either way it starts again at once.
         mute: whether it takes requests and answers none.
+        hang_up_after: a type; it closes the connection behind the answer to it.
+        script: answers to give in place of its own, by type of the request.
     """
 
     def __init__(self, counts_rewinds: bool = False) -> None:
@@ -263,6 +266,8 @@ class OldServer:
         self.die_before: int | None = None
         self.die_after: int | None = None
         self.mute = False
+        self.hang_up_after: int | None = None
+        self.script: dict[int, list[tuple[int, bytes]]] = {}
         self.port = free_port()
         self.url = f"socket:127.0.0.1:{self.port}"
         self._on_disk = (0, 0, 0)
@@ -285,6 +290,11 @@ class OldServer:
                 sock.close()
         self._listener = self._client = None
 
+    def restart(self) -> None:
+        """What a SIGKILL and a new start make of it."""
+        self.kill()
+        self.start()
+
     def _serve(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while self._listener is listener:
@@ -299,19 +309,19 @@ class OldServer:
         self.requests.append((kind, payload))
         if kind == self.die_before:
             self.die_before = None
-            self.kill()
+            self.restart()
             return False
         answer = self._answer(kind, payload)
         if answer is None:
             return False
         if kind == self.die_after:
             self.die_after = None
-            self.kill()
+            self.restart()
             return False
         if not self.mute:
-            for packet in answer:
+            for packet in self.script.get(kind, answer):
                 peer.send(*packet)
-        return True
+        return kind != self.hang_up_after
 
     def _answer(self, kind: int, payload: bytes) -> list[tuple[int, bytes]] | None:
         if kind in (CHANGE, SNAPSHOT):
