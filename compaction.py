@@ -46,6 +46,8 @@ from records import Head, Kind
 NICE = 19
 REPORT_STEP = 1 << 20
 """Bytes of log between two progress messages."""
+REPLAY_STEP = 1 << 20
+"""Bytes of log between two flushes of the database that it is replayed into."""
 CATCH_UP_BYTES = 64 << 10
 """What the writer may be left to copy while a change waits."""
 CATCH_UP_ROUNDS = 20
@@ -285,7 +287,7 @@ def build(path: str, prefix: str) -> Message:
         scratch = f"{prefix}-new.sqlite3"
         fold = Fold(reader, entries, last)
         with contextlib.suppress(restore.NothingToRestore):
-            restore.build(fold, scratch, False, reporter(fold, last))
+            restore.build(fold, scratch, False, reporter(fold, last, scratch))
         if not os.path.getsize(scratch):  # PRAGMA calls alone: a snapshot has at least a page.
             return {"nothing": True}
         check_sound(scratch, path, prefix)
@@ -298,15 +300,23 @@ def build(path: str, prefix: str) -> Message:
             return catch_up(reader, entries, writer, verifier)
 
 
-def reporter(fold: Fold, last: Head) -> Callable[[], None]:
-    """A callback that says how far the replay of ``fold`` is, from time to time."""
-    said = 0
+def reporter(fold: Fold, last: Head, scratch: str) -> Callable[[], None]:
+    """A callback that says how far the replay of ``fold`` is, from time to time.
+
+    It flushes ``scratch``, too, which need not be durable: a node that shares the disk would
+    wait long for all of it at once.
+    """
+    said = flushed = 0
 
     def report() -> None:
-        nonlocal said
+        nonlocal said, flushed
         if fold.position >= said + REPORT_STEP:
             said = fold.position
             _say({"done": said, "of": last.end})
+        if fold.position >= flushed + REPLAY_STEP:
+            flushed = fold.position
+            with open(scratch, "rb") as file:
+                durable.flush(file.fileno())
 
     return report
 
