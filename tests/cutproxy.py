@@ -50,6 +50,11 @@ class CutProxy:
         with self._lock:
             self._left[direction] = size
 
+    def cut_no_more(self) -> None:
+        """Forget a cut that did not happen."""
+        with self._lock:
+            self._left = [None, None]
+
     def hold(self) -> None:
         """Let nothing more through what is connected, and do not tell anybody."""
         self._held.extend(self._pairs)
