@@ -360,7 +360,7 @@ def fate_of_rewind(before: Metadata, now: Metadata) -> Fate:
 
 def fate_by_content(head: Head, before: Details, now: Details) -> Fate:
     """Whether the record ``head``, sent when the server was at ``before``, is stored ``now``."""
-    if now.chain == before.chain:
+    if (now.chain, now.session) == (before.chain, before.session):
         return Fate.LOST
     if (now.chain, now.session) == (head.chain, head.session):
         return Fate.STORED
@@ -615,7 +615,9 @@ class SocketBackend(Backend):
                 else:
                     fate = by_count(now)
                 if fate is Fate.UNKNOWN:
-                    raise self._diverged(before, now)
+                    diverged = self._diverged(before, now)
+                    self._note(before)  # What this node knows of is what it goes by.
+                    raise diverged
                 log.info(f"Connected to {self._url.target} again: {fate.value}")
                 if fate is Fate.STORED:
                     self._written = True
