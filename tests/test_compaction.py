@@ -117,10 +117,12 @@ class Story:
     """What a node did, in letters, played on a backup and on plain Python sets.
 
     c: a change. s: a change of a new session. R: a new session that takes the last change
-    back. o: PRAGMA foreign_keys = OFF. n: ON.
+    back. o: PRAGMA foreign_keys = OFF. n: ON. On a server a new session needs no new start,
+    but right after OFF it is the old one.
     """
 
     url: str
+    on_server: bool = False
     version: int = 0
     tries: int = 0
     session: int = 0
@@ -144,10 +146,7 @@ class Story:
 
     def play(self, letter: str) -> None:
         if letter in "sR":
-            self.session += 1
-            self.backend.close()
-            self.backend = FileBackend(self.url)
-            self.backend.open()
+            self._begin_session()
         if letter == "R":
             self.backend.rewind()
             self.calls.pop()
@@ -162,6 +161,16 @@ class Story:
             self.backend.add_change(Change(self.version, None, self._statements()))
             self.calls.append(("c", self.session, self.tries))
         self.rewindable = letter in "cs"
+
+    def _begin_session(self) -> None:
+        if self.on_server:
+            self.backend.begin_session()
+            self.session += self.calls[-1:] == [] or self.calls[-1][0] != "o"
+            return
+        self.session += 1
+        self.backend.close()
+        self.backend = FileBackend(self.url)
+        self.backend.open()
 
     def _statements(self) -> list[str]:
         made = any(letter == "c" for letter, _, _ in self.calls)
@@ -221,11 +230,16 @@ def check_story(story: Story, directory: Path) -> None:
     assert found == story.rows()
 
 
-def compact_here(backend: FileBackend) -> bool:
-    """Compact within this process; whether there was something to fold."""
+def compact_here(backend: FileBackend, meanwhile: Callable[[], None] = lambda: None) -> bool:
+    """Compact within this process; whether there was something to fold.
+
+    Args:
+        meanwhile: called when the new log is written, before it is adopted.
+    """
     prefix = f"{backend.scratch_prefix}compact"
-    newest = backend._newest
     message = compaction.build(backend.path, prefix)
+    meanwhile()
+    newest = backend._newest
     if "copied" in message:
         backend.adopt(f"{prefix}-log", message["copied"], message["last"])
     compaction.remove_scratch(prefix)
@@ -262,10 +276,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def play(history: str, places: set[int], snapshot: Path | None, directory: Path) -> None:
     """Play ``history``, compact before the letters at ``places``, compare all along."""
-    path = directory / "story.bkp"
-    path.unlink(missing_ok=True)
-    story = Story(f"file://{path}")
-    story.begin(snapshot)
+    story = begun(Story(f"file://{directory}/story.bkp"), snapshot)
     try:
         for place, letter in enumerate([*history, ""]):
             if place in places:
@@ -277,6 +288,35 @@ def play(history: str, places: set[int], snapshot: Path | None, directory: Path)
         check_story(story, directory)
     finally:
         story.backend.close()
+
+
+def play_beside(history: str, place: int, lag: int, directory: Path) -> None:
+    """Play ``history`` on a server; ``lag`` letters from ``place`` on come during a compaction."""
+
+    def meanwhile() -> None:
+        for letter in history[place : place + lag]:
+            story.play(letter)
+
+    story = begun(Story(f"file://{directory}/story.bkp", on_server=True), None)
+    try:
+        for letter in history[:place]:
+            story.play(letter)
+        compact_here(story.backend, meanwhile)
+        check_story(story, directory)
+        for letter in history[place + lag :]:
+            story.play(letter)
+        check_story(story, directory)
+        compact_here(story.backend)
+        check_story(story, directory)
+    finally:
+        story.backend.close()
+
+
+def begun(story: Story, snapshot: Path | None) -> Story:
+    """``story`` with a new file."""
+    Path(story.backend.path).unlink(missing_ok=True)
+    story.begin(snapshot)
+    return story
 
 
 @pytest.fixture
@@ -299,6 +339,18 @@ def test_every_short_history_compacted_at_every_place(
                     play(history, {place}, snapshot, tmp_path)
                 except BaseException:
                     print(f"history {history!r}, compacted at {place}")
+                    raise
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_comes_during_a_compaction_is_copied(tmp_path: Path) -> None:
+    for history in stories(4):
+        for place in (1, 2):
+            for lag in range(1, 5 - place):
+                try:
+                    play_beside(history, place, lag, tmp_path)
+                except BaseException:
+                    print(f"history {history!r}, {lag} letters from {place} on meanwhile")
                     raise
 
 
@@ -462,6 +514,49 @@ def test_no_descriptor_is_left_open(url: str) -> None:
             write(backend, [support.change(version, f"INSERT INTO items VALUES ({version}, 'x')")])
             Compactor(backend, threading.Lock()).run()
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def open_inodes() -> set[int]:
+    """The files that this process has open."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(os.stat(f"/proc/self/fd/{name}").st_ino)
+    return found
+
+
+class WatchedLock:
+    """A lock that notes which files are open when it is let go."""
+
+    def __init__(self) -> None:
+        self.inodes: set[int] = set()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.inodes = open_inodes()
+
+
+def test_old_log_is_freed_when_no_change_waits(url: str) -> None:
+    path = support.make_backup(url, support.first_changes(5))
+    inode, lock = path.stat().st_ino, WatchedLock()
+    with opened(url) as backend:
+        Compactor(backend, lock).run()  # type: ignore[arg-type]
+    assert inode in lock.inodes
+    assert inode not in open_inodes()
+
+
+def test_scratch_database_is_flushed_in_steps(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    support.make_backup(url, support.first_changes(200))
+    flushed: list[str] = []
+    monkeypatch.setattr(
+        durable, "flush", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
+    )
+    monkeypatch.setattr(compaction, "REPLAY_STEP", 4000)
+    with opened(url) as backend:
+        assert compact_here(backend)
+    assert sum(name.endswith("-new.sqlite3") for name in flushed) >= 12
 
 
 def test_reader_that_began_before_finishes(url: str, tmp_path: Path) -> None:
@@ -747,6 +842,23 @@ def test_requests_are_answered_while_a_compaction_runs(
         assert plugin.call("backup-compact")["after"]["version_count"] == 2
     assert "item 32" in restored(url, tmp_path)
     assert strays(url) == []
+
+
+def test_what_comes_after_the_verification_is_copied(
+    node_dir: Path, url: str, tmp_path: Path, stops: Stops
+) -> None:
+    set_up(node_dir, url)
+    stops.at("verified")
+    with running(node_dir, support.first_changes(20), stops) as plugin:
+        compact = plugin.send("backup-compact", {})
+        stops.reached("verified")
+        for version in range(21, 31):
+            plugin.write(*item(version))
+        stops.go("verified")
+        assert plugin.answer(compact)["after"]["version_count"] == 12
+        plugin.write(*item(31))
+    found = restored(url, tmp_path)
+    assert [version for version in range(2, 32) if f"'item {version}'" in found] == [*range(2, 32)]
 
 
 def test_figures_of_backup_status(node_dir: Path, url: str, stops: Stops) -> None:

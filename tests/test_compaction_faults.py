@@ -501,7 +501,7 @@ def test_new_log_of_another_history_is_refused(backend: FileBackend, tmp_path: P
     last = support.records_of(other)[-1][0].offset
     copied = support.records_of(Path(backend.path))[-1][0].offset
     content = Path(backend.path).read_bytes()
-    with pytest.raises(BackupError):
+    with pytest.raises(BackupError, match="does not stand for the same history"):
         backend.adopt(str(other), copied, last)
     assert Path(backend.path).read_bytes() == content
     write_next(backend)
