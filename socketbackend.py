@@ -531,10 +531,11 @@ class SocketBackend(Backend):
             # A server that forgot the rewind shows what it would show with this change.
             return Fate.UNKNOWN if now == rewound else fate_of_change(change, before, now)
 
-        head = self._deliver(head, change.payload, by_count)
+        stored = self._deliver(head, change.payload, by_count)
         self._rewound = None
-        prev_version = before.version if change.bumps else change.version
-        self._note_stored(head, prev_version, before.version_count + 1)
+        if stored is not None:
+            prev_version = before.version if change.bumps else change.version
+            self._note_stored(stored, prev_version, self._known.version_count + 1)
         if self._known.details is None and not change.bumps:
             self._refresh()  # A server may take a repeated PRAGMA for the one it has.
 
@@ -547,7 +548,7 @@ class SocketBackend(Backend):
             head = head._replace(
                 chain_before=before.details.chain, chain=before.details.chain_before
             )
-        head = self._deliver(head, b"", lambda now: fate_of_rewind(before, now))
+        stored = self._deliver(head, b"", lambda now: fate_of_rewind(before, now))
         if self._known.details is None:
             self._rewound = before
             self._refresh()  # Servers differ in what they count.
@@ -556,8 +557,8 @@ class SocketBackend(Backend):
                     NackCode.INVALID, "it has forgotten a rewind that it acknowledged"
                 )
                 raise self._refusal
-        else:
-            self._note_stored(head, head.version, before.version_count - 1)
+        elif stored is not None:
+            self._note_stored(stored, stored.version, self._known.version_count - 1)
 
     def _head(self, kind: Kind, version: int) -> Head:
         return BEFORE_FIRST._replace(
@@ -584,14 +585,16 @@ class SocketBackend(Backend):
         except OSError:
             self._reconnect(time.monotonic())
 
-    def _deliver(self, head: Head, payload: bytes, by_count: Callable[[Metadata], Fate]) -> Head:
+    def _deliver(
+        self, head: Head, payload: bytes, by_count: Callable[[Metadata], Fate]
+    ) -> Head | None:
         """Send a record until its ACK came, or METADATA shows what became of it.
 
         Args:
             by_count: what became of it by versions and counts, for a server of protocol 1.
 
         Returns:
-            ``head``, with the chains that the server has now.
+            What was acknowledged, or None if METADATA showed it, which is noted then.
         """
         if self._refusal is not None:
             raise self._refusal
@@ -621,19 +624,15 @@ class SocketBackend(Backend):
                 log.info(f"Connected to {self._url.target} again: {fate.value}")
                 if fate is Fate.STORED:
                     self._written = True
-                    return self._as_stored(head)
+                    if now.details is not None:
+                        # Of a change sent in protocol 1, the server made it up.
+                        self._session = now.details.session
+                    return None
                 if before.details is None and now.details is not None:
                     head, before = self._continuing(head, payload, now.details), now
         except BackupError as error:
             self._refusal = error
             raise
-
-    def _as_stored(self, head: Head) -> Head:
-        now = self._known.details
-        if now is None:
-            return head
-        self._session = now.session  # Of a change sent in protocol 1, the server made it up.
-        return head._replace(chain_before=now.chain_before, chain=now.chain, session=now.session)
 
     def _continuing(self, head: Head, payload: bytes, now: Details) -> Head:
         """``head``, made for a server that spoke protocol 1, as it continues ``now``."""

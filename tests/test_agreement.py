@@ -6,13 +6,18 @@ runs the real plugin against the server's real process.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import random
+import re
 import signal
 import socket
+import sqlite3
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,18 +28,22 @@ import protocol
 import restore
 import server
 import socketbackend
-from backend import FOREIGN_KEYS_OFF, Change, Session, Snapshot
+from backend import EMPTY_CHAIN, FOREIGN_KEYS_OFF, Change, Session, Snapshot, bump, chain_after
 from database import compare
 from filebackend import FileBackend
 from protocol import NackCode
-from socketbackend import Diverged, Refused, SocketBackend
+from records import BEFORE_FIRST, BUMPS, FINAL, Head, Kind
+from socketbackend import Diverged, Link, Refused, SocketBackend, Unreachable
 from tests import peers, support
-from tests.peers import OldClient
-from tests.support import Call, change
+from tests.cutproxy import DOWN, UP, CutProxy
+from tests.peers import OldClient, ServerProcess
+from tests.stopping import eventually
+from tests.support import Call, PluginProcess, change
 from tests.test_model import FAST, CutSocket, compact_in_process
 
 OFF: Call = (0, [FOREIGN_KEYS_OFF])
 ON: Call = (0, ["PRAGMA foreign_keys = ON;"])
+PROTOCOL_1 = "import protocol; protocol.NEWEST = 1"
 NO_CUT = 1 << 40
 AT_ANSWER = -1
 """Cut when the server answers, whatever was sent."""
@@ -490,3 +499,485 @@ def test_older_image_that_lacks_only_the_change_in_hand_heals_itself(local: Loca
     write(session, call)
     assert local.fates == [socketbackend.Fate.LOST]
     assert local.stored()[4:] == [call]
+
+
+# What a server of protocol 2 refuses
+
+
+def link_to(local: Local) -> Link:
+    """A connection that agreed on protocol 2, without the client's own checks."""
+    link = Link(socketbackend.parse_socket_url(f"socket:127.0.0.1:{local.port}"))
+    assert link.metadata().protocol == 2
+    return link
+
+
+MINE, THEIRS = bytes(range(16)), bytes(range(1, 17))
+
+
+def as_record(call: Call, before: bytes, session: bytes = MINE) -> tuple[Head, bytes]:
+    """The record of a change behind the chain ``before``."""
+    one = Change(call[0], None, call[1])
+    head = BEFORE_FIRST._replace(
+        kind=Kind.CHANGE,
+        flags=BUMPS if one.bumps else 0,
+        version=one.version,
+        time_ns=1,
+        session=session,
+        length=len(one.payload),
+        chain_before=before,
+        chain=chain_after(before, one.version, one.payload),
+    )
+    return head, one.payload
+
+
+def rewind_of(head: Head, session: bytes) -> tuple[Head, bytes]:
+    back = head._replace(kind=Kind.REWIND, flags=0, version=head.version - 1, session=session)
+    return back._replace(length=0, chain_before=head.chain, chain=head.chain_before), b""
+
+
+Refusal = tuple[Callable[[Head], tuple[Head, bytes]], NackCode, str]
+REFUSALS: dict[str, Refusal] = {
+    "ahead": (
+        lambda last: as_record(item(9, "x"), last.chain),
+        NackCode.OUT_OF_DATE,
+        "the node is ahead: the backup is at version 3",
+    ),
+    "pragma ahead": (
+        lambda last: as_record(at(4, OFF), last.chain),
+        NackCode.OUT_OF_DATE,
+        "the node is ahead",
+    ),
+    "behind": (
+        lambda last: as_record(item(3, "x"), last.chain),
+        NackCode.LOST_STATE,
+        "the backup is ahead: the backup is at version 3",
+    ),
+    "another history": (
+        lambda last: as_record(item(4, "x"), last.chain_before),
+        NackCode.OTHER_HISTORY,
+        "it continues another history than the backup's, which is at version 3",
+    ),
+    "another node's history": (
+        lambda last: as_record(item(4, "x"), last.chain_before, THEIRS),
+        NackCode.TAKEN_OVER,
+        "another node took over at version 3, 1970-01-01 00:00:00 UTC",
+    ),
+    "rewind by the session that wrote": (
+        lambda last: rewind_of(last, MINE),
+        NackCode.INVALID,
+        "cannot be taken back",
+    ),
+    "rewind to another version": (
+        lambda last: (rewind_of(last, THEIRS)[0]._replace(version=1), b""),
+        NackCode.INVALID,
+        "cannot be taken back",
+    ),
+    "rewind to another chain": (
+        lambda last: (rewind_of(last, THEIRS)[0]._replace(chain=MINE), b""),
+        NackCode.INVALID,
+        "cannot be taken back",
+    ),
+    "empty statement": (
+        lambda last: _with_payload(last, b"SELECT 1\0\0SELECT 2"),
+        NackCode.INVALID,
+        "empty statement",
+    ),
+    "no UTF-8": (lambda last: _with_payload(last, b"\xff"), NackCode.INVALID, "not UTF-8"),
+    "bump that is not flagged": (
+        lambda last: (as_record(item(4, "x"), last.chain)[0]._replace(flags=0), _item_4()),
+        NackCode.INVALID,
+        "its flags do not fit",
+    ),
+    "flag that means nothing": (
+        lambda last: (as_record(item(4, "x"), last.chain)[0]._replace(flags=129), _item_4()),
+        NackCode.INVALID,
+        "its flags do not fit",
+    ),
+    "older snapshot": (
+        lambda last: (
+            BEFORE_FIRST._replace(
+                kind=Kind.SNAPSHOT, flags=FINAL, version=2, session=MINE, length=1, chain=MINE
+            ),
+            b"x",
+        ),
+        NackCode.OLD_SNAPSHOT,
+        "it is older than the backup, at version 3",
+    ),
+}
+
+
+def _item_4() -> bytes:
+    return Change(4, None, item(4, "x")[1]).payload
+
+
+def _with_payload(last: Head, payload: bytes) -> tuple[Head, bytes]:
+    head = as_record(item(4, "x"), last.chain)[0]._replace(length=len(payload))
+    return head._replace(chain=chain_after(last.chain, 4, payload)), payload
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_nack_says_why_and_changes_nothing(name: str, local: Local) -> None:
+    make, code, text = REFUSALS[name]
+    link, last = link_to(local), BEFORE_FIRST
+    for call in support.first_changes(3):
+        record = as_record(call, last.chain)
+        last = record[0]
+        link.send_record(*record)
+        link.check_ack(link.answer(), last)
+    before = peers.digest(local.directory / "node.bkp")
+    link.send_record(*make(last))
+    with pytest.raises(Refused, match=re.escape(text)) as caught:
+        link.check_ack(link.answer(), last)
+    assert caught.value.code is code
+    assert caught.value.next_step == socketbackend.NEXT_STEPS[code]
+    assert peers.digest(local.directory / "node.bkp") == before
+    # And the session is none the worse for it.
+    head, payload = as_record(item(4, "x"), last.chain)
+    link.send_record(head, payload)
+    link.check_ack(link.answer(), head)
+    link.close()
+    assert [call[0] for call in local.stored()] == [1, 2, 3, 4]
+
+
+def test_foreign_history_onto_an_empty_backup(local: Local) -> None:
+    link = link_to(local)
+    head, payload = as_record(item(1, "x"), MINE)
+    link.send_record(head, payload)
+    with pytest.raises(Refused, match="another history") as caught:
+        link.check_ack(link.answer(), head)
+    assert caught.value.code is NackCode.OTHER_HISTORY
+    link.close()
+
+
+def test_record_before_protocol_2_is_agreed_on_ends_the_connection(local: Local) -> None:
+    link = Link(socketbackend.parse_socket_url(f"socket:127.0.0.1:{local.port}"))
+    link.protocol = 2
+    link.send_record(*as_record(item(1, "x"), EMPTY_CHAIN))
+    with pytest.raises(ConnectionError):
+        link.answer()
+    link.close()
+    assert local.stored() == []
+
+
+def test_repeat_is_acknowledged_and_stored_once(local: Local) -> None:
+    link, last = link_to(local), BEFORE_FIRST
+    for call in (*support.first_changes(1), at(1, OFF), item(2, "x"), at(2, ON)):
+        head, payload = as_record(call, last.chain)
+        for _ in range(3):
+            link.send_record(head, payload)
+            link.check_ack(link.answer(), head)
+        last = head
+    link.close()
+    found = [call[1][-1] for call in local.stored()]
+    assert found == [bump(1), OFF[1][0], bump(2), ON[1][0]]
+
+
+# Snapshots and restores
+
+
+def database_of(directory: Path, version: int, size: int) -> Path:
+    """A node's database of more than ``size`` bytes that do not compress."""
+    path = directory / f"at-{version}.sqlite3"
+    support.apply_calls(path, support.first_changes(version))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE filler (x)")
+        for _ in range(size >> 18):
+            connection.execute("INSERT INTO filler VALUES (randomblob(?))", (1 << 18,))
+        connection.commit()
+    return path
+
+
+def test_snapshot_goes_in_pieces_both_ways(local: Local, tmp_path: Path) -> None:
+    node = database_of(tmp_path, 3, 5 << 20)
+    local.backend().create(Snapshot(str(node), 3))
+    found = support.records_of(local.directory / "node.bkp")
+    assert len(found) == -(-node.stat().st_size // (1 << 20)) > 5
+    assert b"".join(payload for _, payload in found) == node.read_bytes()
+    reading = local.backend().read()
+    pieces = [change.snapshot or b"" for change in reading]
+    reading.close()
+    assert reading.damage is None and reading.version == 3
+    assert b"".join(pieces) == node.read_bytes() and max(map(len, pieces)) == 1 << 20
+    write(begin(local)[1], item(4, "after the snapshot"))
+
+
+def test_broken_snapshot_leaves_nothing(local: Local, tmp_path: Path) -> None:
+    write(begin(local)[1], *support.first_changes(3))
+    before = support.contents(local.directory)
+    snapshot = Snapshot(str(database_of(tmp_path, 4, 3 << 20)), 4)
+    for size in (0, 9, 200, 300, 5000, 1 << 20, (2 << 20) + 77, 3 << 20):
+        local.plan[:] = [size, NO_CUT]
+        with pytest.raises(Unreachable):
+            local.backend().replace(snapshot)
+        assert len(local.plan) == 1
+        eventually(lambda: support.contents(local.directory) == before)
+    assert local.backend().replace(snapshot)
+    assert local.backend().status().version == 4
+    remove_kept(local)
+
+
+def remove_kept(local: Local) -> None:
+    for path in local.directory.glob("*.old-*"):
+        path.unlink()
+
+
+def test_snapshot_that_is_not_what_it_says_leaves_nothing(local: Local, tmp_path: Path) -> None:
+    write(begin(local)[1], *support.first_changes(3))
+    before = support.contents(local.directory)
+    path = str(database_of(tmp_path, 4, 1 << 20))
+    (tmp_path / "text").write_text("no database")
+    for snapshot in (Snapshot(path, 5), Snapshot(str(tmp_path / "text"), 4)):
+        with pytest.raises(Unreachable):
+            local.backend().replace(snapshot)
+        eventually(lambda: support.contents(local.directory) == before)
+
+
+@pytest.mark.parametrize("size", [0, 9, 160, 5000, 1 << 20, 2 << 20])
+def test_broken_restore_delivers_nothing(size: int, local: Local, tmp_path: Path) -> None:
+    local.backend().create(Snapshot(str(database_of(tmp_path, 3, 2 << 20)), 3))
+    write(begin(local)[1], item(4, "x"))
+    target = tmp_path / "target"
+    target.mkdir()
+    reading = local.backend().read()
+    local.plan[:] = [size, NO_CUT]
+    with pytest.raises(Unreachable):
+        restore.restore(reading, str(target), False, lambda: None)
+    reading.close()
+    assert len(local.plan) == 1 and not list(target.iterdir())
+    assert local.restored(target).exists()
+
+
+def test_coming_makes_the_progress_true(local: Local, tmp_path: Path) -> None:
+    local.backend().create(Snapshot(str(database_of(tmp_path, 3, 2 << 20)), 3))
+    write(begin(local)[1], item(4, "a" * 3000), item(5, "abandoned"))
+    write(begin(local)[1], item(5, "b"), at(5, OFF), item(6, "c"), at(6, ON))
+    reading, places = local.backend().read(), [0]
+    for _ in reading:
+        assert places[-1] <= reading.position <= reading.total
+        places.append(reading.position)
+    reading.close()
+    assert len(set(places)) > 5
+    assert reading.position == reading.total == local.server.keeper.backend.size
+    assert reading.damage is None and reading.last_change_ns is not None
+
+
+def test_progress_goes_on_beside_a_writer(local: Local) -> None:
+    _, session = begin(local)
+    write(session, *support.first_changes(3))
+    reading = local.backend().read()
+    write(session, item(4, "before it is asked for"))
+    assert [change.version for change in reading] == [1, 2, 3, 4]
+    reading.close()
+    assert reading.damage is None and reading.position == reading.total
+
+
+def test_damage_in_a_restore_is_named_even_to_a_slow_reader(local: Local) -> None:
+    """The NACK stands behind megabytes that are still on their way."""
+    _, session = begin(local)
+    write(session, *support.first_changes(1))
+    noise = random.Random(1)
+    for version in range(2, 14):
+        write(session, item(version, noise.randbytes(1 << 19).hex()))
+    path = local.directory / "node.bkp"
+    last = support.records_of(path)[-1][0]
+    support.flip(path, last.offset + 5000)
+    with OldClient("127.0.0.1", local.port) as client:
+        assert client.ask(peers.REQ_METADATA, b"\0\0\0\2")[0] == peers.METADATA
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        client.send(peers.RESTORE)
+        kinds: list[int] = []
+        while not kinds or kinds[-1] in (protocol.PacketType.COMING, protocol.PacketType.RECORD):
+            time.sleep(0.02)  # Slower than the server, which fills every buffer on the way.
+            kind, payload = client.receive()
+            kinds.append(kind)
+    nack = protocol.decode_nack(payload)
+    assert nack.code is NackCode.DAMAGED
+    assert f"is damaged at offset {last.offset}" in nack.text
+
+
+# The real plugin and the server's real process
+
+
+def name_in_lock(node_dir: Path, url: str) -> None:
+    (node_dir / "backup.lock").write_text(json.dumps({"backend_url": url}))
+
+
+def second_node(tmp_path: Path, url: str) -> Path:
+    directory = tmp_path / "copy" / "regtest"
+    directory.mkdir(parents=True)
+    name_in_lock(directory, url)
+    return directory
+
+
+def test_two_real_nodes_with_one_ancestor(url: str, node_dir: Path, tmp_path: Path) -> None:
+    support.make_backup(url)
+    server = ServerProcess(url).ready()
+    name_in_lock(node_dir, server.url)
+    calls = support.first_changes(5)
+    with PluginProcess(node_dir) as original:
+        for call in calls:
+            original.write(*call)
+        restored = tmp_path / "copy.sqlite3"
+        support.run_cli("restore", server.url, restored)
+        with PluginProcess(second_node(tmp_path, server.url)) as copy:
+            copy.write(*item(6, "of the copy"))
+            for _ in range(2):
+                with pytest.raises(support.Refused):
+                    original.write(*item(6, "of the original"))
+            (error, *_) = original.errors()
+            assert re.search(TAKEN.format(6), error)
+            assert "find out which one holds the latest state" in error
+            server.kill()
+            server = ServerProcess(url, server.port).ready()
+            copy.write(*item(7, "of the copy"))
+            with pytest.raises(support.Refused):
+                original.write(*item(6, "of the original"))
+            assert copy.errors() == []
+            support.apply_calls(restored, [item(6, "of the copy"), item(7, "of the copy")])
+    support.run_cli("restore", server.url, tmp_path / "found.sqlite3")
+    server.kill()
+    assert compare(str(restored), str(tmp_path / "found.sqlite3")) == []
+
+
+def test_older_disk_image_and_its_way_back(url: str, node_dir: Path, tmp_path: Path) -> None:
+    backup = support.make_backup(url)
+    server = ServerProcess(url).ready()
+    name_in_lock(node_dir, server.url)
+    calls = support.first_changes(7)
+    with PluginProcess(node_dir) as plugin:
+        for call in calls[:3]:
+            plugin.write(*call)
+        image = backup.read_bytes()
+        for call in calls[3:6]:
+            plugin.write(*call)
+        assert server.stop() == 0
+        backup.write_bytes(image)
+        server = ServerProcess(url, server.port).ready()
+        with pytest.raises(support.Refused):
+            plugin.write(*calls[6])
+        (error,) = plugin.errors()
+        assert "it is at version 3, this node at version 6" in error
+        assert "resync --lightning-dir" in error
+    # A new start of the node tells the same by the version rule.
+    with PluginProcess(node_dir) as plugin:
+        with pytest.raises(support.Refused):
+            plugin.write(*calls[6])
+        assert "The node is at version 6, the backup at version 3" in plugin.errors()[0]
+    node = node_dir / "lightningd.sqlite3"
+    support.apply_calls(node, calls[:6])
+    support.run_cli("resync", "--yes", "--lightning-dir", node_dir)
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*calls[6])
+    support.apply_calls(node, calls[6:])
+    support.run_cli("restore", server.url, tmp_path / "found.sqlite3")
+    server.kill()
+    assert compare(str(node), str(tmp_path / "found.sqlite3")) == []
+
+
+def test_window_begins_anew_when_the_connection_is_lost(url: str, node_dir: Path) -> None:
+    support.make_backup(url)
+    server = ServerProcess(url).ready()
+    text = random.Random(1).randbytes(2000).hex()
+    calls = [*support.first_changes(1), *(item(v, f"{text} {v}") for v in range(2, 42))]
+    with CutProxy(("127.0.0.1", server.port)) as proxy, PluginProcess(node_dir) as plugin:
+        name_in_lock(node_dir, f"socket:127.0.0.1:{proxy.port}")
+        sizes = []
+        for number, call in enumerate(calls):
+            before = len(proxy.moves)
+            if number % 10 == 5:
+                # Once in mid-record, once in mid-ACK, once behind it.
+                proxy.cut_after((UP, DOWN, DOWN, UP)[number // 10], (50, 3, 0, 1)[number // 10])
+            plugin.write(*call)
+            sizes.append(sum(move.size for move in proxy.moves[before:] if move.direction == UP))
+        assert plugin.errors() == []
+    assert proxy.cuts == 4
+    first = sizes[1]
+    assert first > 2000
+    for number, size in enumerate(sizes[2:], 2):
+        # Sent again with a fresh window, or found to be there; then the next has it anew.
+        if number % 10 not in (5, 6):
+            assert size < first / 4, number
+    assert sum(size > 2000 for size in sizes) == 5
+    server.kill()
+    assert stored(url) == calls
+
+
+def stored(url: str) -> list[Call]:
+    """The changes in the backup file ``url`` that a restore would apply."""
+    reading = FileBackend(url).read()
+    found = [(c.version, list(c.transaction)) for c in reading if c.transaction]
+    reading.close()
+    assert reading.damage is None
+    return found
+
+
+COMPACT = "compact"
+EVENTS = {
+    "payer": {0: COMPACT, 1: COMPACT, 2: COMPACT, 60: PROTOCOL_1, 61: "", 120: COMPACT},
+    "router": {0: PROTOCOL_1, 1: "", 2: PROTOCOL_1, 60: "", 61: COMPACT, 120: PROTOCOL_1},
+}
+"""What happens behind the change of that number: the first are OFF, its change, and ON."""
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_recorded_node_while_its_server_changes(
+    name: str, url: str, node_dir: Path, tmp_path: Path
+) -> None:
+    """Killed each time, and compacted before or replaced by one of another protocol."""
+    support.make_backup(url)
+    server = ServerProcess(url).ready()
+    name_in_lock(node_dir, server.url)
+    for calls in support.trace_sessions(name):
+        with PluginProcess(node_dir) as plugin:
+            for number, call in enumerate(calls):
+                plugin.write(*call)
+                event = EVENTS[name].get(number)
+                if event is None:
+                    continue
+                if event is COMPACT:
+                    SocketBackend(server.url).compact()
+                server.kill()
+                server = ServerProcess(url, server.port, patch=event.replace(COMPACT, ""))
+                server.ready()
+            assert plugin.errors() == []
+            assert plugin.close() == 0
+    server.ready()
+    restored = tmp_path / "restored.sqlite3"
+    support.run_cli("restore", server.url, restored)
+    server.kill()
+    assert compare(str(support.trace_database(name, tmp_path)), str(restored)) == []
+
+
+def test_refusal_of_the_server_reaches_the_log_of_the_plugin(url: str, node_dir: Path) -> None:
+    """Code and text of a NACK, where the client itself sees nothing wrong."""
+    support.make_backup(url)
+    patch = (
+        "import server\n"
+        "from protocol import NackCode\n"
+        "real = server.Keeper._refusal\n"
+        "server.Keeper._refusal = lambda keeper, connection, head: (\n"
+        "    (NackCode.LOST_STATE, 'the reason of the day') if head.version == 3\n"
+        "    else real(keeper, connection, head))"
+    )
+    with ServerProcess(url, patch=patch) as server, PluginProcess(node_dir) as plugin:
+        name_in_lock(node_dir, server.url)
+        calls = support.first_changes(3)
+        plugin.write(*calls[0])
+        plugin.write(*calls[1])
+        with pytest.raises(support.Refused, match="the reason of the day"):
+            plugin.write(*calls[2])
+        (error,) = plugin.errors()
+        assert error.startswith("The backup server says no: refused the change to version 3: the")
+        assert error.endswith(socketbackend.NEXT_STEPS[NackCode.LOST_STATE])
+        server.wait_for("refused the change to version 3: the reason of the day")
+
+
+def test_damage_on_the_server_is_named_where_it_is_restored(url: str, tmp_path: Path) -> None:
+    backup = support.make_backup(url, support.first_changes(5))
+    second = support.records_of(backup)[1][0]
+    with ServerProcess(url) as server:
+        support.flip(backup, second.offset + 130)
+        done = support.run_cli("restore", server.url, tmp_path / "restored.sqlite3", check=1)
+        assert f"damaged at offset {second.offset}" in done.stderr
+        assert "good up to version 1" in done.stderr
+        assert not (tmp_path / "restored.sqlite3").exists()
