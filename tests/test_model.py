@@ -411,11 +411,11 @@ class CutSocket:
         self._budget[0] = max(0, left - size)
         return min(left, size)
 
-    def sendall(self, data: bytes) -> None:
+    def send(self, data: bytes) -> int:
         allowed = self._spend(len(data))
-        self._sock.sendall(data[:allowed])
-        if allowed < len(data):
+        if allowed == 0:
             self._cut()
+        return self._sock.send(data[:allowed])
 
     def recv(self, size: int) -> bytes:
         data = self._sock.recv(size)
