@@ -291,6 +291,7 @@ class Connection:
         self._peer = peer
         self._decoder = protocol.Decoder(protocol.TO_SERVER)
         self._silent = True
+        self._timeout_s: float | None = None
         self._restored = False
         self._packet_began = self.last_heard
         self._packet_size = 0
@@ -342,7 +343,7 @@ class Connection:
                 reason = f"it said nothing for {FIRST_PACKET_S:.0f} s"
             if left_s <= 0:
                 raise Dropped(reason)
-            self._sock.settimeout(left_s)
+            self._set_timeout(left_s)
             try:
                 data = self._sock.recv(RECEIVE_SIZE)
             except TimeoutError:
@@ -423,17 +424,22 @@ class Connection:
 
     def _answer(self, packet: bytes) -> None:
         """Send ``packet`` at once or never: the keeper's lock is held, and others want it."""
-        self._sock.settimeout(0)
         try:
-            sent = self._sock.send(packet)
+            # Not socket.send: it would first wait, as long as the timeout says.
+            sent = os.write(self._sock.fileno(), packet)
         except BlockingIOError:
             sent = 0
         if sent != len(packet):
             raise Dropped("it does not read its answers")
 
     def _send(self, data: bytes) -> None:
-        self._sock.settimeout(SEND_TIMEOUT_S)
+        self._set_timeout(SEND_TIMEOUT_S)
         self._sock.sendall(data)
+
+    def _set_timeout(self, timeout_s: float) -> None:
+        if timeout_s != self._timeout_s:  # A system call, in the path of every change.
+            self._sock.settimeout(timeout_s)
+            self._timeout_s = timeout_s
 
     def cut(self) -> None:
         """End the connection from another thread."""

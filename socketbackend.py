@@ -13,8 +13,9 @@ import socket
 import tempfile
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import parse_qsl
 
 import protocol
@@ -255,27 +256,33 @@ class Link:
     def __init__(self, url: SocketUrl) -> None:
         self._sock = connect(url)
         self._decoder = protocol.Decoder(protocol.TO_CLIENT)
-        self._events: list[protocol.Event] = []
+        self._events: deque[protocol.Event] = deque()
+        self._timeout_s: float | None = None
         self._packer = protocol.RecordPacker()
         self._unpacker = protocol.RecordUnpacker()
         self.protocol = 1
 
     def send(self, data: bytes) -> None:
         """Send ``data`` with as few segments as it needs, as long as it moves on."""
-        self._sock.settimeout(ANSWER_TIMEOUT_S)
+        self._set_timeout(ANSWER_TIMEOUT_S)
         view = memoryview(data)
         while view:  # Not sendall: its timeout is for all of a large change.
             view = view[self._sock.send(view) :]
 
     def event(self, timeout_s: float | None = None) -> protocol.Event:
         """The next event from the server."""
-        self._sock.settimeout(ANSWER_TIMEOUT_S if timeout_s is None else timeout_s)
         while not self._events:
+            self._set_timeout(ANSWER_TIMEOUT_S if timeout_s is None else timeout_s)
             data = self._sock.recv(RECEIVE_SIZE)
             if not data:
                 raise ConnectionError("the server closed the connection")
             self._events.extend(self._decoder.feed(data))
-        return self._events.pop(0)
+        return self._events.popleft()
+
+    def _set_timeout(self, timeout_s: float) -> None:
+        if timeout_s != self._timeout_s:  # A system call, in the path of every change.
+            self._sock.settimeout(timeout_s)
+            self._timeout_s = timeout_s
 
     def answer(self, timeout_s: float | None = None) -> Packet:
         """The next packet from the server, where no SNAPSHOT may come."""
@@ -519,7 +526,9 @@ class SocketBackend(Backend):
         assert change.base == self.version, "the version rule comes first"
         before = self._known
         chain = before.details.chain if before.details else EMPTY_CHAIN
-        head = self._head(Kind.CHANGE, change.version)._replace(
+        head = self._head(
+            Kind.CHANGE,
+            change.version,
             flags=records.BUMPS if change.bumps else 0,
             length=len(change.payload),
             chain_before=chain,
@@ -545,9 +554,8 @@ class SocketBackend(Backend):
         before = self._known
         head = self._head(Kind.REWIND, before.prev_version)
         if before.details is not None:
-            head = head._replace(
-                chain_before=before.details.chain, chain=before.details.chain_before
-            )
+            details = before.details
+            head = head._replace(chain_before=details.chain, chain=details.chain_before)
         stored = self._deliver(head, b"", lambda now: fate_of_rewind(before, now))
         if self._known.details is None:
             self._rewound = before
@@ -560,9 +568,10 @@ class SocketBackend(Backend):
         elif stored is not None:
             self._note_stored(stored, stored.version, self._known.version_count - 1)
 
-    def _head(self, kind: Kind, version: int) -> Head:
+    def _head(self, kind: Kind, version: int, **fields: Any) -> Head:
+        # One copy of so many fields: this is in the path of every change.
         return BEFORE_FIRST._replace(
-            kind=kind, version=version, time_ns=time.time_ns(), session=self._session
+            kind=kind, version=version, time_ns=time.time_ns(), session=self._session, **fields
         )
 
     def _note_stored(self, head: Head, prev_version: int, count: int) -> None:
@@ -604,7 +613,7 @@ class SocketBackend(Backend):
                 try:
                     assert self._link is not None
                     self._link.send_record(head, payload)
-                    timeout_s = ANSWER_TIMEOUT_S + len(payload) / SLOWEST_RATE
+                    timeout_s = ANSWER_TIMEOUT_S + len(payload) // SLOWEST_RATE
                     self._link.check_ack(self._link.answer(timeout_s), head)
                     self._written = True
                     return head

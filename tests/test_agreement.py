@@ -52,14 +52,10 @@ AT_ANSWER = -1
 class ByteCut(CutSocket):
     """Passes so many bytes of both directions together, then cuts; then the next number."""
 
-    def sendall(self, data: bytes) -> None:
-        if self._budget[0] == AT_ANSWER:
-            return self._sock.sendall(data)
-        super().sendall(data)
-
     def send(self, data: bytes) -> int:
-        self.sendall(data)
-        return len(data)
+        if self._budget[0] == AT_ANSWER:
+            return self._sock.send(data)
+        return super().send(data)
 
     def recv(self, size: int) -> bytes:
         if self._budget[0] == AT_ANSWER:
