@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests import support
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the servers that tests start measure their coverage, too."""
+    if config.getoption("cov_source", None):
+        os.environ["MEASURE_COVERAGE"] = "1"
 
 
 @pytest.fixture

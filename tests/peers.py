@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import signal
 import socket
 import struct
@@ -21,6 +22,8 @@ from typing import NamedTuple
 
 from tests import support
 
+END_S = 10.0
+"""What a server that is not under test any more has to end by itself."""
 CHANGE, SNAPSHOT, REWIND, REQ_METADATA, RESTORE, ACK, NACK, METADATA, DONE = range(1, 10)
 COMPACT, COMPACT_RES = 10, 11
 
@@ -32,10 +35,24 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(sock.getsockname()[1])
 
 
+def measuring() -> str:
+    """Python code that measures the coverage of a process, if that of this one is measured."""
+    if not os.environ.get("MEASURE_COVERAGE"):
+        return ""
+    return (
+        "import coverage\n"
+        f"measured = coverage.Coverage({str(support.ROOT / '.coverage')!r}, data_suffix=True,"
+        f" config_file={str(support.ROOT / 'pyproject.toml')!r}, source=[{str(support.ROOT)!r}])\n"
+        "import atexit\n"
+        "atexit.register(measured.save)\n"
+        "measured.start()\n"
+    )
+
+
 def patched(program: Path, patch: str) -> list[str]:
     """Arguments that run ``program`` after the Python code ``patch``."""
     code = (
-        "import runpy, sys\n"
+        f"{measuring()}import runpy, sys\n"
         f"sys.path.insert(0, {str(support.ROOT)!r})\n"
         f"sys.argv = [{str(program)!r}, *sys.argv[1:]]\n"
         f"{patch}\n"
@@ -136,7 +153,11 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.kill()
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
 
 
 class Meta(NamedTuple):
