@@ -45,7 +45,7 @@ from filebackend import FileBackend
 FLOOR = Path(__file__).with_name("floor_compaction.py")
 PACE_S = 0.002
 """Between two calls of the hook: a very busy node."""
-QUIET_CALLS = 3000
+WARM_UP_CALLS = 500
 BALLAST_SIZE = 40_000
 AIM_MS = 20.0
 """How much longer than without a compaction the node may wait during one."""
@@ -173,9 +173,9 @@ class Node(HookCaller):
                 self._receive()
         return took_s
 
-    def quiet(self) -> list[float]:
-        """The waits of some changes while nothing else happens."""
-        return [self.commit() for _ in range(QUIET_CALLS)]
+    def quiet(self, count: int) -> list[float]:
+        """The waits of ``count`` changes while nothing else happens."""
+        return [self.commit() for _ in range(count)]
 
     def compact(self) -> tuple[list[float], float]:
         """The waits of all changes during a compaction, and the seconds it took."""
@@ -267,10 +267,10 @@ def under_traffic(
     gc.disable()
     try:
         node.commit()  # Opens the backup: the bench of the start measures that.
-        waits.quiet += node.quiet()
-        during, took_s = node.compact()
-        waits.during += during
-        waits.quiet += node.quiet()
+        node.quiet(WARM_UP_CALLS)
+        waits.during, took_s = node.compact()
+        # As many as during the compaction: else their longest could not be compared.
+        waits.quiet = node.quiet(len(waits.during))
     finally:
         gc.enable()
     node.close()
