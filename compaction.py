@@ -223,7 +223,7 @@ class Housekeeper:
 
 def remove_scratch(prefix: str) -> None:
     """Remove what a run may have left under ``prefix``."""
-    durable.remove(f"{prefix}-log")
+    durable.discard(f"{prefix}-log")
     for name in ("new", "old"):
         restore.remove_database(f"{prefix}-{name}.sqlite3")
 

@@ -61,7 +61,11 @@ class LogFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._allocated = os.fstat(self.fd).st_size
+        try:
+            self._allocated = os.fstat(self.fd).st_size
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, offset: int, data: bytes) -> None:
         """Write ``data`` at ``offset`` and flush. Space is zeroed ahead when it runs out."""
@@ -82,8 +86,8 @@ class LogFile:
             return end
         return target
 
-    def cut(self, offset: int, aside: str) -> None:
-        """Copy what stands from ``offset`` on to the new file ``aside``, then zero it."""
+    def copy_tail(self, offset: int, aside: str) -> None:
+        """Copy what stands from ``offset`` on to the new file ``aside``, durably."""
         size = os.fstat(self.fd).st_size
         copy = create(aside)
         try:
@@ -93,9 +97,13 @@ class LogFile:
         finally:
             os.close(copy)
         sync_dir(os.path.dirname(aside))
-        for start in range(offset, size, COPY_SIZE):
+
+    def rewrite(self, offset: int, data: bytes) -> None:
+        """Write ``data`` at ``offset``, and zeros from there to the end of the file; flush."""
+        size = os.fstat(self.fd).st_size
+        for start in range(offset + len(data), size, COPY_SIZE):
             write_all(self.fd, bytes(min(COPY_SIZE, size - start)), start)
-        flush(self.fd)
+        self.append(offset, data)
 
     def close(self) -> None:
         """Close the descriptor; everything acknowledged was flushed before."""
@@ -120,6 +128,15 @@ def free_name(path: str) -> str:
 def remove(path: str) -> None:
     """Remove ``path`` if it is there."""
     with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def discard(path: str) -> None:
+    """Remove the scratch file ``path``, as far as the disk still lets us.
+
+    What stays is removed by the next open. A failure here must not hide another one.
+    """
+    with contextlib.suppress(OSError):
         os.unlink(path)
 
 

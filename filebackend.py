@@ -105,8 +105,8 @@ class FileBackend(Backend):
             try:
                 durable.publish(self._build(snapshot), self.path)
             except BaseException as error:
-                durable.remove(f"{self.scratch_prefix}log")
-                durable.remove(f"{self.path}.writer")
+                durable.discard(f"{self.scratch_prefix}log")
+                durable.discard(f"{self.path}.writer")
                 if isinstance(error, OSError):
                     raise DiskError(self.path, error, "create") from error
                 raise
@@ -140,7 +140,7 @@ class FileBackend(Backend):
                     raise DiskError(self.path, error, "replace") from error
                 raise
             finally:
-                durable.remove(beside)
+                durable.discard(beside)
         return kept
 
     def _put_in_place(self, beside: str) -> None:
@@ -178,11 +178,10 @@ class FileBackend(Backend):
         durable.remove(beside)
         write_log(beside, snapshot)
         if changes:
-            new = FileBackend(f"file://{beside}")
-            new._load()
-            for change in changes:
-                new.add_change(change)
-            new.close()
+            with contextlib.closing(FileBackend(f"file://{beside}")) as new:
+                new._load()
+                for change in changes:
+                    new.add_change(change)
         check_log(beside)
         return beside
 
@@ -209,7 +208,7 @@ class FileBackend(Backend):
         self._lock = durable.WriterLock(self.path)
         try:
             for stray in glob.glob(glob.escape(self.scratch_prefix) + "*"):
-                durable.remove(stray)
+                durable.discard(stray)
             self._load()
         except BaseException:
             self.close()
@@ -236,14 +235,15 @@ class FileBackend(Backend):
         self._file = durable.LogFile(self.path)
         if tail.kind is TailKind.TORN:
             aside = durable.free_name(f"{self.path}.torn-{tail.offset}")
-            self._file.cut(tail.offset, aside)
+            self._file.copy_tail(tail.offset, aside)
             log.warning(
                 f"{self.path}: an append that was never acknowledged stood at offset"
                 f" {tail.offset} ({tail.reason}); moved to {aside}"
             )
-        # What the page cache shows may never have reached the disk: write it again.
+        # What the page cache shows may never have reached the disk: write it again, the
+        # zeros behind it too, or a tail that was cut could stand there again.
         start = newest.offset if newest else 0
-        self._file.append(start, reader.pread(start, tail.offset - start))
+        self._file.rewrite(start, reader.pread(start, tail.offset - start))
 
     def _settle(self, newest: Head) -> None:
         self._newest = newest

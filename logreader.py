@@ -40,7 +40,6 @@ class LogReader:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.allocated = os.fstat(self._fd).st_size
         except FileNotFoundError as error:
             raise BackupMissing(f"file://{path}") from error
         except OSError as error:
@@ -53,6 +52,7 @@ class LogReader:
         self.damage: Damaged | None = None
         self._buffer, self._buffer_at = b"", 0
         try:
+            self.allocated = self._size()
             self._read_header()
         except BaseException:
             os.close(self._fd)
@@ -85,6 +85,12 @@ class LogReader:
         if head is None:
             raise self.as_damage(offset, "no record stands where one should")
         return head
+
+    def _size(self) -> int:
+        try:
+            return os.fstat(self._fd).st_size
+        except OSError as error:
+            raise DiskError(self.path, error, "look at") from error
 
     def pread(self, offset: int, size: int) -> bytes:
         """``size`` bytes at ``offset``, fewer at the end of the file."""
@@ -131,7 +137,7 @@ class LogReader:
             if record is not None:
                 return record
             self._buffer = b""
-            self.allocated = os.fstat(self._fd).st_size
+            self.allocated = self._size()
             self.tail = records.judge_tail(
                 self.pread, self.position, self.allocated, self.backup_id
             )

@@ -40,7 +40,11 @@ class LogWriter:
         self._unflushed = 0
         self._end = 0
         self.last = BEFORE_FIRST._replace(backup_id=backup_id)
-        self._write(records.encode_header(backup_id, time.time_ns(), snapshot_size))
+        try:
+            self._write(records.encode_header(backup_id, time.time_ns(), snapshot_size))
+        except BaseException:
+            self.close()
+            raise
 
     def add_snapshot(self, path: str, head: Head) -> None:
         """Add the SQLite file ``path`` in pieces.

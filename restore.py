@@ -128,7 +128,7 @@ def restore(
     path = destination(dest)
     beside = f"{path}.restoring"
     try:
-        remove_database(beside)
+        remove_database(beside, durable.remove)
         version, changes = build(reading, beside, allow_damaged, progress)
         problems = database.check(beside)
         durable.publish(beside, path)
@@ -186,7 +186,11 @@ def _compare(backup: str, version: int, node_database: str) -> list[str]:
     return problems + database.compare(backup, node_database, "the backup", "the database")
 
 
-def remove_database(path: str) -> None:
-    """Remove a scratch database and what SQLite may have left beside it."""
+def remove_database(path: str, remove: Callable[[str], None] = durable.discard) -> None:
+    """Remove a scratch database and what SQLite may have left beside it.
+
+    Args:
+        remove: durable.remove where a file that stays would do harm.
+    """
     for name in (path, *(path + suffix for suffix in database.SIDE_FILES)):
-        durable.remove(name)
+        remove(name)

@@ -239,8 +239,16 @@ class Spool:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        self._file = os.fdopen(durable.create(snapshot.path), "wb")
+        with self._writing():
+            self._file = os.fdopen(durable.create(snapshot.path), "wb")
         self._unchecked = 0
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DiskError(self.snapshot.path, error, "write") from error
 
     def add(self, piece: bytes) -> None:
         """Take a piece; Dropped if the disk has no room for it."""
@@ -248,7 +256,8 @@ class Spool:
         if self._unchecked >= SPACE_CHECK_BYTES:
             self._unchecked = 0
             self._check_space()
-        self._file.write(piece)
+        with self._writing():
+            self._file.write(piece)
 
     def _check_space(self) -> None:
         if shutil.disk_usage(os.path.dirname(self.snapshot.path)).free < MIN_FREE_BYTES:
@@ -256,7 +265,8 @@ class Spool:
 
     def finish(self) -> None:
         """Check that the file is the database it claims to be."""
-        self._file.close()
+        with self._writing():
+            self._file.close()
         found = database.version_of(self.snapshot.path)
         if found != self.snapshot.version:
             raise ProtocolError(
@@ -265,7 +275,8 @@ class Spool:
 
     def close(self) -> None:
         """Remove the scratch file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # What is still in memory may find no room.
+            self._file.close()
         restore.remove_database(self.snapshot.path)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import durable
 import restore
 from backend import FOREIGN_KEYS_OFF, Change, Reading, Snapshot
+from errors import DiskError
 from filebackend import FileBackend
 
 
@@ -60,7 +62,7 @@ def from_log(backend: FileBackend, progress: Callable[[Reading], None]) -> str |
     scratch = f"{backend.scratch_prefix}upgrade.sqlite3"
     reading = AllButTail(backend.read())
     try:
-        restore.remove_database(scratch)
+        restore.remove_database(scratch, durable.remove)
         snapshot = None
         try:
             version, _ = restore.build(reading, scratch, False, lambda: progress(reading))
@@ -68,6 +70,8 @@ def from_log(backend: FileBackend, progress: Callable[[Reading], None]) -> str |
         except restore.NothingToRestore:
             pass  # All there is, if anything, is the tail.
         return backend.replace(snapshot, reading.tail)
+    except OSError as error:
+        raise DiskError(scratch, error, "write") from error
     finally:
         reading.close()
         restore.remove_database(scratch)

@@ -709,8 +709,8 @@ class Life:
         self.disk.put(files)
         tail = tail_of(files[LOG])
         if tail is not None and tail.kind is TailKind.TORN:
-            torn = (tail.offset, files[LOG][tail.offset :].rstrip(b"\0"))
-            self.expected = dataclasses.replace(self.expected, torn=(*self.expected.torn, torn))
+            seen = (tail.offset, files[LOG][tail.offset :].rstrip(b"\0"))
+            self.expected = dataclasses.replace(self.expected, torn=(*self.expected.torn, seen))
         self.disk.mark(self.expected)
         self.look()
 
@@ -726,18 +726,25 @@ class Life:
         prefix = f"{self.backend.scratch_prefix}compact-1"
         scratch = os.path.basename(prefix)
         left = [changes]
+        failures: list[BackupError] = []
 
         def interleave(name: str) -> None:
             if left[0] and name.startswith(scratch) and self.rng.random() < 0.3:
                 left[0] -= 1
-                self.write()
+                try:
+                    self.write()
+                except BackupError as error:  # It ends the node, not the compaction.
+                    failures.append(error)
+                    left[0] = 0
 
         self.disk.listener = interleave
         try:
             # A reader that meets an append in flight looks again.
             with mock.patch.object(logreader, "GROWING_TAIL_S", 1.0):
-                ready = compaction.build(self.backend.path, prefix)
+                ready = self._build(prefix)
             self.disk.listener = None
+            if failures:
+                raise failures[0]
             if self.rng.random() < 0.5:
                 self.write()
             if "copied" in ready:
@@ -745,6 +752,13 @@ class Life:
         finally:
             self.disk.listener = None
             compaction.remove_scratch(prefix)
+
+    def _build(self, prefix: str) -> dict[str, Any]:
+        """What compaction.main does in a process of its own."""
+        try:
+            return compaction.build(self.backend.path, prefix)
+        except OSError as error:
+            raise BackupError(str(error)) from error
 
     def snapshot_arrives(self) -> None:
         """A client of the server starts over; changes came before and come after."""
