@@ -403,13 +403,14 @@ def test_server_killed_around_its_write_and_its_ack(patch: str, url: str, tmp_pa
                 for call in calls[1:]:
                     flag.write_text(point)
                     write(session, call)
+                    eventually(lambda: not flag.exists())
                 write(session, support.change(version + 4, "SELECT 'abandoned'"))
             # And a rewind.
             done = support.change(version + 4, "SELECT 'done'")
             with node(server.url) as session:
                 flag.write_text(point)
                 write(session, done)
+                eventually(lambda: not flag.exists())
             expected += [*calls, done]
         eventually(lambda: server.deaths == 4 * len(points))
-        assert not flag.exists()
     assert stored(url) == expected
