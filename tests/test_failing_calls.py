@@ -33,8 +33,8 @@ from tests.scenarios import LOG, SCENARIOS, Bed, Life, prepared
 
 FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None
 ONE_BYTE, HALF = -1, -2
-POWER_CUTS = 4
-"""States checked of those that a power cut right after a failure may leave."""
+POWER_CUTS = {errno.EIO: 4}
+"""States checked of those that a power cut right after a failure may leave; else 1."""
 
 
 def torn(life: Life) -> None:
@@ -111,7 +111,7 @@ def every_call(name: str, bed: Bed, error: int, for_good: bool) -> Iterator[Base
             life.end()
         assert not error or descriptors() == before, "no descriptor is left over"
         where = f"{name}, {os.strerror(error) if error > 0 else 'short'} at call {number}"
-        check_what_is_left(bed, life, where)
+        check_what_is_left(bed, life, where, POWER_CUTS.get(error, 1))
         yield failure
         if not fault.hits:
             assert failure is None and number > (1 if calls else 5)
@@ -119,13 +119,13 @@ def every_call(name: str, bed: Bed, error: int, for_good: bool) -> Iterator[Base
             return
 
 
-def check_what_is_left(bed: Bed, life: Life, where: str) -> None:
+def check_what_is_left(bed: Bed, life: Life, where: str, cuts: int) -> None:
     """The next process finds what this one left; or the power goes first."""
     rng = random.Random(where)
     with prepared(rng):
         bed.check(life.disk.files(), life.expected, life.library, where)
         states = list(life.disk.model().states(rng, f"{LOG}.scratch-"))
-        for what, files in rng.sample(states, min(POWER_CUTS, len(states))):
+        for what, files in rng.sample(states, min(cuts, len(states))):
             bed.check(files, life.expected, life.library, f"{where}, then a power cut, {what}")
 
 
