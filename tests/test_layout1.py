@@ -15,9 +15,9 @@ import database
 import restore
 from backend import bump
 from database import mend
-from errors import BackupError, Damaged, DatabaseError, UnsupportedLayout
+from errors import BackupError, BackupMissing, Damaged, DatabaseError, DiskError, UnsupportedLayout
 from filebackend import FileBackend
-from layout1 import Layout1Reading, is_layout_1
+from layout1 import Layout1Reading, header_version, is_layout_1
 from tests import support
 from tests.layout1_files import (
     FIRST_ENTRY,
@@ -781,3 +781,18 @@ def test_a_huge_entry_costs_no_memory(old: Path) -> None:
     count, what = with_little_memory(old)
     assert count == "2"
     assert "over the limit" in what
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BackupMissing):
+        Layout1Reading(str(tmp_path / "missing"))
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(DiskError, match="loop"):
+        Layout1Reading(str(loop))
+    assert not is_layout_1(str(loop))
+    with pytest.raises(DiskError, match="loop"):
+        header_version(str(loop))
+    short = tmp_path / "short"
+    short.write_bytes(bytes(3))
+    assert header_version(str(short)) == 0

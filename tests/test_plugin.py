@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -573,8 +574,9 @@ def test_when_it_leaves(busy: float, what: str, monkeypatch: pytest.MonkeyPatch)
     def others() -> list[int]:
         return [4711] if what == "plugin" and clock[0] < 100 + busy else []
 
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    # Not the module's own functions: other threads of this process use them.
+    fake = types.SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0])
+    monkeypatch.setattr(backup, "time", fake)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(backup, "other_plugins", others)
     with pytest.raises(Gone, match="0"):
