@@ -53,8 +53,12 @@ class LogWriter:
             head: what it stands for: version, sequence, chain, time and session are used.
         """
         size = os.path.getsize(path)
+        # One buffer for all pieces, never joined with their heads: new memory for each of
+        # them costs as much time as the disk.
+        buffer = memoryview(bytearray(MAX_CHUNK_SIZE))
         with open(path, "rb") as source:
-            while piece := source.read(MAX_CHUNK_SIZE):
+            while length := source.readinto(buffer):
+                piece = buffer[:length]
                 last = source.tell() == size
                 piece_head = head._replace(
                     kind=Kind.SNAPSHOT,
@@ -62,21 +66,21 @@ class LogWriter:
                     backup_id=self.last.backup_id,
                     offset=self._end,
                     changes=0,
-                    length=len(piece),
+                    length=length,
                 )
-                self._add(piece_head, piece)
+                for part in records.encode_head(piece_head, piece), piece, records.TRAILER:
+                    self._write(part)
+                self.last = piece_head
             if source.tell() != size:
                 raise ConfigError(f"{path} changed while it was read.", "Stop whoever writes it.")
 
     def add(self, head: Head, payload: bytes) -> None:
         """Add a change or a rewind that another log holds."""
-        self._add(records.moved(head, self.last), payload)
+        moved = records.moved(head, self.last)
+        self._write(records.encode(moved, payload))
+        self.last = moved
 
-    def _add(self, head: Head, payload: bytes) -> None:
-        self._write(records.encode(head, payload))
-        self.last = head
-
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         durable.write_all(self._fd, data, self._end)
         self._end += len(data)
         self._unflushed += len(data)

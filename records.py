@@ -176,9 +176,14 @@ def snapshot_size(log_start: int) -> int:
 
 def encode(head: Head, payload: bytes) -> bytes:
     """A whole record. Both CRCs of ``head`` are set here, its length must fit."""
+    return b"".join((encode_head(head, payload), payload, TRAILER))
+
+
+def encode_head(head: Head, payload: bytes | memoryview) -> bytes:
+    """What stands before ``payload``: see ``encode``."""
     assert head.length == len(payload)
     body = HEAD.pack(*head._replace(payload_crc=zlib.crc32(payload)))[:-4]
-    return b"".join((body, _CRC.pack(zlib.crc32(body)), payload, TRAILER))
+    return body + _CRC.pack(zlib.crc32(body))
 
 
 def decode_head(data: bytes, offset: int, backup_id: bytes | None) -> Head | None:
