@@ -53,6 +53,7 @@ class Change:
         version: data_version after the change.
         snapshot: a piece of at most 1 MiB of an SQLite file, in order, or None.
         transaction: the statements of one commit, or None.
+        bumps: the last statement raises data_version to ``version`` (a commit proper).
 
     Raises:
         InvalidChange: the fields break a rule, so that an invalid Change cannot exist.
@@ -63,6 +64,7 @@ class Change:
     transaction: Sequence[str] | None
     payload: bytes = field(init=False, repr=False, compare=False)
     """What is stored: the snapshot's piece, or the statements joined by a NUL, in UTF-8."""
+    bumps: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if type(self.version) is not int or not 0 <= self.version <= MAX_VERSION:
@@ -79,21 +81,14 @@ class Change:
         else:
             assert self.transaction is not None
             object.__setattr__(self, "payload", _payload(self.version, self.transaction))
+        last = self.transaction[-1] if self.transaction else None
+        object.__setattr__(self, "bumps", last == bump(self.version))
 
     @classmethod
     def decode(cls, version: int, payload: bytes) -> Change:
         """The transaction that was stored as ``payload``; InvalidChange if it is none."""
-        if payload.count(b"\0") >= MAX_STATEMENTS:
-            raise InvalidChange(f"The change to version {version} has too many statements.")
-        try:
-            return cls(version, None, payload.decode().split("\0"))
-        except UnicodeDecodeError as error:
-            raise InvalidChange(f"The change to version {version} is not UTF-8.") from error
-
-    @property
-    def bumps(self) -> bool:
-        """Whether the last statement raises data_version to ``version`` (a commit proper)."""
-        return self.transaction is not None and self.transaction[-1] == bump(self.version)
+        _check_count(version, payload.count(b"\0") + 1)
+        return cls(version, None, _text(version, payload).split("\0"))
 
     @property
     def is_pragma(self) -> bool:
@@ -116,9 +111,21 @@ def bump(version: int) -> str:
     )
 
 
+def payload_bumps(version: int, payload: bytes) -> bool:
+    """``Change.decode(version, payload).bumps``, without taking the statements apart.
+
+    Raises:
+        InvalidChange: no transaction is stored like that.
+    """
+    _check_count(version, payload.count(b"\0") + 1)
+    _text(version, payload)
+    statements = payload.split(b"\0")
+    _check(version, payload, statements)
+    return statements[-1] == bump(version).encode()
+
+
 def _payload(version: int, statements: Sequence[str]) -> bytes:
-    is_list = isinstance(statements, (list, tuple))
-    if not is_list or not all(isinstance(s, str) for s in statements):
+    if not isinstance(statements, (list, tuple)):
         raise InvalidChange(f"The change to version {version} is not a list of strings.")
     if not statements:
         raise InvalidChange(
@@ -126,12 +133,18 @@ def _payload(version: int, statements: Sequence[str]) -> bytes:
             " statements when its own wallet is on PostgreSQL.",
             "This plugin cannot back up such a node: use PostgreSQL's replication.",
         )
-    if len(statements) > MAX_STATEMENTS:
-        raise InvalidChange(f"The change to version {version} has too many statements.")
     try:
         payload = "\0".join(statements).encode()
+    except TypeError as error:
+        raise InvalidChange(f"The change to version {version} is not a list of strings.") from error
     except UnicodeEncodeError as error:
         raise InvalidChange(f"The change to version {version} is no valid text.") from error
+    _check_count(version, len(statements))
+    _check(version, payload, statements)
+    return payload
+
+
+def _check(version: int, payload: bytes, statements: Sequence[str | bytes]) -> None:
     if len(payload) > MAX_CHANGE_SIZE:
         raise InvalidChange(
             f"The change to version {version} has {len(payload)} bytes;"
@@ -142,7 +155,18 @@ def _payload(version: int, statements: Sequence[str]) -> bytes:
             f"The change to version {version} has an empty statement or one with a NUL"
             " byte, which SQLite cannot execute."
         )
-    return payload
+
+
+def _check_count(version: int, statements: int) -> None:
+    if statements > MAX_STATEMENTS:
+        raise InvalidChange(f"The change to version {version} has too many statements.")
+
+
+def _text(version: int, payload: bytes) -> str:
+    try:
+        return payload.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidChange(f"The change to version {version} is not UTF-8.") from error
 
 
 class Verdict(enum.Enum):

@@ -253,37 +253,27 @@ class FileBackend(Backend):
     def add_change(self, change: Change) -> None:
         """See Backend."""
         assert change.base == self.version, "the version rule comes first"
-        before = self._newest
         self._append(
-            before._replace(
-                kind=Kind.CHANGE,
-                flags=records.BUMPS if change.bumps else 0,
-                version=change.version,
-                changes=before.changes + 1,
-                time_ns=time.time_ns(),
-                session=self._session,
-                chain_before=before.chain,
-                chain=chain_after(before.chain, change.version, change.payload),
-            ),
             change.payload,
+            kind=Kind.CHANGE,
+            flags=records.BUMPS if change.bumps else 0,
+            version=change.version,
+            time_ns=time.time_ns(),
+            session=self._session,
+            chain=chain_after(self._newest.chain, change.version, change.payload),
         )
 
     def rewind(self) -> None:
         """See Backend."""
         assert self.rewindable, "the version rule comes first"
-        before = self._newest
         self._append(
-            before._replace(
-                kind=Kind.REWIND,
-                flags=0,
-                version=before.version - 1,
-                changes=before.changes - 1,
-                time_ns=time.time_ns(),
-                session=self._session,
-                chain_before=before.chain,
-                chain=before.chain_before,
-            ),
             b"",
+            kind=Kind.REWIND,
+            flags=0,
+            version=self._newest.version - 1,
+            time_ns=time.time_ns(),
+            session=self._session,
+            chain=self._newest.chain_before,
         )
 
     def add_record(self, head: Head, payload: bytes) -> None:
@@ -293,20 +283,15 @@ class FileBackend(Backend):
             head: continues this log: its chain before is this log's, and the version rule
                 holds.
         """
-        before = self._newest
-        assert head.chain_before == before.chain, "the chain is compared first"
+        assert head.chain_before == self._newest.chain, "the chain is compared first"
         self._append(
-            before._replace(
-                kind=head.kind,
-                flags=head.flags,
-                version=head.version,
-                changes=before.changes + (1 if head.kind == Kind.CHANGE else -1),
-                time_ns=head.time_ns,
-                session=head.session,
-                chain_before=head.chain_before,
-                chain=head.chain,
-            ),
             payload,
+            kind=head.kind,
+            flags=head.flags,
+            version=head.version,
+            time_ns=head.time_ns,
+            session=head.session,
+            chain=head.chain,
         )
 
     @property
@@ -336,13 +321,33 @@ class FileBackend(Backend):
         goes_on = is_foreign_keys_off(newest)
         self._session = newest.session if goes_on else secrets.token_bytes(16)
 
-    def _append(self, head: Head, payload: bytes) -> None:
+    def _append(
+        self,
+        payload: bytes,
+        *,
+        kind: int,
+        flags: int,
+        version: int,
+        time_ns: int,
+        session: bytes,
+        chain: bytes,
+    ) -> None:
         if self._failed is not None:
             raise self._failed
-        head = head._replace(
-            sequence=head.sequence + 1,
+        before = self._newest
+        head = Head(
+            kind=kind,
+            flags=flags,
+            backup_id=before.backup_id,
+            sequence=before.sequence + 1,
             offset=self._end,
+            version=version,
+            changes=before.changes + (1 if kind == Kind.CHANGE else -1),
+            time_ns=time_ns,
+            session=session,
             length=len(payload),
+            chain_before=before.chain,
+            chain=chain,
         )
         try:
             self._store(records.encode(head, payload))

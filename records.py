@@ -101,21 +101,21 @@ MAX_LENGTH: dict[int, int] = {
 class Head(NamedTuple):
     """The head of a record, field by field as in the table above."""
 
-    marker: bytes
-    kind: int
-    flags: int
-    backup_id: bytes
-    sequence: int
-    offset: int
-    version: int
-    payload_crc: int
-    changes: int
-    time_ns: int
-    session: bytes
-    length: int
-    chain_before: bytes
-    chain: bytes
-    crc: int
+    marker: bytes = MARKER
+    kind: int = 0
+    flags: int = 0
+    backup_id: bytes = b""
+    sequence: int = 0
+    offset: int = 0
+    version: int = 0
+    payload_crc: int = 0
+    changes: int = 0
+    time_ns: int = 0
+    session: bytes = b""
+    length: int = 0
+    chain_before: bytes = EMPTY_CHAIN
+    chain: bytes = EMPTY_CHAIN
+    crc: int = 0
 
     @property
     def end(self) -> int:
@@ -128,7 +128,8 @@ class Head(NamedTuple):
         return self.kind == Kind.CHANGE and bool(self.flags & BUMPS)
 
 
-BEFORE_FIRST = Head(*(MARKER, 0, 0, b"", 0, 0, 0, 0, 0, 0, b"", 0, EMPTY_CHAIN, EMPTY_CHAIN, 0))
+_CRC_FIELD = Head._fields.index("payload_crc")
+BEFORE_FIRST = Head()
 """Stands for the record before the first one: version 0, nothing to rewind."""
 
 
@@ -182,7 +183,7 @@ def encode(head: Head, payload: bytes) -> bytes:
 def encode_head(head: Head, payload: bytes | memoryview) -> bytes:
     """What stands before ``payload``: see ``encode``."""
     assert head.length == len(payload)
-    body = HEAD.pack(*head._replace(payload_crc=zlib.crc32(payload)))[:-4]
+    body = HEAD.pack(*head[:_CRC_FIELD], zlib.crc32(payload), *head[_CRC_FIELD + 1 :])[:-4]
     return body + _CRC.pack(zlib.crc32(body))
 
 

@@ -1,0 +1,95 @@
+"""A TCP connection of either side, each of whose calls ends after a time."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+
+KEEPALIVE_S = 15
+RECEIVE_SIZE = 1 << 16
+
+
+class Stream:
+    """A connection that sends packets at once and notices within a minute that its peer is gone.
+
+    Args:
+        sock: connected; it is closed with this.
+
+    Raises:
+        OSError: the connection is lost.
+        TimeoutError: nothing moved for as long as the caller allows.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._timeout_s: float | None = None
+        try:
+            self._tune(sock)
+        except OSError:  # It was lost at once.
+            sock.close()
+            raise
+
+    @staticmethod
+    def _tune(sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (
+            ("TCP_KEEPIDLE", KEEPALIVE_S),
+            ("TCP_KEEPINTVL", KEEPALIVE_S),
+            ("TCP_KEEPCNT", 3),
+            ("TCP_USER_TIMEOUT", 1000 * 3 * KEEPALIVE_S),
+        ):
+            if hasattr(socket, name):  # Not every system has them all.
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        # Python's own timeouts cost a poll() before each call, in the path of every change.
+        sock.settimeout(None)
+
+    def receive(self, timeout_s: float) -> bytes:
+        """The next bytes, as soon as there are some; b"" at the peer's end."""
+        self._limit(timeout_s)
+        try:
+            return self._sock.recv(RECEIVE_SIZE)
+        except BlockingIOError as error:
+            raise TimeoutError("timed out") from error
+
+    def send(self, data: bytes, timeout_s: float) -> None:
+        """Send all of ``data`` with as few segments as it needs, as long as it moves on."""
+        self._limit(timeout_s)
+        view = memoryview(data)
+        try:
+            while view:  # Not sendall: it says nothing of what went before a timeout.
+                view = view[self._sock.send(view) :]
+        except BlockingIOError as error:
+            raise TimeoutError("timed out") from error
+
+    def send_now(self, data: bytes | memoryview) -> int:
+        """Send what the system takes without waiting; the bytes of it."""
+        try:
+            return self._sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+    def _limit(self, timeout_s: float) -> None:
+        if timeout_s == self._timeout_s:
+            return
+        self._timeout_s = timeout_s
+        timeval = divmod(max(1, round(timeout_s * 10**6)), 10**6)  # Zero would mean for ever.
+        for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *timeval))
+            except OSError:  # A 32-bit system whose times have 64 bits.
+                self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("qq", *timeval))
+
+    def fileno(self) -> int:
+        """For select()."""
+        return self._sock.fileno()
+
+    def cut(self) -> None:
+        """End the connection from another thread."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
