@@ -77,7 +77,7 @@ from typing import NamedTuple
 
 from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, Change, chain_after
 from errors import BackupError
-from records import BEFORE_FIRST, MAX_LENGTH, Head, Kind
+from records import MAX_LENGTH, Head, Kind
 
 NEWEST = 2
 """The newest protocol spoken here."""
@@ -89,6 +89,7 @@ NACK = struct.Struct("!IH")
 ACK = struct.Struct("!I16s")
 COMING = struct.Struct("!Q")
 RECORD = struct.Struct("!BBIQIQ16s16s16s")
+_CRC = struct.Struct("!I")
 _CRC_AT = 14
 MAX_PACKET_SIZE = 2**32 - 1
 """A packet's length is a u32."""
@@ -120,6 +121,8 @@ class PacketType(enum.IntEnum):
     COMING = 17
 
 
+_TYPES = {int(kind): kind for kind in PacketType}
+"""Quicker than ``PacketType(number)``."""
 TO_SERVER: Mapping[int, int] = {
     PacketType.CHANGE: _MAX_CHANGE_PACKET,
     PacketType.SNAPSHOT: MAX_PACKET_SIZE,
@@ -376,22 +379,22 @@ class RecordPacker:
     """One direction of a connection of protocol 2: records to RECORD packets.
 
     Args:
-        level: zlib's, 1 to 9; 4 takes a node's changes in half the time of 6 for a
+        level: zlib's, 1 to 9; 4 takes a sixth less time than 6 for a node's changes, and a
             fortieth more bytes.
     """
 
     def __init__(self, level: int = 4) -> None:
-        self._zlib = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
+        # Filtered: matches of a few bytes, of numbers in a statement, cost more than they save.
+        self._zlib = zlib.compressobj(
+            level, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_FILTERED
+        )
 
     def pack(self, head: Head, payload: bytes) -> bytes:
         """The RECORD packet; the CRC is computed here."""
-        fields = RECORD.pack(
-            *(head.kind, head.flags, head.version, head.sequence, 0),
-            *(head.time_ns, head.session, head.chain_before, head.chain),
-        )
-        fields = _with_crc(fields, zlib.crc32(payload, zlib.crc32(fields)))
-        data = self._zlib.compress(fields + payload) + self._zlib.flush(zlib.Z_SYNC_FLUSH)
-        return encode(PacketType.RECORD, data)
+        fields = _fields(head)
+        _CRC.pack_into(fields, _CRC_AT, zlib.crc32(payload, zlib.crc32(fields)))
+        data = self._zlib.compress(fields + payload)
+        return encode(PacketType.RECORD, data + self._zlib.flush(zlib.Z_SYNC_FLUSH))
 
 
 class RecordUnpacker:
@@ -420,19 +423,19 @@ class RecordUnpacker:
         if len(payload) > limit or self._zlib.unconsumed_tail or self._zlib.unused_data:
             raise ProtocolError("A RECORD inflates past its limit.")
         kind, flags, version, sequence, crc, time_ns, session, before, chain = RECORD.unpack(fields)
-        if zlib.crc32(payload, zlib.crc32(_with_crc(fields, 0))) != crc:
-            raise ProtocolError("A RECORD does not match its checksum.")
-        head = BEFORE_FIRST._replace(
+        head = Head(
             kind=kind,
             flags=flags,
-            version=version,
             sequence=sequence,
+            version=version,
             time_ns=time_ns,
             session=session,
             length=len(payload),
             chain_before=before,
             chain=chain,
         )
+        if zlib.crc32(payload, zlib.crc32(_fields(head))) != crc:
+            raise ProtocolError("A RECORD does not match its checksum.")
         if kind == Kind.CHANGE and chain != chain_after(before, version, payload):
             raise ProtocolError("A RECORD does not match its chain.")
         return head, payload
@@ -450,8 +453,11 @@ class RecordUnpacker:
             raise ProtocolError("A RECORD inflates past its limit.")
 
 
-def _with_crc(fields: bytes, crc: int) -> bytes:
-    return fields[:_CRC_AT] + VERSION.pack(crc) + fields[_CRC_AT + VERSION.size :]
+def _fields(head: Head) -> bytearray:
+    """What stands before the payload of a record, with a crc of 0."""
+    kind, version, sequence = head.kind, head.version, head.sequence
+    history = head.time_ns, head.session, head.chain_before, head.chain
+    return bytearray(RECORD.pack(kind, head.flags, version, sequence, 0, *history))
 
 
 class Decoder:
@@ -478,9 +484,23 @@ class Decoder:
         Raises:
             ProtocolError: a type that may not come, or a length over the limit.
         """
+        packet = self._whole(data)
+        if packet is not None:
+            yield packet
+            return
         self._buffer += data
         while (event := self._next()) is not None:
             yield event
+
+    def _whole(self, data: bytes) -> Packet | None:
+        """``data`` where it is one packet: that of a change mostly comes at once."""
+        if self.in_packet or len(data) < HEADER.size:
+            return None
+        kind, length = HEADER.unpack_from(data)
+        if len(data) != HEADER.size + length or length > self._limits.get(kind, -1):
+            return None
+        known = _TYPES[kind]
+        return None if known is PacketType.SNAPSHOT else Packet(known, data[HEADER.size :])
 
     def _next(self) -> Event | None:
         if self._part is not None:
@@ -501,7 +521,7 @@ class Decoder:
             return None
         payload = bytes(memoryview(self._buffer)[HEADER.size : end])
         del self._buffer[:end]
-        return Packet(PacketType(kind), payload)
+        return Packet(_TYPES[kind], payload)
 
     def _check_type(self) -> None:
         if self._buffer and self._buffer[0] not in self._limits:

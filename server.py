@@ -28,14 +28,15 @@ import durable
 import protocol
 import records
 import restore
-from backend import NOTICE, RELEASE, Change, Reading, Snapshot, Verdict, judge, log
+from backend import NOTICE, RELEASE, Change, Reading, Snapshot, Verdict, judge, log, payload_bumps
 from compaction import Compactor, Housekeeper
 from errors import BackupError, ConfigError, DiskError, InvalidChange
 from filebackend import FileBackend
 from logreader import LogReader
 from protocol import Details, Metadata, Nack, NackCode, PacketType, ProtocolError, SnapshotPart
 from records import BEFORE_FIRST, Head, Kind
-from socketbackend import RECEIVE_SIZE, parse_host_port, tune
+from socketbackend import parse_host_port
+from stream import Stream
 
 SERVER_NAME = f"backup-cli server {RELEASE}"
 MAX_CONNECTIONS = 16
@@ -292,17 +293,16 @@ class Connection:
         number: connections are numbered as they come.
     """
 
-    def __init__(self, server: Server, sock: socket.socket, peer: str, number: int) -> None:
+    def __init__(self, server: Server, stream: Stream, peer: str, number: int) -> None:
         self.number = number
         self.busy = False
         self.last_heard = time.monotonic()
         self._server = server
         self._keeper = server.keeper
-        self._sock = sock
+        self._stream = stream
         self._peer = peer
         self._decoder = protocol.Decoder(protocol.TO_SERVER)
         self._silent = True
-        self._timeout_s: float | None = None
         self._restored = False
         self._packet_began = self.last_heard
         self._packet_size = 0
@@ -320,7 +320,6 @@ class Connection:
     def run(self) -> None:
         """Serve until the client leaves or breaks a rule."""
         try:
-            tune(self._sock)
             log.debug(f"{self}: connected")
             while data := self._receive():
                 for event in self._decoder.feed(data):
@@ -338,7 +337,7 @@ class Connection:
             self._drop_spool()
             self._keeper.forget(self)
             self._server.forget(self)
-            self._sock.close()
+            self._stream.close()
 
     def _receive(self) -> bytes:
         """The next bytes; b"" at the client's end. Dropped if it is too slow."""
@@ -354,9 +353,8 @@ class Connection:
                 reason = f"it said nothing for {FIRST_PACKET_S:.0f} s"
             if left_s <= 0:
                 raise Dropped(reason)
-            self._set_timeout(left_s)
             try:
-                data = self._sock.recv(RECEIVE_SIZE)
+                data = self._stream.receive(left_s)
             except TimeoutError:
                 continue
             self._note(len(data))
@@ -373,6 +371,8 @@ class Connection:
         if isinstance(event, SnapshotPart):
             return self._take_snapshot(event)
         match event.type:
+            case PacketType.RECORD if self._protocol == 2:
+                self._take_record(*self._unpacker.unpack(event.payload))
             case PacketType.CHANGE:
                 self._write(event.payload)
             case PacketType.REWIND:
@@ -381,8 +381,6 @@ class Connection:
             case PacketType.REQ_METADATA:
                 self._protocol = protocol.agreed_protocol(event.payload)
                 self._send(protocol.encode_metadata(self._keeper.metadata(self._protocol)))
-            case PacketType.RECORD if self._protocol == 2:
-                self._take_record(*self._unpacker.unpack(event.payload))
             case PacketType.RESTORE:
                 self._stream_backup()
             case PacketType.COMPACT:
@@ -411,10 +409,10 @@ class Connection:
             return self._take_piece(head, payload)
         if head.kind == Kind.CHANGE:
             try:
-                change = Change.decode(head.version, payload)
+                bumps = payload_bumps(head.version, payload)
             except InvalidChange as error:
                 return self.refuse(str(error), NackCode.INVALID)
-            if head.flags != (records.BUMPS if change.bumps else 0):
+            if head.flags != (records.BUMPS if bumps else 0):
                 what = f"the change to version {head.version}: its flags do not fit"
                 return self.refuse(what, NackCode.INVALID)
         self._server.guard(lambda: self._keeper.record(self, head, payload))
@@ -435,27 +433,15 @@ class Connection:
 
     def _answer(self, packet: bytes) -> None:
         """Send ``packet`` at once or never: the keeper's lock is held, and others want it."""
-        try:
-            # Not socket.send: it would first wait, as long as the timeout says.
-            sent = os.write(self._sock.fileno(), packet)
-        except BlockingIOError:
-            sent = 0
-        if sent != len(packet):
+        if self._stream.send_now(packet) != len(packet):
             raise Dropped("it does not read its answers")
 
     def _send(self, data: bytes) -> None:
-        self._set_timeout(SEND_TIMEOUT_S)
-        self._sock.sendall(data)
-
-    def _set_timeout(self, timeout_s: float) -> None:
-        if timeout_s != self._timeout_s:  # A system call, in the path of every change.
-            self._sock.settimeout(timeout_s)
-            self._timeout_s = timeout_s
+        self._stream.send(data, SEND_TIMEOUT_S)
 
     def cut(self) -> None:
         """End the connection from another thread."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self._stream.cut()
 
     # Snapshots in, backups out
 
@@ -512,10 +498,10 @@ class Connection:
         reading = self._keeper.backend.read()
         with contextlib.closing(reading):
             for block in blocks(reading, os.path.dirname(self._keeper.backend.path)):
-                self._stream(block)
+                self._send_block(block)
         if reading.damage is not None:
             raise Dropped(f"the backup is damaged: {reading.damage}")
-        self._stream(protocol.encode(PacketType.DONE))
+        self._send_block(protocol.encode(PacketType.DONE))
 
     def _stream_records(self) -> None:
         with contextlib.closing(LogReader(self._keeper.backend.path)) as reader:
@@ -524,31 +510,33 @@ class Connection:
             for head, payload in reader:
                 block += self._packer.pack(head, payload)
                 if len(block) >= BLOCK_SIZE:
-                    self._stream(bytes(block))
+                    self._send_block(bytes(block))
                     block.clear()
-            self._stream(bytes(block))
+            self._send_block(bytes(block))
         if reader.damage is not None:
             log.warning(f"{self}: the restore ends early: {reader.damage}")
             nack = Nack(self._keeper.backend.version, NackCode.DAMAGED, str(reader.damage))
-            return self._stream(protocol.encode_nack(nack))
-        self._stream(protocol.encode(PacketType.DONE))
+            return self._send_block(protocol.encode_nack(nack))
+        self._send_block(protocol.encode(PacketType.DONE))
 
-    def _stream(self, data: bytes) -> None:
+    def _send_block(self, data: bytes) -> None:
         """Send ``data`` while taking the ACKs that the client may send meanwhile."""
         view = memoryview(data)
         while view:
-            readable, writable, _ = select.select([self._sock], [self._sock], [], SEND_TIMEOUT_S)
+            readable, writable, _ = select.select(
+                [self._stream], [self._stream], [], SEND_TIMEOUT_S
+            )
             if not readable and not writable:
                 raise Dropped(f"it took nothing for {SEND_TIMEOUT_S:.0f} s")
             if readable:
-                received = self._sock.recv(RECEIVE_SIZE)
+                received = self._stream.receive(SEND_TIMEOUT_S)
                 if not received:
                     raise ConnectionError("it left during a restore")
                 for event in self._decoder.feed(received):
                     if event[0] is not PacketType.ACK:
                         raise Dropped("only ACK may come during a restore")
             if writable:
-                view = view[self._sock.send(view) :]
+                view = view[self._stream.send_now(view) :]
 
 
 def blocks(reading: Reading, directory: str) -> Iterator[bytes]:
@@ -629,6 +617,7 @@ class Server:
                         self._accept(key.data)
         for listener in self._listeners:
             listener.close()
+        self._housekeeper.stop()
         # Finish the change in hand; nothing is written after it.
         self.keeper.lock.acquire()
         self.keeper.backend.close()
@@ -652,15 +641,16 @@ class Server:
     def _accept(self, listener: socket.socket) -> None:
         try:
             sock, address = listener.accept()
+            stream = Stream(sock)
         except OSError as error:
             log.warning(f"a connection could not be accepted: {error}")
             time.sleep(ACCEPT_PAUSE_S)  # Out of descriptors, say: do not spin.
             return
         peer = "[{}]:{}" if sock.family is socket.AF_INET6 else "{}:{}"
-        connection = Connection(self, sock, peer.format(*address[:2]), next(self._numbers))
+        connection = Connection(self, stream, peer.format(*address[:2]), next(self._numbers))
         if not self._make_room():
             log.warning(f"{connection}: closed: {MAX_CONNECTIONS} connections are busy")
-            sock.close()
+            stream.close()
             return
         with self._lock:
             self._connections.add(connection)

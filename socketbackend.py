@@ -15,7 +15,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import parse_qsl
 
 import protocol
@@ -45,6 +45,7 @@ from protocol import (
     SnapshotPart,
 )
 from records import BEFORE_FIRST, Head, Kind
+from stream import Stream
 
 DEFAULT_RETRY_FOR_S = 120.0
 """How long a node waits for its server to come back before the change is refused."""
@@ -61,8 +62,6 @@ COMPACT_TIMEOUT_S = 6 * 3600.0
 """Keepalive notices a server that is gone much earlier."""
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
-KEEPALIVE_S = 15
-RECEIVE_SIZE = 1 << 16
 
 
 class AddrType(enum.Enum):
@@ -227,22 +226,7 @@ def connect(url: SocketUrl) -> socket.socket:
             proxy_port=url.proxytarget.port,
             proxy_rdns=True,
         )
-    tune(sock)
     return sock
-
-
-def tune(sock: socket.socket) -> None:
-    """Send packets at once, and end ``sock`` within a minute when its peer's machine is gone."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", KEEPALIVE_S),
-        ("TCP_KEEPINTVL", KEEPALIVE_S),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", 1000 * 3 * KEEPALIVE_S),
-    ):
-        if hasattr(socket, name):  # Not every system has them all.
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Link:
@@ -254,35 +238,25 @@ class Link:
     """
 
     def __init__(self, url: SocketUrl) -> None:
-        self._sock = connect(url)
+        self._stream = Stream(connect(url))
         self._decoder = protocol.Decoder(protocol.TO_CLIENT)
         self._events: deque[protocol.Event] = deque()
-        self._timeout_s: float | None = None
         self._packer = protocol.RecordPacker()
         self._unpacker = protocol.RecordUnpacker()
         self.protocol = 1
 
     def send(self, data: bytes) -> None:
-        """Send ``data`` with as few segments as it needs, as long as it moves on."""
-        self._set_timeout(ANSWER_TIMEOUT_S)
-        view = memoryview(data)
-        while view:  # Not sendall: its timeout is for all of a large change.
-            view = view[self._sock.send(view) :]
+        """Send ``data``, as long as it moves on."""
+        self._stream.send(data, ANSWER_TIMEOUT_S)
 
     def event(self, timeout_s: float | None = None) -> protocol.Event:
         """The next event from the server."""
         while not self._events:
-            self._set_timeout(ANSWER_TIMEOUT_S if timeout_s is None else timeout_s)
-            data = self._sock.recv(RECEIVE_SIZE)
+            data = self._stream.receive(ANSWER_TIMEOUT_S if timeout_s is None else timeout_s)
             if not data:
                 raise ConnectionError("the server closed the connection")
             self._events.extend(self._decoder.feed(data))
         return self._events.popleft()
-
-    def _set_timeout(self, timeout_s: float) -> None:
-        if timeout_s != self._timeout_s:  # A system call, in the path of every change.
-            self._sock.settimeout(timeout_s)
-            self._timeout_s = timeout_s
 
     def answer(self, timeout_s: float | None = None) -> Packet:
         """The next packet from the server, where no SNAPSHOT may come."""
@@ -323,9 +297,11 @@ class Link:
         """
         if packet.type is PacketType.NACK:
             raise Refused(protocol.decode_nack(packet.payload))
-        expected = protocol.VERSION.pack(head.version)
-        if self.protocol == 2:
-            expected = protocol.ACK.pack(head.version, head.chain)
+        expected = (
+            protocol.ACK.pack(head.version, head.chain)
+            if self.protocol == 2
+            else protocol.VERSION.pack(head.version)
+        )
         if packet.type is not PacketType.ACK or packet.payload != expected:
             raise ProtocolError(
                 f"The backup server answered {packet.type.name} {packet.payload[:20].hex()}"
@@ -334,7 +310,7 @@ class Link:
 
     def close(self) -> None:
         """Close the connection."""
-        self._sock.close()
+        self._stream.close()
 
 
 class Fate(enum.Enum):
@@ -526,9 +502,11 @@ class SocketBackend(Backend):
         assert change.base == self.version, "the version rule comes first"
         before = self._known
         chain = before.details.chain if before.details else EMPTY_CHAIN
-        head = self._head(
-            Kind.CHANGE,
-            change.version,
+        head = Head(
+            kind=Kind.CHANGE,
+            version=change.version,
+            time_ns=time.time_ns(),
+            session=self._session,
             flags=records.BUMPS if change.bumps else 0,
             length=len(change.payload),
             chain_before=chain,
@@ -540,11 +518,8 @@ class SocketBackend(Backend):
             # A server that forgot the rewind shows what it would show with this change.
             return Fate.UNKNOWN if now == rewound else fate_of_change(change, before, now)
 
-        stored = self._deliver(head, change.payload, by_count)
+        self._deliver(head, change.payload, by_count)
         self._rewound = None
-        if stored is not None:
-            prev_version = before.version if change.bumps else change.version
-            self._note_stored(stored, prev_version, self._known.version_count + 1)
         if self._known.details is None and not change.bumps:
             self._refresh()  # A server may take a repeated PRAGMA for the one it has.
 
@@ -552,11 +527,16 @@ class SocketBackend(Backend):
         """See Backend."""
         assert self.rewindable, "the version rule comes first"
         before = self._known
-        head = self._head(Kind.REWIND, before.prev_version)
+        head = Head(
+            kind=Kind.REWIND,
+            version=before.prev_version,
+            time_ns=time.time_ns(),
+            session=self._session,
+        )
         if before.details is not None:
             details = before.details
             head = head._replace(chain_before=details.chain, chain=details.chain_before)
-        stored = self._deliver(head, b"", lambda now: fate_of_rewind(before, now))
+        self._deliver(head, b"", lambda now: fate_of_rewind(before, now))
         if self._known.details is None:
             self._rewound = before
             self._refresh()  # Servers differ in what they count.
@@ -565,17 +545,10 @@ class SocketBackend(Backend):
                     NackCode.INVALID, "it has forgotten a rewind that it acknowledged"
                 )
                 raise self._refusal
-        elif stored is not None:
-            self._note_stored(stored, stored.version, self._known.version_count - 1)
 
-    def _head(self, kind: Kind, version: int, **fields: Any) -> Head:
-        # One copy of so many fields: this is in the path of every change.
-        return BEFORE_FIRST._replace(
-            kind=kind, version=version, time_ns=time.time_ns(), session=self._session, **fields
-        )
-
-    def _note_stored(self, head: Head, prev_version: int, count: int) -> None:
-        details = self._known.details
+    def _with_record(self, head: Head) -> Metadata:
+        """What METADATA will say when ``head`` is stored."""
+        known, details = self._known, self._known.details
         if details is not None:
             details = details._replace(
                 sequence=details.sequence + 1,
@@ -584,8 +557,14 @@ class SocketBackend(Backend):
                 session=head.session,
                 time_ns=head.time_ns,
             )
-        known = self._known
-        self._note(Metadata(known.protocol, head.version, prev_version, count, details))
+        step = 1 if head.kind == Kind.CHANGE else -1
+        return Metadata(
+            known.protocol,
+            head.version,
+            head.version - (1 if head.rewindable else 0),
+            known.version_count + step,
+            details,
+        )
 
     def _refresh(self) -> None:
         try:
@@ -594,16 +573,11 @@ class SocketBackend(Backend):
         except OSError:
             self._reconnect(time.monotonic())
 
-    def _deliver(
-        self, head: Head, payload: bytes, by_count: Callable[[Metadata], Fate]
-    ) -> Head | None:
-        """Send a record until its ACK came, or METADATA shows what became of it.
+    def _deliver(self, head: Head, payload: bytes, by_count: Callable[[Metadata], Fate]) -> None:
+        """Send a record until its ACK came, or METADATA shows that it is stored.
 
         Args:
             by_count: what became of it by versions and counts, for a server of protocol 1.
-
-        Returns:
-            What was acknowledged, or None if METADATA showed it, which is noted then.
         """
         if self._refusal is not None:
             raise self._refusal
@@ -613,10 +587,12 @@ class SocketBackend(Backend):
                 try:
                     assert self._link is not None
                     self._link.send_record(head, payload)
+                    stored = self._with_record(head)  # While the server is at work.
                     timeout_s = ANSWER_TIMEOUT_S + len(payload) // SLOWEST_RATE
                     self._link.check_ack(self._link.answer(timeout_s), head)
+                    self._note(stored)
                     self._written = True
-                    return head
+                    return
                 except OSError as error:
                     log.warning(f"Lost the backup server {self._url.target}: {error}")
                     self.reconnects += 1
@@ -636,7 +612,7 @@ class SocketBackend(Backend):
                     if now.details is not None:
                         # Of a change sent in protocol 1, the server made it up.
                         self._session = now.details.session
-                    return None
+                    return
                 if before.details is None and now.details is not None:
                     head, before = self._continuing(head, payload, now.details), now
         except BackupError as error:

@@ -428,11 +428,8 @@ class CutSocket:
         self._sock.close()
         raise ConnectionResetError("injected")
 
-    def settimeout(self, seconds: float) -> None:
-        self._sock.settimeout(seconds)
-
-    def close(self) -> None:
-        self._sock.close()
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._sock, name)
 
 
 class SocketLife(Life):
