@@ -177,13 +177,18 @@ class Housekeeper:
         self._least = least
         self._not_before = time.monotonic() + FIRST_AFTER_S
         self._next_disk_check = 0.0
+        self._stopped = False
 
     def start(self) -> None:
-        """Begin; ends with the process."""
+        """Begin; ends with the process, or soon after ``stop``."""
         threading.Thread(target=self._run, daemon=True).start()
 
+    def stop(self) -> None:
+        """Let the thread end."""
+        self._stopped = True
+
     def _run(self) -> None:
-        while True:
+        while not self._stopped:
             now = time.monotonic()
             if now >= self._next_disk_check:
                 self._next_disk_check = now + DISK_CHECK_S

@@ -68,17 +68,21 @@ class LogWriter:
                     changes=0,
                     length=length,
                 )
-                for part in records.encode_head(piece_head, piece), piece, records.TRAILER:
-                    self._write(part)
-                self.last = piece_head
+                self._add(
+                    piece_head, records.encode_head(piece_head, piece), piece, records.TRAILER
+                )
             if source.tell() != size:
                 raise ConfigError(f"{path} changed while it was read.", "Stop whoever writes it.")
 
     def add(self, head: Head, payload: bytes) -> None:
         """Add a change or a rewind that another log holds."""
         moved = records.moved(head, self.last)
-        self._write(records.encode(moved, payload))
-        self.last = moved
+        self._add(moved, records.encode(moved, payload))
+
+    def _add(self, head: Head, *parts: bytes | memoryview) -> None:
+        for part in parts:
+            self._write(part)
+        self.last = head
 
     def _write(self, data: bytes | memoryview) -> None:
         durable.write_all(self._fd, data, self._end)
