@@ -115,9 +115,7 @@ class Compactor:
                 try:
                     ready = self._follow(process, progress)
                     if ready is not None:
-                        # Closing the old log for the last time frees its space, which takes
-                        # long: hold it until no change waits any more.
-                        with open(self._backend.path, "rb"), self._lock:
+                        with durable.outliving_its_name(self._backend.path), self._lock:
                             self._backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
                 finally:
                     process.kill()
@@ -228,9 +226,9 @@ class Housekeeper:
 
 def remove_scratch(prefix: str) -> None:
     """Remove what a run may have left under ``prefix``."""
-    durable.discard(f"{prefix}-log")
+    durable.discard_gently(f"{prefix}-log")
     for name in ("new", "old"):
-        restore.remove_database(f"{prefix}-{name}.sqlite3")
+        restore.remove_database(f"{prefix}-{name}.sqlite3", durable.discard_gently)
 
 
 # What follows runs in the process of its own.
@@ -301,7 +299,6 @@ def build(path: str, prefix: str) -> Message:
         writer = LogWriter(f"{prefix}-log", reader.backup_id, size, SMALL_FLUSH_STEP)
         with contextlib.closing(writer), contextlib.closing(LogReader(writer.path)) as verifier:
             writer.add_snapshot(scratch, last)
-            os.unlink(scratch)
             return catch_up(reader, entries, writer, verifier)
 
 

@@ -11,6 +11,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from errors import BackupBusy, DiskError
@@ -19,6 +21,9 @@ PREALLOCATE_STEP = 1 << 20
 """Bytes written as zeros ahead of the log's end, so that an append moves no extent."""
 COPY_SIZE = 1 << 20
 """Bytes moved at once when a file is copied."""
+FREE_STEP = 8 << 20
+"""Bytes of a large file given back at once, and the pause before the next ones."""
+FREE_PAUSE_S = 0.005
 
 
 def flush(fd: int) -> None:
@@ -138,6 +143,52 @@ def discard(path: str) -> None:
     """
     with contextlib.suppress(OSError):
         os.unlink(path)
+
+
+def discard_gently(path: str) -> None:
+    """``discard`` for a large file beside a log in use.
+
+    Much space given back at once makes every flush on that disk wait: 60 ms were seen for
+    512 MiB on ext4.
+    """
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _give_back(fd)
+        finally:
+            os.close(fd)
+    discard(path)
+
+
+@contextlib.contextmanager
+def outliving_its_name(path: str) -> Iterator[None]:
+    """Hold the file at ``path`` while another takes its place, then give it back gently.
+
+    Only if it has no name any more, and nobody else has it open to read it to its end.
+
+    Raises:
+        DiskError: it cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise DiskError(path, error, "open") from error
+    try:
+        yield
+        with contextlib.suppress(OSError):  # Closing it does the rest, if all at once.
+            if os.fstat(fd).st_nlink == 0 and hasattr(fcntl, "F_SETLEASE"):
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # Fails if it is open elsewhere.
+                _give_back(fd)
+    finally:
+        os.close(fd)
+
+
+def _give_back(fd: int) -> None:
+    size = os.fstat(fd).st_size
+    while size > 0:
+        size = max(0, size - FREE_STEP)
+        os.ftruncate(fd, size)
+        time.sleep(FREE_PAUSE_S)
 
 
 def flush_file(file: BinaryIO) -> None:

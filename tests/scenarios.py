@@ -748,7 +748,8 @@ class Life:
             if self.rng.random() < 0.5:
                 self.write()
             if "copied" in ready:
-                self.backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
+                with durable.outliving_its_name(self.backend.path):
+                    self.backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
         finally:
             self.disk.listener = None
             compaction.remove_scratch(prefix)

@@ -573,6 +573,63 @@ def test_reader_that_began_before_finishes(url: str, tmp_path: Path) -> None:
     assert reading.damage is None and not reading.torn_tail
 
 
+@pytest.fixture
+def given_back(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes that a file was cut to, in steps of 1000 bytes."""
+    sizes: list[int] = []
+    truncate = os.ftruncate
+
+    def note(fd: int, size: int) -> None:
+        sizes.append(size)
+        truncate(fd, size)
+
+    monkeypatch.setattr(durable, "FREE_STEP", 1000)
+    monkeypatch.setattr(os, "ftruncate", note)
+    return sizes
+
+
+def test_space_of_the_old_log_is_given_back_in_steps(tmp_path: Path, given_back: list[int]) -> None:
+    path, new = tmp_path / "node.bkp", tmp_path / "new"
+    path.write_bytes(bytes(2500))
+    new.write_bytes(b"new")
+    with durable.outliving_its_name(str(path)):
+        new.replace(path)
+    assert given_back == [1500, 500, 0] and path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("why", ["has its name", "has another name", "is being read", "failed"])
+def test_old_log_in_use_is_left_whole(why: str, tmp_path: Path, given_back: list[int]) -> None:
+    path, new, other = tmp_path / "node.bkp", tmp_path / "new", tmp_path / "other"
+    content = os.urandom(2500)
+    path.write_bytes(content)
+    new.write_bytes(b"new")
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(open(path, "rb"))
+        if why != "is being read":
+            reader.close()
+        if why == "has another name":
+            os.link(path, other)
+        if why == "failed":
+            stack.enter_context(contextlib.suppress(RuntimeError))
+        with durable.outliving_its_name(str(path)):
+            if why != "has its name":
+                new.replace(path)
+            if why == "failed":
+                raise RuntimeError
+        assert why != "is being read" or reader.read() == content
+    assert given_back == []
+    assert why != "has its name" or path.read_bytes() == content
+    assert why != "has another name" or other.read_bytes() == content
+
+
+def test_scratch_files_are_given_back_in_steps(tmp_path: Path, given_back: list[int]) -> None:
+    prefix = str(tmp_path / "node.bkp.scratch-compact-1")
+    for name in ("-log", "-new.sqlite3"):
+        Path(prefix + name).write_bytes(bytes(1500))
+    compaction.remove_scratch(prefix)
+    assert given_back == [500, 0] * 2 and os.listdir(tmp_path) == []
+
+
 def test_child_ends_by_itself_without_a_sound(url: str, tmp_path: Path) -> None:
     """It says what became of it and exits with 0 while its stdin is still open."""
     path = support.make_backup(url, support.first_changes(5))
