@@ -115,7 +115,7 @@ class Compactor:
                 try:
                     ready = self._follow(process, progress)
                     if ready is not None:
-                        with durable.outliving_its_name(self._backend.path), self._lock:
+                        with durable.giving_back(self._backend.path), self._lock:
                             self._backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
                 finally:
                     process.kill()
@@ -178,11 +178,11 @@ class Housekeeper:
         self._stopped = False
 
     def start(self) -> None:
-        """Begin; ends with the process, or soon after ``stop``."""
+        """Begin; ends with the process, or after ``stop``."""
         threading.Thread(target=self._run, daemon=True).start()
 
     def stop(self) -> None:
-        """Let the thread end."""
+        """Begin no more work: the thread ends when it looks next, in PAUSE_S at most."""
         self._stopped = True
 
     def _run(self) -> None:
@@ -281,7 +281,10 @@ class Fold(Reading):
 
 
 def build(path: str, prefix: str) -> Message:
-    """Write the compacted log of ``path`` to ``<prefix>-log``; the last message."""
+    """Write the compacted log of ``path`` to ``<prefix>-log``; the last message.
+
+    The scratch database stays, for ``remove_scratch``.
+    """
     with contextlib.closing(LogReader(path)) as reader:
         last = boundary(reader)
         if last is None:

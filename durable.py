@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -154,14 +155,16 @@ def discard_gently(path: str) -> None:
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            _give_back(fd)
+            os.unlink(path)
+            if os.fstat(fd).st_nlink == 0:  # Whatever went wrong, it may be the log by now.
+                _give_back(fd)
         finally:
             os.close(fd)
     discard(path)
 
 
 @contextlib.contextmanager
-def outliving_its_name(path: str) -> Iterator[None]:
+def giving_back(path: str) -> Iterator[None]:
     """Hold the file at ``path`` while another takes its place, then give it back gently.
 
     Only if it has no name any more, and nobody else has it open to read it to its end.
@@ -177,6 +180,9 @@ def outliving_its_name(path: str) -> Iterator[None]:
         yield
         with contextlib.suppress(OSError):  # Closing it does the rest, if all at once.
             if os.fstat(fd).st_nlink == 0 and hasattr(fcntl, "F_SETLEASE"):
+                # Who opens it from now on, through /proc say, waits: this process would be told
+                # by SIGIO, which ends it, so choose a signal that does nothing.
+                fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # Fails if it is open elsewhere.
                 _give_back(fd)
     finally:
@@ -186,7 +192,7 @@ def outliving_its_name(path: str) -> Iterator[None]:
 def _give_back(fd: int) -> None:
     size = os.fstat(fd).st_size
     while size > 0:
-        size = max(0, size - FREE_STEP)
+        size = (size - 1) // FREE_STEP * FREE_STEP
         os.ftruncate(fd, size)
         time.sleep(FREE_PAUSE_S)
 

@@ -137,7 +137,12 @@ class LogReader:
             if record is not None:
                 return record
             self._buffer = b""
-            self.allocated = self._size()
+            size, before = self._size(), self.allocated
+            self.allocated = size
+            if size < before:  # No log ever becomes smaller.
+                reason = "the file was cut while it was read"
+                self.tail = Tail(TailKind.DAMAGED, self.position, reason)
+                return None
             self.tail = records.judge_tail(
                 self.pread, self.position, self.allocated, self.backup_id
             )

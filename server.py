@@ -1,4 +1,4 @@
-"""The backup server: protocol 1 over TCP in front of one FileBackend.
+"""The backup server: protocols 1 and 2 over TCP in front of one FileBackend.
 
 Every connection has a thread. Whoever wrote last is the writer; ``Keeper`` decides what
 may be written, one request at a time. Readers work on the file and never hold its lock.
@@ -521,12 +521,12 @@ class Connection:
 
     def _send_block(self, data: bytes) -> None:
         """Send ``data`` while taking the ACKs that the client may send meanwhile."""
-        view = memoryview(data)
+        view, moved = memoryview(data), time.monotonic()
         while view:
             readable, writable, _ = select.select(
                 [self._stream], [self._stream], [], SEND_TIMEOUT_S
             )
-            if not readable and not writable:
+            if time.monotonic() - moved > SEND_TIMEOUT_S:
                 raise Dropped(f"it took nothing for {SEND_TIMEOUT_S:.0f} s")
             if readable:
                 received = self._stream.receive(SEND_TIMEOUT_S)
@@ -535,8 +535,8 @@ class Connection:
                 for event in self._decoder.feed(received):
                     if event[0] is not PacketType.ACK:
                         raise Dropped("only ACK may come during a restore")
-            if writable:
-                view = view[self._stream.send_now(view) :]
+            if writable and (sent := self._stream.send_now(view)):
+                view, moved = view[sent:], time.monotonic()
 
 
 def blocks(reading: Reading, directory: str) -> Iterator[bytes]:

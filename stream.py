@@ -18,7 +18,7 @@ class Stream:
 
     Raises:
         OSError: the connection is lost.
-        TimeoutError: nothing moved for as long as the caller allows.
+        TimeoutError: a call of the system moved nothing in the time that the caller allows.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -73,13 +73,13 @@ class Stream:
     def _limit(self, timeout_s: float) -> None:
         if timeout_s == self._timeout_s:
             return
-        self._timeout_s = timeout_s
         timeval = divmod(max(1, round(timeout_s * 10**6)), 10**6)  # Zero would mean for ever.
         for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *timeval))
             except OSError:  # A 32-bit system whose times have 64 bits.
                 self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("qq", *timeval))
+        self._timeout_s = timeout_s
 
     def fileno(self) -> int:
         """For select()."""

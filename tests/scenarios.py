@@ -748,7 +748,7 @@ class Life:
             if self.rng.random() < 0.5:
                 self.write()
             if "copied" in ready:
-                with durable.outliving_its_name(self.backend.path):
+                with durable.giving_back(self.backend.path):
                     self.backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
         finally:
             self.disk.listener = None

@@ -375,7 +375,7 @@ def compact_in_process(backend: FileBackend, lock: threading.Lock) -> None:
     prefix = f"{backend.scratch_prefix}compact"
     message = compaction.build(backend.path, prefix)
     if "copied" in message:
-        with lock:
+        with durable.giving_back(backend.path), lock:
             backend.adopt(f"{prefix}-log", message["copied"], message["last"])
     compaction.remove_scratch(prefix)
 

@@ -474,6 +474,32 @@ def test_byte_a_time_is_too_slow(url: str, backup: Path) -> None:
             write(client, support.first_changes(1))
 
 
+@pytest.mark.parametrize("acks", [False, True], ids=["silent", "only ACKs"])
+def test_restore_that_nobody_reads_ends(url: str, acks: bool) -> None:
+    big = [f"INSERT INTO items VALUES (1, '{random.randbytes(MIB).hex()}')"]
+    support.make_backup(url, [(0, big)] * 12)
+    with ServerProcess(url, patch="import server; server.SEND_TIMEOUT_S = 0.5") as server:
+        with server.client() as lazy:
+            lazy.send(RESTORE)
+            while not server.logged("it took nothing for"):
+                if acks:
+                    with contextlib.suppress(ConnectionError):
+                        lazy.send(ACK, bytes(4))
+                time.sleep(0.05)
+        with server.client() as client:
+            assert client.metadata().version == 0
+
+
+def test_client_that_reads_no_answers_loses_its_connection(url: str, backup: Path) -> None:
+    with ServerProcess(url, options=("--log-level", "warning")) as server:
+        with server.client() as deaf, contextlib.suppress(ConnectionError):
+            while True:
+                deaf.sock.sendall(1000 * struct.pack("!BII", REWIND, 4, 7))
+        server.wait_for("it does not read its answers")
+        with server.client() as client:
+            write(client, support.first_changes(1))
+
+
 def test_length_of_4_gib_is_refused_at_once(server: ServerProcess) -> None:
     for kind in (CHANGE, REWIND, REQ_METADATA, RESTORE, ACK):
         with server.client() as client:
