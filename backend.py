@@ -120,7 +120,7 @@ def payload_bumps(version: int, payload: bytes) -> bool:
     _check_count(version, payload.count(b"\0") + 1)
     _text(version, payload)
     statements = payload.split(b"\0")
-    _check(version, payload, statements)
+    _check_statements(version, payload, statements)
     return statements[-1] == bump(version).encode()
 
 
@@ -140,11 +140,11 @@ def _payload(version: int, statements: Sequence[str]) -> bytes:
     except UnicodeEncodeError as error:
         raise InvalidChange(f"The change to version {version} is no valid text.") from error
     _check_count(version, len(statements))
-    _check(version, payload, statements)
+    _check_statements(version, payload, statements)
     return payload
 
 
-def _check(version: int, payload: bytes, statements: Sequence[str | bytes]) -> None:
+def _check_statements(version: int, payload: bytes, statements: Sequence[str | bytes]) -> None:
     if len(payload) > MAX_CHANGE_SIZE:
         raise InvalidChange(
             f"The change to version {version} has {len(payload)} bytes;"

@@ -484,7 +484,7 @@ class Decoder:
         Raises:
             ProtocolError: a type that may not come, or a length over the limit.
         """
-        packet = self._whole(data)
+        packet = self._one_packet(data)
         if packet is not None:
             yield packet
             return
@@ -492,7 +492,7 @@ class Decoder:
         while (event := self._next()) is not None:
             yield event
 
-    def _whole(self, data: bytes) -> Packet | None:
+    def _one_packet(self, data: bytes) -> Packet | None:
         """``data`` where it is one packet: that of a change mostly comes at once."""
         if self.in_packet or len(data) < HEADER.size:
             return None

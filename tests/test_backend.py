@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from backend import (
     bump,
     chain_after,
     judge,
+    payload_bumps,
 )
 from errors import BackupError, InvalidChange, LostState, OutOfDate
 
@@ -389,6 +390,28 @@ def test_piece_of_a_snapshot_has_a_limit() -> None:
 def test_payload_that_is_no_transaction_does_not_decode(payload: bytes) -> None:
     with pytest.raises(InvalidChange):
         Change.decode(5, payload)
+
+
+def judged(look: Callable[[int, bytes], bool], payload: bytes) -> bool | str:
+    """What ``look`` says of ``payload`` at version 5, or why it refuses."""
+    try:
+        return look(5, payload)
+    except InvalidChange as error:
+        return str(error)
+
+
+def test_look_at_a_payload_says_what_its_change_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "MAX_STATEMENTS", 3)
+    monkeypatch.setattr(backend, "MAX_CHANGE_SIZE", 3 * len(bump(5)))
+    pieces = [b"", b"\0", b"a", "é".encode(), b"\xff", bump(5).encode(), bump(6).encode()]
+    found = set()
+    for length in range(6):
+        for parts in itertools.product(pieces, repeat=length):
+            payload = b"".join(parts)
+            expected = judged(lambda *of: Change.decode(*of).bumps, payload)
+            assert judged(payload_bumps, payload) == expected, payload
+            found.add(expected)
+    assert len(found) > 5 and {True, False} < found
 
 
 def test_bump_is_recognised_only_as_the_last_statement_and_word_for_word() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -574,8 +575,14 @@ def test_reader_that_began_before_finishes(url: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def given_back(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def given_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """The sizes that a file was cut to, in steps of 1000 bytes."""
+    with open(tmp_path / "leased", "w") as file:
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except (OSError, AttributeError) as error:
+            pytest.skip(f"this file system tells nobody who has a file open: {error}")
+    os.unlink(tmp_path / "leased")
     sizes: list[int] = []
     truncate = os.ftruncate
 

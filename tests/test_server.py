@@ -490,16 +490,6 @@ def test_restore_that_nobody_reads_ends(url: str, acks: bool) -> None:
             assert client.metadata().version == 0
 
 
-def test_client_that_reads_no_answers_loses_its_connection(url: str, backup: Path) -> None:
-    with ServerProcess(url, options=("--log-level", "warning")) as server:
-        with server.client() as deaf, contextlib.suppress(ConnectionError):
-            while True:
-                deaf.sock.sendall(1000 * struct.pack("!BII", REWIND, 4, 7))
-        server.wait_for("it does not read its answers")
-        with server.client() as client:
-            write(client, support.first_changes(1))
-
-
 def test_length_of_4_gib_is_refused_at_once(server: ServerProcess) -> None:
     for kind in (CHANGE, REWIND, REQ_METADATA, RESTORE, ACK):
         with server.client() as client:
