@@ -23,7 +23,7 @@ class Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._timeout_s: float | None = None
+        self._timeouts_s: dict[int, float] = {}
         try:
             self._tune(sock)
         except OSError:  # It was lost at once.
@@ -47,7 +47,7 @@ class Stream:
 
     def receive(self, timeout_s: float) -> bytes:
         """The next bytes, as soon as there are some; b"" at the peer's end."""
-        self._limit(timeout_s)
+        self._limit(socket.SO_RCVTIMEO, timeout_s)
         try:
             return self._sock.recv(RECEIVE_SIZE)
         except BlockingIOError as error:
@@ -55,7 +55,7 @@ class Stream:
 
     def send(self, data: bytes, timeout_s: float) -> None:
         """Send all of ``data`` with as few segments as it needs, as long as it moves on."""
-        self._limit(timeout_s)
+        self._limit(socket.SO_SNDTIMEO, timeout_s)
         view = memoryview(data)
         try:
             while view:  # Not sendall: it says nothing of what went before a timeout.
@@ -70,16 +70,15 @@ class Stream:
         except BlockingIOError:
             return 0
 
-    def _limit(self, timeout_s: float) -> None:
-        if timeout_s == self._timeout_s:
+    def _limit(self, option: int, timeout_s: float) -> None:
+        if timeout_s == self._timeouts_s.get(option):
             return
         timeval = divmod(max(1, round(timeout_s * 10**6)), 10**6)  # Zero would mean for ever.
-        for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
-            try:
-                self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *timeval))
-            except OSError:  # A 32-bit system whose times have 64 bits.
-                self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("qq", *timeval))
-        self._timeout_s = timeout_s
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *timeval))
+        except OSError:  # A 32-bit system whose times have 64 bits.
+            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("qq", *timeval))
+        self._timeouts_s[option] = timeout_s
 
     def fileno(self) -> int:
         """For select()."""
