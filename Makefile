@@ -3,7 +3,7 @@
 # make test      all tests, with coverage
 # make lint      format, lint and types
 # make bench     speed and memory, as ratios
-# make soak      tests under load for MINUTES (default 10)
+# make soak      a million power cuts, random lives, traffic with kills for MINUTES (default 10) each
 
 PYTHON ?= python3
 MINUTES ?= 10

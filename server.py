@@ -617,6 +617,8 @@ class Server:
                         self._accept(key.data)
         for listener in self._listeners:
             listener.close()
+        for fd in self._wake_read, self._wake_write:  # Nothing is written once it stops.
+            os.close(fd)
         self._housekeeper.stop()
         # Finish the change in hand; nothing is written after it.
         self.keeper.lock.acquire()

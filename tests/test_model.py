@@ -17,6 +17,7 @@ import socket
 import sqlite3
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
 import compaction
@@ -43,6 +45,7 @@ from backend import FOREIGN_KEYS_OFF, Backend, Change, Session, Snapshot, bump
 from errors import BackupError, DiskError, LostState, OutOfDate
 from filebackend import FileBackend
 from socketbackend import SocketBackend
+from tests import support
 
 FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None
 State = tuple[int, tuple[Any, ...]]
@@ -160,7 +163,6 @@ class Life(RuleBasedStateMachine):
         self.session: Session | None = None
         self.backend: Backend | None = None
         self.undo = contextlib.ExitStack()
-        self.descriptors = len(os.listdir("/proc/self/fd"))
 
     # Where the backup is
 
@@ -512,3 +514,14 @@ TestFileLife = FileLife.TestCase
 TestFileLife.settings = steps(60)
 TestSocketLife = SocketLife.TestCase
 TestSocketLife.settings = steps(40)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("life", [FileLife, SocketLife])
+def test_lives_for_half_of_the_time(life: type[Life]) -> None:
+    until, lives = time.monotonic() + 30 * support.SOAK_MINUTES, 0
+    while lives == 0 or time.monotonic() < until:
+        run_state_machine_as_test(life, settings=steps(20))
+        lives += 20
+    print(f"\n{lives} lives of at most 50 steps each: {life.__name__}")

@@ -30,7 +30,6 @@ from tests.cutproxy import DOWN, UP, CutProxy
 from tests.peers import ServerProcess
 from tests.support import Call, PluginProcess, change
 
-MINUTES = float(os.environ.get("SOAK_MINUTES", "1"))
 CHECKS = 6
 """How often the backup is restored and compared on the way."""
 KEPT_ROWS = 500
@@ -310,7 +309,7 @@ def check(node: Node, torment: Torment, scratch: Path) -> None:
 @pytest.mark.timeout(0)
 def test_soak(url: str, node_dir: Path, tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
-    print(f"\nseed {seed}, {MINUTES:g} minutes")
+    print(f"\nseed {seed}, {support.SOAK_MINUTES:g} minutes")
     support.make_backup(url)
     watch = Watch()
     torment = Torment(url, watch, random.Random(seed + 1))
@@ -321,7 +320,7 @@ def test_soak(url: str, node_dir: Path, tmp_path: Path) -> None:
     try:
         began = time.monotonic()
         checks = 0
-        while (part := (time.monotonic() - began) / (60 * MINUTES)) < 1:
+        while (part := (time.monotonic() - began) / (60 * support.SOAK_MINUTES)) < 1:
             phase = PHASES[int(part * len(PHASES))]
             torment.kills = phase.kills
             node.step(phase.mortal)
