@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,21 @@ def start(directory: Path, *words: object) -> HookCaller:
     return caller
 
 
-def measure(scratch: Path, calls: Sequence[Call]) -> tuple[list[float], list[float]]:
+Times = tuple[list[float], list[float]]
+"""Seconds of each call: ours, and what it is measured against."""
+
+
+def in_turn(callers: Sequence[HookCaller], calls: Sequence[Call]) -> Times:
+    """Send ``calls`` to both of ``callers``, changing who goes first, so that drift cancels."""
+    times: Times = [], []
+    for number, message in enumerate(messages(calls)):
+        first = number % 2
+        for which in (first, 1 - first):
+            times[which].append(callers[which].call(message))
+    return times
+
+
+def measure(scratch: Path, calls: Sequence[Call]) -> Times:
     """Seconds of each of ``calls`` in our plugin and in the floor, called in turn."""
     url = f"file://{scratch}/hook.bkp"
     FileBackend(url).create(None)
@@ -100,41 +114,52 @@ def measure(scratch: Path, calls: Sequence[Call]) -> tuple[list[float], list[flo
     space.write_bytes(bytes(payload_size(calls) + MIB))
     sync_all()
     floor = start(scratch, FLOOR, space)
-    times: tuple[list[float], list[float]] = [], []
-    for number, message in enumerate(messages(calls)):
-        first = number % 2
-        for which in (first, 1 - first):
-            times[which].append((ours, floor)[which].call(message))
+    times = in_turn((ours, floor), calls)
     ours.close()
     floor.close()
     return times
 
 
-def run(options: Options) -> list[Row]:
-    """Median and 99th percentile over all recorded changes."""
-    ours: list[float] = []
-    floor: list[float] = []
+def over_traces(
+    options: Options,
+    name: str,
+    most: int,
+    measure_trace: Callable[[Path, Sequence[Call]], Times],
+) -> Times:
+    """The times of ``most`` changes of each trace; not of the first, which opens the backup."""
+    times: Times = [], []
     for trace in options.traces:
-        scratch = options.scratch / f"hook-{trace.name}"
+        scratch = options.scratch / f"{name}-{trace.name}"
         scratch.mkdir()
-        times = measure(scratch, committed(sessions_of(trace))[:MAX_CHANGES])
-        # The first call opens the backup: the bench of the start measures that.
-        ours += times[0][1:]
-        floor += times[1][1:]
-    count = f"{len(ours)} changes"
+        found = measure_trace(scratch, committed(sessions_of(trace))[:most])
+        for which in (0, 1):
+            times[which].extend(found[which][1:])
+    return times
+
+
+def round_trip_rows(what: str, times: Times, floor: str, target: float) -> list[Row]:
+    """Median, which has the target, and 99th percentile."""
     rows = []
-    for name, figure, target in (
-        ("median", median_of, TARGET),
+    for name, figure, aim in (
+        ("median", median_of, target),
         ("99th percentile", lambda values: percentile(values, 99), None),
     ):
-        own, against = figure(ours), figure(floor)
+        own, against = map(figure, times)
         rows.append(
             Row(
-                f"hook round trip, {name}, {count}",
+                f"{what}, {name}, {len(times[0])} changes",
                 f"{own * 1000:.3f} ms",
-                f"{against * 1000:.3f} ms, a plugin that only writes and flushes",
+                f"{against * 1000:.3f} ms, {floor}",
                 own / against,
-                target,
+                aim,
             )
         )
     return rows
+
+
+def run(options: Options) -> list[Row]:
+    """Median and 99th percentile over all recorded changes."""
+    times = over_traces(options, "hook", MAX_CHANGES, measure)
+    return round_trip_rows(
+        "hook round trip", times, "a plugin that only writes and flushes", TARGET
+    )

@@ -24,19 +24,19 @@ from bench.common import (
     node_dir,
     pairs,
     payload_size,
-    percentile,
     record,
     run_measured,
     sessions_of,
     sync_all,
 )
-from bench.hook import messages, start
+from bench.hook import Times, in_turn, messages, over_traces, round_trip_rows, start
 from filebackend import FileBackend
 from tests.cutproxy import CutProxy
+from tests.peers import free_port
 
 FLOOR = Path(__file__).with_name("floor_remote.py")
 MAX_CHANGES = 2000
-"""Changes of one trace."""
+"""Changes of one trace; more of a long one would measure the same."""
 LONG_LINE_CHANGES = 100
 DELAY_S = 0.02
 """Added to every round trip."""
@@ -70,63 +70,26 @@ def is_open(port: int) -> bool:
     return False
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
-def our_server(url: str, port: int) -> contextlib.AbstractContextManager[None]:
-    """``backup-cli server`` for the backup at ``url``."""
+def our_server(url: str, port: int, *program: object) -> contextlib.AbstractContextManager[None]:
+    """``backup-cli server``, or ``program`` in its place, for the backup at ``url``."""
     words = ("server", "--log-level", "warning", "--compact", "off", url, f"127.0.0.1:{port}")
-    return serving(port, CLI, *words)
+    return serving(port, *(program or (CLI,)), *words)
 
 
-def measure_changes(scratch: Path, calls: Sequence[Call]) -> tuple[list[float], list[float]]:
+def measure_changes(scratch: Path, calls: Sequence[Call]) -> Times:
     """Seconds of each of ``calls`` through ours and through the floor, called in turn."""
     url, ports = f"file://{scratch}/remote.bkp", (free_port(), free_port())
     FileBackend(url).create(None)
     space = scratch / "floor.bin"
     space.write_bytes(bytes(payload_size(calls) + MIB))
     sync_all()
-    times: tuple[list[float], list[float]] = [], []
     directory = node_dir(scratch, "remote-node", f"socket:127.0.0.1:{ports[0]}")
     with our_server(url, ports[0]), serving(ports[1], FLOOR, "server", ports[1], space):
         callers = start(directory, PLUGIN), start(scratch, FLOOR, "plugin", ports[1])
-        for number, message in enumerate(messages(calls)):
-            first = number % 2
-            for which in (first, 1 - first):
-                times[which].append(callers[which].call(message))
+        times = in_turn(callers, calls)
         for caller in callers:
             caller.close()
     return times
-
-
-def change_rows(options: Options) -> list[Row]:
-    """Median and 99th percentile over recorded changes."""
-    ours: list[float] = []
-    floor: list[float] = []
-    for trace in options.traces:
-        scratch = options.scratch / f"remote-{trace.name}"
-        scratch.mkdir()
-        times = measure_changes(scratch, committed(sessions_of(trace))[:MAX_CHANGES])
-        ours += times[0][1:]  # The first call connects.
-        floor += times[1][1:]
-    rows = []
-    for name, own, against, target in (
-        ("median", median_of(ours), median_of(floor), CHANGE_TARGET),
-        ("99th percentile", percentile(ours, 99), percentile(floor, 99), None),
-    ):
-        rows.append(
-            Row(
-                f"remote round trip, {name}, {len(ours)} changes",
-                f"{own * 1000:.3f} ms",
-                f"{against * 1000:.3f} ms, a plugin and a server that only write and flush",
-                own / against,
-                target,
-            )
-        )
-    return rows
 
 
 def long_line_row(options: Options) -> Row:
@@ -182,4 +145,7 @@ def restore_row(options: Options) -> Row:
 
 def run(options: Options) -> list[Row]:
     """All of it."""
-    return [*change_rows(options), long_line_row(options), restore_row(options)]
+    times = over_traces(options, "remote", MAX_CHANGES, measure_changes)
+    floor = "a plugin and a server that only write and flush"
+    changes = round_trip_rows("remote round trip", times, floor, CHANGE_TARGET)
+    return [*changes, long_line_row(options), restore_row(options)]

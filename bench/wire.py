@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import protocol
@@ -21,18 +18,17 @@ from bench.common import (
     Call,
     Options,
     Row,
-    committed,
     median_of,
     median_ratio,
     node_dir,
     sessions_of,
     sync_all,
 )
-from bench.hook import messages, start
+from bench.hook import Times, in_turn, over_traces, start
+from bench.remote import MAX_CHANGES, our_server
 from filebackend import FileBackend
+from tests.peers import free_port
 
-MAX_CHANGES = 2000
-"""Changes of one trace; more of a long one would measure the same."""
 BYTES_TARGET = 0.5
 TIME_TARGET = 1.0
 PROTOCOL_1 = (
@@ -68,44 +64,18 @@ def sent(calls: Sequence[Call]) -> tuple[int, int]:
     return ours, plain
 
 
-@contextlib.contextmanager
-def server(scratch: Path, name: str, *words: object) -> Iterator[str]:
-    """A server of an empty backup, started by ``words``; its URL."""
-    url = f"file://{scratch}/{name}.bkp"
-    FileBackend(url).create(None)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, *map(str, words), "server", "--log-level", "notice", url, address]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "serving" in line:
-            break
-    else:
-        sys.exit("the server did not start")
-    try:
-        yield f"socket:{address}"
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-def measure(scratch: Path, calls: Sequence[Call]) -> tuple[list[float], list[float]]:
+def measure(scratch: Path, calls: Sequence[Call]) -> Times:
     """Seconds of each of ``calls`` in protocol 2 and in protocol 1, called in turn."""
-    with (
-        server(scratch, "two", CLI) as two,
-        server(scratch, "one", "-c", PROTOCOL_1) as one,
-    ):
-        plugins = [
-            start(node_dir(scratch, f"{name}-node", url), PLUGIN)
-            for name, url in (("two", two), ("one", one))
-        ]
+    with contextlib.ExitStack() as stack:
+        plugins = []
+        for name, program in (("two", ()), ("one", ("-c", PROTOCOL_1))):
+            url, port = f"file://{scratch}/{name}.bkp", free_port()
+            FileBackend(url).create(None)
+            stack.enter_context(our_server(url, port, *program))
+            directory = node_dir(scratch, f"{name}-node", f"socket:127.0.0.1:{port}")
+            plugins.append(start(directory, PLUGIN))
         sync_all()
-        times: tuple[list[float], list[float]] = [], []
-        for number, message in enumerate(messages(calls)):
-            first = number % 2
-            for which in (first, 1 - first):
-                times[which].append(plugins[which].call(message))
+        times = in_turn(plugins, calls)
         for plugin in plugins:
             plugin.close()
     return times
@@ -114,19 +84,11 @@ def measure(scratch: Path, calls: Sequence[Call]) -> tuple[list[float], list[flo
 def run(options: Options) -> list[Row]:
     """Bytes over all recorded sessions; the median of a round trip over their changes."""
     ours = plain = count = 0
-    two: list[float] = []
-    one: list[float] = []
     for trace in options.traces:
-        sessions = sessions_of(trace)
-        for calls in sessions:
+        for calls in sessions_of(trace):
             own, other = sent(calls)
             ours, plain, count = ours + own, plain + other, count + len(calls)
-        scratch = options.scratch / f"wire-{trace.name}"
-        scratch.mkdir()
-        times = measure(scratch, committed(sessions)[:MAX_CHANGES])
-        # The first call connects.
-        two += times[0][1:]
-        one += times[1][1:]
+    two, one = over_traces(options, "wire", MAX_CHANGES, measure)
     return [
         Row(
             f"bytes on the wire, {count} changes",
