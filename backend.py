@@ -112,7 +112,7 @@ def bump(version: int) -> str:
 
 
 def payload_bumps(version: int, payload: bytes) -> bool:
-    """``Change.decode(version, payload).bumps``, without taking the statements apart.
+    """``Change.decode(version, payload).bumps``, without building that change.
 
     Raises:
         InvalidChange: no transaction is stored like that.

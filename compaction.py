@@ -115,6 +115,7 @@ class Compactor:
                 try:
                     ready = self._follow(process, progress)
                     if ready is not None:
+                        # The lock goes first: no change waits while the old log is freed.
                         with durable.giving_back(self._backend.path), self._lock:
                             self._backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
                 finally:

@@ -137,9 +137,8 @@ class LogReader:
             if record is not None:
                 return record
             self._buffer = b""
-            size, before = self._size(), self.allocated
-            self.allocated = size
-            if size < before:  # No log ever becomes smaller.
+            before, self.allocated = self.allocated, self._size()
+            if self.allocated < before:  # No log ever becomes smaller.
                 reason = "the file was cut while it was read"
                 self.tail = Tail(TailKind.DAMAGED, self.position, reason)
                 return None
