@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 PLUGIN = ROOT / "backup.py"
 CLI = ROOT / "backup-cli"
+FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""A directory in memory, for tests that write much, or None: the usual one."""
 SOAK_MINUTES = float(os.environ.get("SOAK_MINUTES", "1"))
 ANSWER_S = 120.0
 """Longer than any answer takes on a slow machine; only a hang meets it."""

@@ -12,20 +12,16 @@ import json
 import os
 import random
 import re
-import signal
 import socket
 import sqlite3
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-import compaction
 import protocol
 import restore
-import server
 import socketbackend
 from backend import EMPTY_CHAIN, FOREIGN_KEYS_OFF, Change, Session, Snapshot, bump, chain_after
 from database import compare
@@ -38,7 +34,7 @@ from tests.cutproxy import DOWN, UP, CutProxy
 from tests.peers import OldClient, ServerProcess
 from tests.stopping import eventually
 from tests.support import Call, PluginProcess, change
-from tests.test_model import FAST, CutSocket, compact_in_process
+from tests.test_model import CutSocket, ServerThread, compact_in_process, in_this_process
 
 OFF: Call = (0, [FOREIGN_KEYS_OFF])
 ON: Call = (0, ["PRAGMA foreign_keys = ON;"])
@@ -89,14 +85,12 @@ class Local:
         self.on_connect: Callable[[], None] = lambda: None
         self.fates: list[socketbackend.Fate] = []
         self._patch(patch)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = peers.free_port()
         FileBackend(self.file_url).create(None)
         self.start()
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(signal, "signal", lambda *_: None)  # The server runs in a thread here.
-        patch.setattr(socketbackend, "FIRST_PAUSE_S", 0.001)
+        in_this_process(patch)
         real_connect, real_agreed = socketbackend.connect, protocol.agreed_protocol
 
         def connect(url: socketbackend.SocketUrl) -> ByteCut:
@@ -110,11 +104,6 @@ class Local:
 
         patch.setattr(socketbackend, "connect", connect)
         patch.setattr(protocol, "agreed_protocol", agreed)
-        patch.setattr(
-            compaction.Compactor,
-            "_build_and_adopt",
-            lambda compactor, _: compact_in_process(compactor._backend, compactor._lock),
-        )
         for name in ("fate_by_content", "fate_of_change", "fate_of_rewind"):
             patch.setattr(socketbackend, name, self._noting(getattr(socketbackend, name)))
 
@@ -126,18 +115,11 @@ class Local:
         return noting
 
     def start(self) -> None:
-        backend = FileBackend(self.file_url)
-        backend.open()
-        self.server = server.Server(backend, f"127.0.0.1:{self.port}", None)
-        self._thread = threading.Thread(target=self.server.run)
-        self._thread.start()
+        self._running = ServerThread(self.file_url, self.port)
+        self.server = self._running.server
 
     def stop(self) -> None:
-        self.server._stop(0)
-        self._thread.join()
-        for connection in list(self.server._connections):
-            connection.cut()
-        self.server.keeper.lock.release()
+        self._running.stop()
 
     def backend(self) -> SocketBackend:
         return SocketBackend(f"socket:127.0.0.1:{self.port}?retry_for=20")
@@ -165,7 +147,7 @@ class Local:
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
-    with tempfile.TemporaryDirectory(dir=FAST) as directory:
+    with tempfile.TemporaryDirectory(dir=support.FAST) as directory:
         running = Local(Path(directory), monkeypatch)
         yield running
         running.stop()

@@ -31,7 +31,6 @@ from tests.disk import Disk, Fault, Killed, standing_in
 from tests.layout1_files import EarlierPlugin
 from tests.scenarios import LOG, SCENARIOS, Bed, Life, prepared
 
-FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None
 ONE_BYTE, HALF = -1, -2
 POWER_CUTS = {errno.EIO: 4}
 """States checked of those that a power cut right after a failure may leave; else 1."""
@@ -131,7 +130,7 @@ def check_what_is_left(bed: Bed, life: Life, where: str, cuts: int) -> None:
 
 @pytest.fixture
 def bed() -> Iterator[Bed]:
-    with tempfile.TemporaryDirectory(prefix="failing-calls-", dir=FAST) as directory:
+    with tempfile.TemporaryDirectory(prefix="failing-calls-", dir=support.FAST) as directory:
         yield Bed(directory)
 
 

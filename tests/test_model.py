@@ -45,9 +45,8 @@ from backend import FOREIGN_KEYS_OFF, Backend, Change, Session, Snapshot, bump
 from errors import BackupError, DiskError, LostState, OutOfDate
 from filebackend import FileBackend
 from socketbackend import SocketBackend
-from tests import support
+from tests import peers, support
 
-FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None
 State = tuple[int, tuple[Any, ...]]
 """data_version of a database and all of its rows."""
 
@@ -156,7 +155,7 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Path(tempfile.mkdtemp(dir=FAST))
+        self.directory = Path(tempfile.mkdtemp(dir=support.FAST))
         self.node = Node()
         self.model = Model()
         self.old: list[sqlite3.Connection] = []
@@ -434,25 +433,47 @@ class CutSocket:
         return getattr(self._sock, name)
 
 
+def in_this_process(patch: pytest.MonkeyPatch) -> None:
+    """Let a server, its compactions and an impatient client run in this process."""
+    patch.setattr(signal, "signal", lambda *_: None)  # A thread may set none.
+    patch.setattr(socketbackend, "FIRST_PAUSE_S", 0.001)
+    patch.setattr(
+        compaction.Compactor,
+        "_build_and_adopt",
+        lambda compactor, _: compact_in_process(compactor._backend, compactor._lock),
+    )
+
+
+class ServerThread:
+    """A server in a thread of this process, which ``in_this_process`` has prepared."""
+
+    def __init__(self, file_url: str, port: int) -> None:
+        backend = FileBackend(file_url)
+        backend.open()
+        self.server = server.Server(backend, f"127.0.0.1:{port}", None)
+        self._thread = threading.Thread(target=self.server.run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.server._stop(0)
+        self._thread.join()
+        for connection in list(self.server._connections):
+            connection.cut()
+        self.server.keeper.lock.release()
+
+
 class SocketLife(Life):
     """The backup is on a server, behind a network that fails."""
 
     def __init__(self) -> None:
         super().__init__()
         self.budget = [1 << 40]
-        self.server: server.Server | None = None
+        self.running: ServerThread | None = None
         patch = self.undo.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(signal, "signal", lambda *_: None)  # The server runs in a thread here.
-        patch.setattr(socketbackend, "FIRST_PAUSE_S", 0.001)
+        in_this_process(patch)
         real = socketbackend.connect
         patch.setattr(socketbackend, "connect", lambda url: CutSocket(real(url), self.budget))
-        patch.setattr(
-            compaction.Compactor,
-            "_build_and_adopt",
-            lambda compactor, _: compact_in_process(compactor._backend, compactor._lock),
-        )
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = peers.free_port()
 
     def make(self) -> Backend:
         return SocketBackend(f"socket:127.0.0.1:{self.port}?retry_for=20")
@@ -462,20 +483,12 @@ class SocketLife(Life):
         self.serve()
 
     def serve(self) -> None:
-        backend = FileBackend(f"file://{self.directory}/node.bkp")
-        backend.open()
-        self.server = server.Server(backend, f"127.0.0.1:{self.port}", None)
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
+        self.running = ServerThread(f"file://{self.directory}/node.bkp", self.port)
 
     def stop(self) -> None:
-        if self.server is not None:
-            self.server._stop(0)
-            self.thread.join()
-            for connection in list(self.server._connections):
-                connection.cut()
-            self.server.keeper.lock.release()
-            self.server = None
+        if self.running is not None:
+            self.running.stop()
+            self.running = None
 
     @contextlib.contextmanager
     def fault(self, kind: str, after: int) -> Iterator[None]:

@@ -28,7 +28,6 @@ from tests.scenarios import SCENARIOS
 
 IN_TEST = 50_000
 IN_SOAK = 1_000_000
-FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None
 BATCH = 8
 """Scenarios that a process runs before it says how many states it saw."""
 LONG = "a whole life"
@@ -56,7 +55,7 @@ def check(least: int) -> None:
             while sum(states.values()) < least:
                 while len(running) < 2 * (os.cpu_count() or 1):
                     batch = list(itertools.islice(todo, BATCH))
-                    directory = tempfile.mkdtemp(prefix="power-loss-", dir=FAST)
+                    directory = tempfile.mkdtemp(prefix="power-loss-", dir=support.FAST)
                     running.add(pool.submit(scenarios.run_many, directory, batch))
                 done, running = concurrent.futures.wait(
                     running, return_when=concurrent.futures.FIRST_COMPLETED
