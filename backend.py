@@ -117,11 +117,14 @@ def payload_bumps(version: int, payload: bytes) -> bool:
     Raises:
         InvalidChange: no transaction is stored like that.
     """
-    _check_count(version, payload.count(b"\0") + 1)
+    if len(payload) >= MAX_STATEMENTS:  # A shorter one cannot hold too many.
+        _check_count(version, payload.count(b"\0") + 1)
     _text(version, payload)
-    statements = payload.split(b"\0")
-    _check_statements(version, payload, statements)
-    return statements[-1] == bump(version).encode()
+    _check_size(version, payload)
+    framed = b"\0%b\0" % payload
+    if b"\0\0" in framed:
+        raise _unexecutable(version)
+    return framed.endswith(b"\0%b\0" % bump(version).encode())
 
 
 def _payload(version: int, statements: Sequence[str]) -> bytes:
@@ -140,21 +143,25 @@ def _payload(version: int, statements: Sequence[str]) -> bytes:
     except UnicodeEncodeError as error:
         raise InvalidChange(f"The change to version {version} is no valid text.") from error
     _check_count(version, len(statements))
-    _check_statements(version, payload, statements)
+    _check_size(version, payload)
+    if not all(statements) or payload.count(b"\0") != len(statements) - 1:
+        raise _unexecutable(version)
     return payload
 
 
-def _check_statements(version: int, payload: bytes, statements: Sequence[str | bytes]) -> None:
+def _check_size(version: int, payload: bytes) -> None:
     if len(payload) > MAX_CHANGE_SIZE:
         raise InvalidChange(
             f"The change to version {version} has {len(payload)} bytes;"
             f" the limit is {MAX_CHANGE_SIZE}."
         )
-    if not all(statements) or payload.count(b"\0") != len(statements) - 1:
-        raise InvalidChange(
-            f"The change to version {version} has an empty statement or one with a NUL"
-            " byte, which SQLite cannot execute."
-        )
+
+
+def _unexecutable(version: int) -> InvalidChange:
+    return InvalidChange(
+        f"The change to version {version} has an empty statement or one with a NUL"
+        " byte, which SQLite cannot execute."
+    )
 
 
 def _check_count(version: int, statements: int) -> None:

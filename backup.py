@@ -23,7 +23,7 @@ import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 from collections import deque  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 from pyln.client import Plugin  # noqa: E402
@@ -47,8 +47,28 @@ LEAVE_BLIND_AFTER_S = 2.0
 ALONE_FOR_S = 0.5
 """How long this must have been the last plugin, without a hook, before it leaves."""
 POLL_S = 0.05
+READ_SIZE = 1 << 16
+"""Bytes that a pipe holds."""
 KEPT_DURATIONS = 10_000
 """Hook times of which backup-status gives the median."""
+
+
+class Stdin:
+    """What lightningd sends, for ``Plugin.stdin``, whose ``buffer`` gives lines otherwise.
+
+    A message ends with an empty line, and pyln-client searches all that it has of one for
+    its end at each line: so it gets both lines at once, and no part of a long one.
+    """
+
+    @property
+    def buffer(self) -> Iterator[bytes]:
+        """The bytes, in pieces that each end a message or hold the end of one."""
+        stdin, pieces = sys.stdin.fileno(), []
+        while piece := os.read(stdin, READ_SIZE):
+            pieces.append(piece)
+            if b"\n" in piece:
+                yield b"".join(pieces)
+                pieces.clear()
 
 
 class LogHandler(logging.Handler):
@@ -224,6 +244,7 @@ def main() -> None:
     """Run under lightningd until it closes stdin."""
     # Not dynamic: a stop and a start in mid-run would leave commits without a backup.
     plugin = Plugin(dynamic=False)
+    plugin.stdin = Stdin()
     logging.getLogger().handlers.clear()
     log.addHandler(LogHandler(plugin))
     log.setLevel(logging.INFO)

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from errors import BackupBusy, DiskError
 
+_FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 PREALLOCATE_STEP = 1 << 20
 """Bytes written as zeros ahead of the log's end, so that an append moves no extent."""
 COPY_SIZE = 1 << 20
@@ -29,11 +30,10 @@ FREE_PAUSE_S = 0.005
 
 def flush(fd: int) -> None:
     """Put the data of ``fd`` on stable storage, with F_FULLFSYNC where it exists."""
-    full_sync = getattr(fcntl, "F_FULLFSYNC", None)
-    if full_sync is not None:
-        fcntl.fcntl(fd, full_sync)
-    else:
+    if _FULL_SYNC is None:
         os.fdatasync(fd)
+    else:
+        fcntl.fcntl(fd, _FULL_SYNC)
 
 
 def sync_dir(path: str) -> None:
@@ -47,13 +47,10 @@ def sync_dir(path: str) -> None:
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``; a short write is continued, not believed."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
+    while (written := os.pwrite(fd, data, offset)) < len(data):
         if written <= 0:
             raise OSError(errno.EIO, "the system wrote nothing")
-        view = view[written:]
-        offset += written
+        data, offset = memoryview(data)[written:], offset + written
 
 
 class LogFile:

@@ -72,7 +72,7 @@ from __future__ import annotations
 import enum
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, Change, chain_after
@@ -91,6 +91,7 @@ COMING = struct.Struct("!Q")
 RECORD = struct.Struct("!BBIQIQ16s16s16s")
 _CRC = struct.Struct("!I")
 _CRC_AT = 14
+_NO_CRC = bytes(_CRC.size)
 MAX_PACKET_SIZE = 2**32 - 1
 """A packet's length is a u32."""
 MAX_SNAPSHOT_SIZE = 1 << 40
@@ -434,7 +435,7 @@ class RecordUnpacker:
             chain_before=before,
             chain=chain,
         )
-        if zlib.crc32(payload, zlib.crc32(_fields(head))) != crc:
+        if _crc_of(fields, payload) != crc:
             raise ProtocolError("A RECORD does not match its checksum.")
         if kind == Kind.CHANGE and chain != chain_after(before, version, payload):
             raise ProtocolError("A RECORD does not match its chain.")
@@ -451,6 +452,12 @@ class RecordUnpacker:
             raise ProtocolError(f"Compressed data is broken: {error}.") from error
         if left < 0:
             raise ProtocolError("A RECORD inflates past its limit.")
+
+
+def _crc_of(fields: bytes, payload: bytes) -> int:
+    """The CRC of a record whose fields have one already: it counts as 0."""
+    crc = zlib.crc32(_NO_CRC, zlib.crc32(fields[:_CRC_AT]))
+    return zlib.crc32(payload, zlib.crc32(fields[_CRC_AT + _CRC.size :], crc))
 
 
 def _fields(head: Head) -> bytearray:
@@ -478,16 +485,16 @@ class Decoder:
         """Whether a packet has begun and not ended."""
         return bool(self._buffer) or self._part is not None
 
-    def feed(self, data: bytes) -> Iterator[Event]:
-        """The events that ``data`` completes.
+    def feed(self, data: bytes) -> Iterable[Event]:
+        """The events that ``data`` completes; to be iterated before the next call.
 
         Raises:
             ProtocolError: a type that may not come, or a length over the limit.
         """
         packet = self._one_packet(data)
-        if packet is not None:
-            yield packet
-            return
+        return self._events(data) if packet is None else (packet,)
+
+    def _events(self, data: bytes) -> Iterator[Event]:
         self._buffer += data
         while (event := self._next()) is not None:
             yield event

@@ -56,6 +56,7 @@ ANSWER_TIMEOUT_S = 90.0
 """Longer than a server retries its disk."""
 SLOWEST_RATE = 10 << 10
 """Bytes a second that the slowest line brings; a large change gets so much more time."""
+TIMEOUT_STEP_S = 10
 SNAPSHOT_TIMEOUT_S = 3600.0
 """A server verifies a snapshot before it answers."""
 COMPACT_TIMEOUT_S = 6 * 3600.0
@@ -288,25 +289,28 @@ class Link:
         """The record that a RECORD packet holds."""
         return self._unpacker.unpack(packet.payload)
 
-    def check_ack(self, packet: Packet, head: Head) -> None:
-        """Make sure that ``packet`` acknowledges ``head``.
+    def ack_of(self, head: Head) -> Packet:
+        """What the server sends when ``head`` is stored."""
+        if self.protocol == 2:
+            return Packet(PacketType.ACK, protocol.ACK.pack(head.version, head.chain))
+        return Packet(PacketType.ACK, protocol.VERSION.pack(head.version))
+
+    @staticmethod
+    def check_ack(packet: Packet, expected: Packet) -> None:
+        """Make sure that ``packet`` is what ``ack_of`` said.
 
         Raises:
             Refused: it is a NACK.
             ProtocolError: it is something else.
         """
+        if packet == expected:
+            return
         if packet.type is PacketType.NACK:
             raise Refused(protocol.decode_nack(packet.payload))
-        expected = (
-            protocol.ACK.pack(head.version, head.chain)
-            if self.protocol == 2
-            else protocol.VERSION.pack(head.version)
+        raise ProtocolError(
+            f"The backup server answered {packet.type.name} {packet.payload[:20].hex()}"
+            f" in place of ACK {expected.payload.hex()}."
         )
-        if packet.type is not PacketType.ACK or packet.payload != expected:
-            raise ProtocolError(
-                f"The backup server answered {packet.type.name} {packet.payload[:20].hex()}"
-                f" in place of ACK {expected.hex()}."
-            )
 
     def close(self) -> None:
         """Close the connection."""
@@ -438,7 +442,7 @@ class SocketBackend(Backend):
             packet = link.answer(SNAPSHOT_TIMEOUT_S)
         except OSError as error:
             raise Unreachable(self._url.target, error) from error
-        link.check_ack(packet, head)
+        link.check_ack(packet, link.ack_of(head))
 
     def status(self) -> Status:
         """See Backend. A server of protocol 1 tells versions only."""
@@ -587,9 +591,12 @@ class SocketBackend(Backend):
                 try:
                     assert self._link is not None
                     self._link.send_record(head, payload)
-                    stored = self._with_record(head)  # While the server is at work.
-                    timeout_s = ANSWER_TIMEOUT_S + len(payload) // SLOWEST_RATE
-                    self._link.check_ack(self._link.answer(timeout_s), head)
+                    # While the server is at work.
+                    stored, expected = self._with_record(head), self._link.ack_of(head)
+                    # In steps: to set another timeout is one more call of the system.
+                    steps = len(payload) // (SLOWEST_RATE * TIMEOUT_STEP_S)
+                    timeout_s = ANSWER_TIMEOUT_S + steps * TIMEOUT_STEP_S
+                    self._link.check_ack(self._link.answer(timeout_s), expected)
                     self._note(stored)
                     self._written = True
                     return

@@ -56,10 +56,11 @@ class Stream:
     def send(self, data: bytes, timeout_s: float) -> None:
         """Send all of ``data`` with as few segments as it needs, as long as it moves on."""
         self._limit(socket.SO_SNDTIMEO, timeout_s)
-        view = memoryview(data)
+        left: bytes | memoryview = data
         try:
-            while view:  # Not sendall: it says nothing of what went before a timeout.
-                view = view[self._sock.send(view) :]
+            # Not sendall: it says nothing of what went before a timeout.
+            while (sent := self._sock.send(left)) < len(left):
+                left = memoryview(left)[sent:]
         except BlockingIOError as error:
             raise TimeoutError("timed out") from error
 

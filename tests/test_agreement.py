@@ -600,18 +600,18 @@ def test_nack_says_why_and_changes_nothing(name: str, local: Local) -> None:
         record = as_record(call, last.chain)
         last = record[0]
         link.send_record(*record)
-        link.check_ack(link.answer(), last)
+        link.check_ack(link.answer(), link.ack_of(last))
     before = peers.digest(local.directory / "node.bkp")
     link.send_record(*make(last))
     with pytest.raises(Refused, match=re.escape(text)) as caught:
-        link.check_ack(link.answer(), last)
+        link.check_ack(link.answer(), link.ack_of(last))
     assert caught.value.code is code
     assert caught.value.next_step == socketbackend.NEXT_STEPS[code]
     assert peers.digest(local.directory / "node.bkp") == before
     # And the session is none the worse for it.
     head, payload = as_record(item(4, "x"), last.chain)
     link.send_record(head, payload)
-    link.check_ack(link.answer(), head)
+    link.check_ack(link.answer(), link.ack_of(head))
     link.close()
     assert [call[0] for call in local.stored()] == [1, 2, 3, 4]
 
@@ -621,7 +621,7 @@ def test_foreign_history_onto_an_empty_backup(local: Local) -> None:
     head, payload = as_record(item(1, "x"), MINE)
     link.send_record(head, payload)
     with pytest.raises(Refused, match="another history") as caught:
-        link.check_ack(link.answer(), head)
+        link.check_ack(link.answer(), link.ack_of(head))
     assert caught.value.code is NackCode.OTHER_HISTORY
     link.close()
 
@@ -642,7 +642,7 @@ def test_repeat_is_acknowledged_and_stored_once(local: Local) -> None:
         head, payload = as_record(call, last.chain)
         for _ in range(3):
             link.send_record(head, payload)
-            link.check_ack(link.answer(), head)
+            link.check_ack(link.answer(), link.ack_of(head))
         last = head
     link.close()
     found = [call[1][-1] for call in local.stored()]
