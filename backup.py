@@ -22,6 +22,7 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
 from collections import deque  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
@@ -47,6 +48,8 @@ LEAVE_BLIND_AFTER_S = 2.0
 ALONE_FOR_S = 0.5
 """How long this must have been the last plugin, without a hook, before it leaves."""
 POLL_S = 0.05
+MAX_FRAMES = 50
+"""Frames of an internal error in the log."""
 READ_SIZE = 1 << 16
 """Bytes that a pipe holds."""
 KEPT_DURATIONS = 10_000
@@ -109,8 +112,11 @@ class Hook:
             except Exception as error:
                 # Whatever went wrong, what the backup holds now is not known to fit.
                 self._refusal = error
-                known = isinstance(error, BackupError)
-                log.error(str(error) if known else f"Internal error: {error!r}")
+                if isinstance(error, BackupError):
+                    log.error(str(error))
+                else:
+                    frames = "".join(traceback.format_tb(error.__traceback__, MAX_FRAMES))
+                    log.error(f"Internal error: {error!r}\n{frames}".rstrip())
                 raise
             finally:
                 self._busy_since = None
@@ -245,6 +251,8 @@ def main() -> None:
     # Not dynamic: a stop and a start in mid-run would leave commits without a backup.
     plugin = Plugin(dynamic=False)
     plugin.stdin = Stdin()
+    # For every answer pyln-client formats its stack, in which nobody looks for anything.
+    sys.tracebacklimit = 0
     logging.getLogger().handlers.clear()
     log.addHandler(LogHandler(plugin))
     log.setLevel(logging.INFO)

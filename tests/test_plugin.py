@@ -171,6 +171,33 @@ def test_a_large_change_with_every_awkward_character(
 
 # Refusals: one line, an error for this and every later write, nothing changed
 
+
+@pytest.mark.parametrize("size", [1, 1000, 65536, 1 << 20])
+def test_requests_come_in_pieces_of_any_size(
+    size: int, node_dir: Path, filled: Path, url: str, tmp_path: Path
+) -> None:
+    long = "a" * (3000 if size == 1 else 200_000)
+    requests = b""
+    for version, text in ((6, "b"), (7, long), (8, "c")):
+        _, statements = change(version, f"INSERT INTO items VALUES ({version}, '{text}')")
+        params = {"data_version": version, "writes": statements}
+        message = {"jsonrpc": "2.0", "id": version, "method": "db_write", "params": params}
+        requests += json.dumps(message).encode() + b"\n\n"
+    with PluginProcess(node_dir) as plugin:
+        plugin.manifest()
+        assert plugin.process.stdin is not None
+        for start in range(0, len(requests) - 1, size):
+            plugin.process.stdin.write(requests[start : min(start + size, len(requests) - 1)])
+            plugin.process.stdin.flush()
+        for version in (6, 7):  # What is complete does not wait for the end of the next.
+            assert plugin.answer(version) == {"result": "continue"}
+        plugin.process.stdin.write(requests[-1:])
+        plugin.process.stdin.flush()
+        assert plugin.answer(8) == {"result": "continue"}
+        assert plugin.close() == 0
+    assert restored_version(url, tmp_path) == 8
+
+
 NEXT = change(6, "INSERT INTO items VALUES (6, 'six')")
 
 
@@ -329,6 +356,24 @@ def check_refused(plugin: PluginProcess, call: Call, expected: list[str]) -> Non
     assert "\n" not in line
     assert "Traceback" not in line
     assert "Internal error" not in line
+
+
+def test_internal_error_is_refused_and_its_place_is_logged(node_dir: Path, filled: Path) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(support.ROOT)!r})\n"
+        "import backup, destinations\n"
+        "destinations.backend_for = lambda url: [].pop()\n"
+        "backup.main()\n"
+    )
+    with PluginProcess(node_dir, [sys.executable, "-c", program]) as plugin:
+        for _ in range(2):
+            with pytest.raises(support.Refused, match="pop from empty list"):
+                plugin.write(*NEXT)
+        first, *frames = plugin.errors()
+        assert first == "Internal error: IndexError('pop from empty list')"
+        assert [line for line in frames if "backup.py" in line and "in _open" in line]
+        # A refusal is explained in words.
+        assert not [text for level, text in plugin.log if level != "error" and "File" in text]
 
 
 def test_refused_while_another_process_holds_the_backup(
