@@ -183,15 +183,16 @@ def test_requests_come_in_pieces_of_any_size(
         params = {"data_version": version, "writes": statements}
         message = {"jsonrpc": "2.0", "id": version, "method": "db_write", "params": params}
         requests += json.dumps(message).encode() + b"\n\n"
+    early, late = requests[:-10], requests[-10:]
     with PluginProcess(node_dir) as plugin:
         plugin.manifest()
         assert plugin.process.stdin is not None
-        for start in range(0, len(requests) - 1, size):
-            plugin.process.stdin.write(requests[start : min(start + size, len(requests) - 1)])
+        for start in range(0, len(early), size):
+            plugin.process.stdin.write(early[start : start + size])
             plugin.process.stdin.flush()
         for version in (6, 7):  # What is complete does not wait for the end of the next.
             assert plugin.answer(version) == {"result": "continue"}
-        plugin.process.stdin.write(requests[-1:])
+        plugin.process.stdin.write(late)
         plugin.process.stdin.flush()
         assert plugin.answer(8) == {"result": "continue"}
         assert plugin.close() == 0
