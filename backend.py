@@ -121,10 +121,10 @@ def payload_bumps(version: int, payload: bytes) -> bool:
         _check_count(version, payload.count(b"\0") + 1)
     _text(version, payload)
     _check_size(version, payload)
-    framed = b"\0%b\0" % payload
-    if b"\0\0" in framed:
+    statements = payload.split(b"\0")
+    if b"" in statements:
         raise _unexecutable(version)
-    return framed.endswith(b"\0%b\0" % bump(version).encode())
+    return statements[-1] == bump(version).encode()
 
 
 def _payload(version: int, statements: Sequence[str]) -> bytes:
