@@ -22,7 +22,6 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
-import traceback  # noqa: E402
 from collections import deque  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
@@ -48,8 +47,6 @@ LEAVE_BLIND_AFTER_S = 2.0
 ALONE_FOR_S = 0.5
 """How long this must have been the last plugin, without a hook, before it leaves."""
 POLL_S = 0.05
-MAX_FRAMES = 50
-"""Frames of an internal error in the log."""
 READ_SIZE = 1 << 16
 """Bytes that a pipe holds."""
 KEPT_DURATIONS = 10_000
@@ -57,15 +54,15 @@ KEPT_DURATIONS = 10_000
 
 
 class Stdin:
-    """What lightningd sends, for ``Plugin.stdin``, whose ``buffer`` gives lines otherwise.
+    """What lightningd sends, for ``Plugin.stdin``.
 
-    A message ends with an empty line, and pyln-client searches all that it has of one for
-    its end at each line: so it gets both lines at once, and no part of a long one.
+    A message ends with an empty line, and pyln-client splits all that it has of one at
+    every piece it gets: so it gets no lines, and no piece from the middle of a line.
     """
 
     @property
     def buffer(self) -> Iterator[bytes]:
-        """The bytes, in pieces that each end a message or hold the end of one."""
+        """What was read; each piece holds the end of a line."""
         stdin, pieces = sys.stdin.fileno(), []
         while piece := os.read(stdin, READ_SIZE):
             pieces.append(piece)
@@ -112,11 +109,8 @@ class Hook:
             except Exception as error:
                 # Whatever went wrong, what the backup holds now is not known to fit.
                 self._refusal = error
-                if isinstance(error, BackupError):
-                    log.error(str(error))
-                else:
-                    frames = "".join(traceback.format_tb(error.__traceback__, MAX_FRAMES))
-                    log.error(f"Internal error: {error!r}\n{frames}".rstrip())
+                known = isinstance(error, BackupError)
+                log.error(str(error) if known else f"Internal error: {error!r}")
                 raise
             finally:
                 self._busy_since = None
@@ -251,19 +245,23 @@ def main() -> None:
     # Not dynamic: a stop and a start in mid-run would leave commits without a backup.
     plugin = Plugin(dynamic=False)
     plugin.stdin = Stdin()
-    # For every answer pyln-client formats its stack, in which nobody looks for anything.
-    sys.tracebacklimit = 0
     logging.getLogger().handlers.clear()
     log.addHandler(LogHandler(plugin))
     log.setLevel(logging.INFO)
     hook = Hook()
     plugin.add_option("backup-destination", None, "Deprecated and ignored: see backup.lock.")
 
-    @plugin.hook("db_write")  # type: ignore[untyped-decorator]
-    def on_db_write(writes: list[str], data_version: int, **_: object) -> dict[str, str]:
-        return hook.take(writes, data_version)
+    @plugin.async_hook("db_write")  # type: ignore[untyped-decorator]
+    def on_db_write(request: Request, writes: list[str], data_version: int, **_: object) -> None:
+        result = hook.take(writes, data_version)
+        # pyln-client formats its stack for every answer, and nobody reads it.
+        sys.tracebacklimit = 0
+        try:
+            request.set_result(result)
+        finally:
+            del sys.tracebacklimit
 
-    # pyln-client asks for it at every call, and to make it takes longer than a checksum.
+    # Else pyln-client makes it again at every call, which takes longer than a checksum.
     on_db_write.__signature__ = inspect.signature(on_db_write)
 
     @plugin.init()  # type: ignore[untyped-decorator]

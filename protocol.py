@@ -455,7 +455,7 @@ class RecordUnpacker:
 
 
 def _crc_of(fields: bytes, payload: bytes) -> int:
-    """The CRC of a record whose fields have one already: it counts as 0."""
+    """The CRC of a record, with 0 where ``fields`` have theirs."""
     crc = zlib.crc32(_NO_CRC, zlib.crc32(fields[:_CRC_AT]))
     return zlib.crc32(payload, zlib.crc32(fields[_CRC_AT + _CRC.size :], crc))
 

@@ -57,6 +57,7 @@ ANSWER_TIMEOUT_S = 90.0
 SLOWEST_RATE = 10 << 10
 """Bytes a second that the slowest line brings; a large change gets so much more time."""
 TIMEOUT_STEP_S = 10
+"""A timeout grows in steps: to set another one is a call of the system."""
 SNAPSHOT_TIMEOUT_S = 3600.0
 """A server verifies a snapshot before it answers."""
 COMPACT_TIMEOUT_S = 6 * 3600.0
@@ -593,8 +594,7 @@ class SocketBackend(Backend):
                     self._link.send_record(head, payload)
                     # While the server is at work.
                     stored, expected = self._with_record(head), self._link.ack_of(head)
-                    # In steps: to set another timeout is one more call of the system.
-                    steps = len(payload) // (SLOWEST_RATE * TIMEOUT_STEP_S)
+                    steps = -(-len(payload) // (SLOWEST_RATE * TIMEOUT_STEP_S))
                     timeout_s = ANSWER_TIMEOUT_S + steps * TIMEOUT_STEP_S
                     self._link.check_ack(self._link.answer(timeout_s), expected)
                     self._note(stored)
