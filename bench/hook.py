@@ -126,14 +126,19 @@ def over_traces(
     most: int,
     measure_trace: Callable[[Path, Sequence[Call]], Times],
 ) -> Times:
-    """The times of ``most`` changes of each trace; not of the first, which opens the backup."""
+    """The times of ``most`` changes of each trace; not of the first, which opens the backup.
+
+    All of it several times: how the system places a process shows in all that it does.
+    """
     times: Times = [], []
     for trace in options.traces:
-        scratch = options.scratch / f"{name}-{trace.name}"
-        scratch.mkdir()
-        found = measure_trace(scratch, committed(sessions_of(trace))[:most])
-        for which in (0, 1):
-            times[which].extend(found[which][1:])
+        calls = committed(sessions_of(trace))[:most]
+        for number in range(options.rounds):
+            scratch = options.scratch / f"{name}-{trace.name}-{number}"
+            scratch.mkdir()
+            found = measure_trace(scratch, calls)
+            for which in (0, 1):
+                times[which].extend(found[which][1:])
     return times
 
 
