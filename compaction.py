@@ -109,8 +109,13 @@ class Compactor:
         prefix = f"{self._backend.scratch_prefix}compact-{secrets.token_hex(4)}"
         command = [sys.executable, os.path.realpath(__file__), self._backend.path, prefix]
         try:
+            # Ctrl-C at a terminal is for the parent, in whose session this one is not.
             with subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/"
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd="/",
+                start_new_session=True,
             ) as process:
                 try:
                     ready = self._follow(process, progress)

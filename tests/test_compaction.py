@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from logwriter import check_log
 from protocol import Decoder, Packet, PacketType
 from socketbackend import SocketBackend
 from tests import support
-from tests.stopping import Stops, compacting, eventually
+from tests.stopping import Stops, compacting, eventually, is_running
 from tests.support import ROOT, PluginProcess, Refused
 
 FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
@@ -711,6 +712,27 @@ def test_child_ends_with_its_parent(url: str, stops: Stops) -> None:
     child.stdin.close()
     assert child.wait(timeout=support.ANSWER_S) == 1
     child.stdout.close()
+
+
+def test_command_ends_at_ctrl_c(url: str, stops: Stops) -> None:
+    path = support.make_backup(url, support.first_changes(5))
+    before = path.read_bytes()
+    stops.at("replayed")
+    command = subprocess.Popen(
+        [*stops.cli, "compact", url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    child = stops.reached("replayed")
+    assert os.getpgid(child) != os.getpgid(command.pid)  # A terminal signals a whole group.
+    os.killpg(command.pid, signal.SIGINT)
+    output, _ = command.communicate(timeout=support.ANSWER_S)
+    assert command.returncode == 1
+    assert output.splitlines()[-1] == "Aborted!" and "Traceback" not in output
+    assert not is_running(child)
+    assert path.read_bytes() == before and strays(url) == []
 
 
 # When
