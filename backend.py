@@ -6,6 +6,7 @@ import enum
 import hashlib
 import logging
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -225,6 +226,16 @@ def committed(changes: Iterable[Change]) -> Iterator[Change]:
         version, held = change.version, change
     if held is not None:
         yield held
+
+
+def utc(time_ns: int) -> str:
+    """Unix time in nanoseconds, as an operator reads it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time_ns // 10**9))
+
+
+def taken_over(version: int, time_ns: int) -> str:
+    """Why a node may not write any more, by the last record of the one that does."""
+    return f"another node took over at version {version}, {utc(time_ns)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,18 @@ import durable
 import protocol
 import records
 import restore
-from backend import NOTICE, RELEASE, Change, Reading, Snapshot, Verdict, judge, log, payload_bumps
+from backend import (
+    NOTICE,
+    RELEASE,
+    Change,
+    Reading,
+    Snapshot,
+    Verdict,
+    judge,
+    log,
+    payload_bumps,
+    taken_over,
+)
 from compaction import Compactor, Housekeeper
 from errors import BackupError, ConfigError, DiskError, InvalidChange
 from filebackend import FileBackend
@@ -165,11 +176,11 @@ class Keeper:
         """Why ``head`` may not be appended, or None. The chain decides, then the version."""
         newest = self.backend.newest
         if head.session in self._superseded or self._is_outdated(connection):
-            return NackCode.TAKEN_OVER, _taken_over(newest)
+            return NackCode.TAKEN_OVER, taken_over(newest.version, newest.time_ns)
         if head.chain_before != newest.chain:
             if newest.session not in (head.session, BEFORE_FIRST.session):
                 self._superseded.add(head.session)
-                return NackCode.TAKEN_OVER, _taken_over(newest)
+                return NackCode.TAKEN_OVER, taken_over(newest.version, newest.time_ns)
             return NackCode.OTHER_HISTORY, (
                 f"it continues another history than the backup's, which is at version"
                 f" {newest.version}"
@@ -279,11 +290,6 @@ class Spool:
         with contextlib.suppress(OSError):  # What is still in memory may find no room.
             self._file.close()
         restore.remove_database(self.snapshot.path)
-
-
-def _taken_over(newest: Head) -> str:
-    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(newest.time_ns // 10**9))
-    return f"another node took over at version {newest.version}, {when}"
 
 
 class Connection:

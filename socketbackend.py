@@ -31,6 +31,7 @@ from backend import (
     chain_after,
     committed,
     log,
+    taken_over,
 )
 from errors import CLI, BackupError, BackupExists, ConfigError
 from logreader import effective
@@ -643,10 +644,7 @@ class SocketBackend(Backend):
         if now.details and now.version >= before.version:
             if now.details.session != self._session:
                 code = NackCode.TAKEN_OVER
-                when = time.strftime(
-                    "%Y-%m-%d %H:%M:%S UTC", time.gmtime(now.details.time_ns // 10**9)
-                )
-                text = f"another node took over at version {now.version}, {when}"
+                text = taken_over(now.version, now.details.time_ns)
         elif now.version < before.version:
             text = (
                 f"it has lost acknowledged changes: it is at version {now.version}, this node"
