@@ -604,6 +604,7 @@ class Server:
         self._numbers = itertools.count(1)
         self._wake_read, self._wake_write = os.pipe()
         self._exit_code: int | None = None
+        self._stopping = threading.RLock()  # A signal may come while it is held.
         self._listeners = listen(address)
         self._housekeeper = Housekeeper(backend, self.compactor, least)
 
@@ -623,8 +624,9 @@ class Server:
                         self._accept(key.data)
         for listener in self._listeners:
             listener.close()
-        for fd in self._wake_read, self._wake_write:  # Nothing is written once it stops.
-            os.close(fd)
+        with self._stopping:  # Whoever stopped it may not have written yet.
+            os.close(self._wake_read)
+            os.close(self._wake_write)
         self._housekeeper.stop()
         # Finish the change in hand; nothing is written after it.
         self.keeper.lock.acquire()
@@ -633,9 +635,10 @@ class Server:
         return self._exit_code
 
     def _stop(self, exit_code: int) -> None:
-        if self._exit_code is None:
-            self._exit_code = exit_code
-            os.write(self._wake_write, b"x")
+        with self._stopping:
+            if self._exit_code is None:
+                self._exit_code = exit_code
+                os.write(self._wake_write, b"x")
 
     def guard(self, write: Callable[[], None]) -> None:
         """Call ``write``; if the disk fails, stop: what it holds can only be seen anew."""

@@ -451,12 +451,12 @@ class ServerThread:
         backend = FileBackend(file_url)
         backend.open()
         self.server = server.Server(backend, f"127.0.0.1:{port}", None)
-        self._thread = threading.Thread(target=self.server.run)
-        self._thread.start()
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
 
     def stop(self) -> None:
         self.server._stop(0)
-        self._thread.join()
+        self.thread.join()
         for connection in list(self.server._connections):
             connection.cut()
         self.server.keeper.lock.release()

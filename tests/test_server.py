@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import selectors
 import signal
@@ -35,6 +36,7 @@ from tests.peers import (
     ServerProcess,
     digest,
 )
+from tests.test_model import ServerThread, in_this_process
 from tests.test_protocol import PACKETS, mutate
 
 OFF = ["PRAGMA foreign_keys = OFF;"]
@@ -441,6 +443,22 @@ def test_signal_finishes_the_change_in_hand(
         assert server.wait() == 0
         assert server.logged("stopped")
     assert stored(url) == calls
+
+
+def test_stop_is_noticed_before_it_wakes_the_server(
+    url: str, backup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    port, write = peers.free_port(), os.write
+    running = ServerThread(url, port)
+
+    def write_late(fd: int, data: bytes) -> int:
+        with socket.create_connection(("127.0.0.1", port)):  # This wakes it, too.
+            running.thread.join(0.5)
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", write_late)
+    running.stop()
 
 
 # Peers that break rules
