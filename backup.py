@@ -261,7 +261,7 @@ def main() -> None:
         finally:
             del sys.tracebacklimit
 
-    # Else pyln-client makes it again at every call, which takes longer than a checksum.
+    # pyln-client asks for it at every call, and to make it takes longer than a checksum.
     on_db_write.__signature__ = inspect.signature(on_db_write)
 
     @plugin.init()  # type: ignore[untyped-decorator]
