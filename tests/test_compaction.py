@@ -35,6 +35,7 @@ from logwriter import check_log
 from protocol import Decoder, Packet, PacketType
 from socketbackend import SocketBackend
 from tests import support
+from tests.peers import free_port
 from tests.stopping import Stops, compacting, eventually, is_running
 from tests.support import ROOT, PluginProcess, Refused
 
@@ -1149,8 +1150,7 @@ def test_crashing_node_while_compactions_run_back_to_back(
 @contextlib.contextmanager
 def serving(url: str, stops: Stops, *options: str) -> Iterator[tuple[str, Callable[[], str]]]:
     """A server of the backup at ``url``: its socket URL, and a function for its log."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     lines: list[str] = []
     process = subprocess.Popen(
         [*stops.cli, "server", *options, url, address], stderr=subprocess.PIPE, text=True

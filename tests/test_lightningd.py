@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import pytest
 
 import database
 from tests import support
+from tests.peers import free_port
 from tests.support import run_cli
 
 NEEDED = ["lightningd", "lightning-cli", "bitcoind", "bitcoin-cli"]
@@ -53,12 +53,6 @@ def on_shutdown(**_):
 plugin.run()
 """
 """A plugin that makes the node write its database while it stops."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Bitcoind:
