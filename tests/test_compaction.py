@@ -727,9 +727,10 @@ def test_command_ends_at_ctrl_c(url: str, stops: Stops) -> None:
         start_new_session=True,
     )
     child = stops.reached("replayed")
-    assert os.getpgid(child) != os.getpgid(command.pid)  # A terminal signals a whole group.
+    groups = os.getpgid(child), os.getpgid(command.pid)
     os.killpg(command.pid, signal.SIGINT)
     output, _ = command.communicate(timeout=support.ANSWER_S)
+    assert groups[0] != groups[1]  # A terminal signals a whole group.
     assert command.returncode == 1
     assert output.splitlines()[-1] == "Aborted!" and "Traceback" not in output
     assert not is_running(child)
