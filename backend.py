@@ -29,6 +29,10 @@ MAX_CHUNK_SIZE = 1 << 20
 CHAIN_SIZE = 16
 EMPTY_CHAIN = bytes(CHAIN_SIZE)
 """The chain of a backup that holds nothing yet."""
+NOBODY = bytes(16)
+"""The owner of a backup that no node has claimed yet."""
+TAG_SIZE = 8
+"""Bytes of the owner with which every session begins."""
 FOREIGN_KEYS_OFF = "PRAGMA foreign_keys = OFF;"
 
 
@@ -233,6 +237,11 @@ def utc(time_ns: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time_ns // 10**9))
 
 
+def new_session(owner: bytes) -> bytes:
+    """A name for one run of a writer: 16 bytes, the first of ``owner``, the others random."""
+    return owner[:TAG_SIZE] + secrets.token_bytes(CHAIN_SIZE - TAG_SIZE)
+
+
 def taken_over(version: int, time_ns: int) -> str:
     """Why a node may not write any more, by the last record of the one that does."""
     return f"another node took over at version {version}, {utc(time_ns)}"
@@ -261,7 +270,9 @@ class Status:
         prev_version: the version that a rewind would lead to, or None if none can.
         version_count: changes since the snapshot, and one for the snapshot.
         last_change_ns: Unix time of the last record, nanoseconds.
+        owner: what every session of the owner begins with, in hex; of zeros for nobody.
         torn_tail: an append that was never acknowledged stands at the end.
+        checked: all of it was read, not only its end.
         damage: what does not check, or None.
         disk_free: free bytes for the writer.
         notes: what else was found and does no harm.
@@ -279,7 +290,9 @@ class Status:
     size: int | None = None
     allocated: int | None = None
     last_change_ns: int | None = None
+    owner: str | None = None
     torn_tail: bool = False
+    checked: bool = False
     damage: str | None = None
     disk_free: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -352,12 +365,25 @@ class Backend(ABC):
         """Raise BackupExists, or what else stands in the way of ``create``."""
 
     @abstractmethod
-    def create(self, snapshot: Snapshot | None) -> None:
-        """Make a new backup, empty or of a snapshot; BackupExists if one is there."""
+    def create(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> None:
+        """Make a new backup, empty or of a snapshot; BackupExists if one is there.
+
+        Args:
+            owner: who may write to it, 16 bytes.
+        """
 
     @abstractmethod
-    def open(self) -> None:
-        """Become the writer: know the newest record and that it is durable."""
+    def open(self, owner: bytes | None = None) -> None:
+        """Become the writer: know the newest record and that it is durable.
+
+        Args:
+            owner: who writes; OtherOwner if the backup is not his. None: whose it is does
+                not matter.
+        """
+
+    @abstractmethod
+    def take_over(self, owner: bytes) -> None:
+        """Let ``owner`` write from here on, durably, and nobody else; only once open."""
 
     @abstractmethod
     def add_change(self, change: Change) -> None:
@@ -368,16 +394,24 @@ class Backend(ABC):
         """Take back the last change, durably; only if ``rewindable``."""
 
     @abstractmethod
-    def replace(self, snapshot: Snapshot) -> str | None:
-        """Start over with ``snapshot``; where the old backup is kept, None if it was empty."""
+    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str | None:
+        """Start over with ``snapshot``, whoever's the backup was.
+
+        Returns:
+            Where the old backup is kept, None if it was empty.
+        """
 
     @abstractmethod
     def read(self) -> Reading:
         """Begin a pass over the backup."""
 
     @abstractmethod
-    def status(self) -> Status:
-        """Look at the backup without changing a byte."""
+    def status(self, check: bool = False) -> Status:
+        """Look at the backup without changing a byte.
+
+        Args:
+            check: read and check all of it, not only its end.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -147,7 +147,7 @@ class Hook:
         lock_file = node.read_lock_file(directory)
         least = compaction.parse_least(lock_file.compact)
         backend = destinations.backend_for(lock_file.backend_url)
-        backend.open()
+        backend.open(lock_file.owner)
         self.backend = backend
         if isinstance(backend, FileBackend):
             self.compactor = Compactor(backend, self.lock)

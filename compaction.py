@@ -252,9 +252,11 @@ def boundary(reader: LogReader) -> Head | None:
         start = records.FIRST_RECORD
         return records.find_last(reader.pread, start, head.offset, reader.backup_id)
 
+    while head is not None and head.kind == Kind.OWNER:
+        head = before(head)
     if head is not None and head.rewindable:
         head = before(head)
-    while head is not None and is_foreign_keys_off(head):
+    while head is not None and (head.kind == Kind.OWNER or is_foreign_keys_off(head)):
         head = before(head)
     if head is None or head.kind == Kind.SNAPSHOT:
         return None
@@ -263,7 +265,13 @@ def boundary(reader: LogReader) -> Head | None:
 
 
 class Fold(Reading):
-    """The records up to ``last``, for a replay; takes no more of ``entries`` than those."""
+    """The records up to ``last``, for a replay; takes no more of ``entries`` than those.
+
+    Attributes:
+        owner: head and payload of the last owner record, or None.
+    """
+
+    owner: Entry | None = None
 
     def __init__(self, reader: LogReader, entries: Iterator[Entry], last: Head) -> None:
         self._reader = reader
@@ -278,6 +286,8 @@ class Fold(Reading):
     def _noted(self) -> Iterator[Entry]:
         for entry in self._entries:
             self.version, self.position = entry[0].version, entry[0].end
+            if entry[0].kind == Kind.OWNER:
+                self.owner = entry
             yield entry
             if entry[0].offset == self._last.offset:
                 return
@@ -308,6 +318,8 @@ def build(path: str, prefix: str) -> Message:
         writer = LogWriter(f"{prefix}-log", reader.backup_id, size, SMALL_FLUSH_STEP)
         with contextlib.closing(writer), contextlib.closing(LogReader(writer.path)) as verifier:
             writer.add_snapshot(scratch, last)
+            if fold.owner is not None:
+                writer.add_owner(fold.owner[0].session, fold.owner[1])
             return catch_up(reader, entries, writer, verifier)
 
 

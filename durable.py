@@ -54,40 +54,47 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 class LogFile:
-    """One open log: read anywhere, append durably.
+    """One open log: append durably. It is locked, so that a second writer is noticed.
 
     Args:
         path: an existing file. It is opened anew, so a descriptor that saw a failed
             flush is never used again.
+
+    Raises:
+        BlockingIOError: another process has it open as this does.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._zero_to = 0
+        """Up to here the file has been seen to be zero behind its records, or was made so."""
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._allocated = os.fstat(self.fd).st_size
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = os.fstat(self.fd)
+            self._inode = found.st_dev, found.st_ino
         except BaseException:
             self.close()
             raise
 
     def append(self, offset: int, data: bytes) -> None:
-        """Write ``data`` at ``offset`` and flush. Space is zeroed ahead when it runs out."""
-        write_all(self.fd, data, offset)
+        """Write ``data`` at ``offset`` and flush; zeros are there behind it before it is."""
         end = offset + len(data)
-        if end > self._allocated:
-            self._allocated = self._zero_ahead(end)
+        if end >= self._zero_to:
+            self._zero_ahead(end)
+        write_all(self.fd, data, offset)
         flush(self.fd)
+        # A log that was moved or replaced takes every write, and nobody finds them again.
+        place = os.stat(self.path)
+        if (place.st_dev, place.st_ino) != self._inode:
+            raise OSError(errno.ESTALE, "another file stands in its place")
 
-    def _zero_ahead(self, end: int) -> int:
+    def _zero_ahead(self, end: int) -> None:
         target = (end // PREALLOCATE_STEP + 1) * PREALLOCATE_STEP
-        try:
-            write_all(self.fd, bytes(target - end), end)
-        except OSError as error:
-            # The record itself fits: a disk this full is announced elsewhere.
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            return end
-        return target
+        write_all(self.fd, bytes(target - end), end)
+        # Before the record: a file that ends inside one, or behind one, was cut off.
+        flush(self.fd)
+        self._zero_to = target
 
     def copy_tail(self, offset: int, aside: str) -> None:
         """Copy what stands from ``offset`` on to the new file ``aside``, durably."""
@@ -110,8 +117,9 @@ class LogFile:
 
     def close(self) -> None:
         """Close the descriptor; everything acknowledged was flushed before."""
+        fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):  # A disk that failed may fail here again.
-            os.close(self.fd)
+            os.close(fd)
 
 
 def create(path: str) -> int:
@@ -253,15 +261,19 @@ def _link(source: str, target: str) -> None:
         os.rename(source, target)
 
 
-def write_file(path: str, data: bytes) -> None:
-    """Create the small file ``path`` with ``data``; never overwrites, never half there."""
+def write_file(path: str, data: bytes, replaces: bool = False) -> None:
+    """Create the small file ``path`` with ``data``, never half there.
+
+    Args:
+        replaces: whether it may take the place of another; else FileExistsError.
+    """
     beside = f"{path}.new"
     remove(beside)
     try:
         with open(create(beside), "wb") as file:
             file.write(data)
             flush_file(file)
-        publish(beside, path)
+        (replace if replaces else publish)(beside, path)
     except OSError:
         remove(beside)
         raise

@@ -7,6 +7,7 @@
     ├── BackupExists           something is in the way of a new file
     ├── BackupBusy             another process holds the backup
     ├── UnsupportedLayout      a file of another layout
+    ├── OtherOwner             another node may write to the backup, and this one may not
     ├── Damaged                stored bytes do not check
     ├── DiskError              the operating system could not store or read
     ├── OutOfDate              the node is ahead of the backup
@@ -19,6 +20,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 CLI = os.path.join(os.path.dirname(os.path.realpath(__file__)), "backup-cli")
 """Path of the command line tool, for lines that name the next command."""
@@ -87,6 +89,26 @@ class UnsupportedLayout(BackupError):
         self.path = path
         self.found = found
         super().__init__(f"{path} is {found}.", next_step)
+
+
+class OtherOwner(BackupError):
+    """The backup at ``url`` is another node's: it was taken over, or it is not the one meant.
+
+    Args:
+        taken: when and by which machine, in words, or "" if no node has claimed it.
+    """
+
+    def __init__(self, url: str, taken: str) -> None:
+        self.url = url
+        self.taken = taken
+        problem = f"The backup {url} belongs to another node: {taken}."
+        if not taken:
+            problem = f"The backup {url} is not the one that this node wrote: it is nobody's."
+        super().__init__(
+            problem,
+            "Never run two nodes with the same keys. If it is right that this node goes on with"
+            f" it, and no other does, run `{CLI} attach --lightning-dir DIR {shlex.quote(url)}`.",
+        )
 
 
 class Damaged(BackupError):

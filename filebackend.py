@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import os
+import platform
 import secrets
 import shutil
 import time
@@ -15,6 +16,8 @@ import durable
 import layout1
 import records
 from backend import (
+    NOBODY,
+    TAG_SIZE,
     Backend,
     Change,
     Reading,
@@ -22,14 +25,17 @@ from backend import (
     Status,
     chain_after,
     log,
+    new_session,
 )
 from errors import (
     CLI,
+    BackupBusy,
     BackupError,
     BackupExists,
     ConfigError,
     Damaged,
     DiskError,
+    OtherOwner,
 )
 from logreader import FileReading, LogReader, is_foreign_keys_off
 from logwriter import LogWriter, check_log
@@ -51,7 +57,7 @@ def parse_file_url(url: str) -> str:
     return path
 
 
-def write_log(path: str, snapshot: Snapshot | None) -> None:
+def write_log(path: str, snapshot: Snapshot | None, owner: bytes, machine: str) -> None:
     """Write a new log of ``snapshot`` (or an empty one) to the new file ``path``, flushed."""
     size = os.path.getsize(snapshot.path) if snapshot else 0
     writer = LogWriter(path, secrets.token_bytes(16), size)
@@ -60,9 +66,12 @@ def write_log(path: str, snapshot: Snapshot | None) -> None:
             begin = BEFORE_FIRST._replace(
                 version=snapshot.version,
                 time_ns=time.time_ns(),
+                session=owner,
                 chain=snapshot.chain,
             )
             writer.add_snapshot(snapshot.path, begin)
+        if owner != NOBODY:
+            writer.add_owner(owner, records.encode_owner(time.time_ns(), machine))
         writer.finish()
     finally:
         writer.close()
@@ -85,7 +94,7 @@ class FileBackend(Backend):
         self._log_start = records.FIRST_RECORD
         self._newest = BEFORE_FIRST
         self._end = records.FIRST_RECORD
-        self._session = secrets.token_bytes(16)
+        self._session = new_session(NOBODY)
         self._failed: DiskError | None = None
 
     # A new file
@@ -98,12 +107,12 @@ class FileBackend(Backend):
         if os.path.lexists(self.path):
             raise BackupExists(self.path, self._what_is_there())
 
-    def create(self, snapshot: Snapshot | None) -> None:
+    def create(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> None:
         """See Backend."""
         self.require_absent()
         with self._locked():
             try:
-                durable.publish(self._build(snapshot), self.path)
+                durable.publish(self._build(snapshot, owner), self.path)
             except BaseException as error:
                 durable.discard(f"{self.scratch_prefix}log")
                 durable.discard(f"{self.path}.writer")
@@ -118,16 +127,23 @@ class FileBackend(Backend):
             found = error.problem
         return f"{found} Choose another name, or run `{CLI} attach` to go on with it."
 
-    def replace(self, snapshot: Snapshot | None, changes: Sequence[Change] = ()) -> str | None:
+    def replace(
+        self,
+        snapshot: Snapshot | None,
+        owner: bytes = NOBODY,
+        changes: Sequence[Change] = (),
+        machine: str | None = None,
+    ) -> str | None:
         """See Backend.
 
         Args:
             changes: what follows the snapshot, so that the last of it can be rewound.
+            machine: whose node it is, by default this one.
         """
         with self._locked():
             beside, kept = f"{self.scratch_prefix}log", None
             try:
-                self._build(snapshot, changes)
+                self._build(snapshot, owner, changes, machine)
                 if not self._is_empty():
                     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
                     kept = durable.free_name(f"{self.path}.old-{stamp}")
@@ -172,11 +188,17 @@ class FileBackend(Backend):
             reader.close()
         return newest is None and tail.kind is TailKind.CLEAN
 
-    def _build(self, snapshot: Snapshot | None, changes: Sequence[Change] = ()) -> str:
+    def _build(
+        self,
+        snapshot: Snapshot | None,
+        owner: bytes,
+        changes: Sequence[Change] = (),
+        machine: str | None = None,
+    ) -> str:
         """Write a complete, flushed, verified file beside the log; returns its name."""
         beside = f"{self.scratch_prefix}log"
         durable.remove(beside)
-        write_log(beside, snapshot)
+        write_log(beside, snapshot, owner, machine or platform.node())
         if changes:
             with contextlib.closing(FileBackend(f"file://{beside}")) as new:
                 new._load()
@@ -192,47 +214,65 @@ class FileBackend(Backend):
             return
         lock = durable.WriterLock(self.path)
         try:
-            yield
+            with contextlib.ExitStack() as held:
+                if os.path.exists(self.path):
+                    held.enter_context(contextlib.closing(self._lock_log()))
+                yield
         finally:
             lock.release()
 
+    def _lock_log(self) -> durable.LogFile:
+        """The log, locked: whoever lost its ``.writer`` may still hold it."""
+        try:
+            return durable.LogFile(self.path)
+        except BlockingIOError as error:
+            raise BackupBusy(self.path, "") from error
+        except OSError as error:
+            raise DiskError(self.path, error, "open for writing") from error
+
     # Writing
 
-    def open(self) -> None:
+    def open(self, owner: bytes | None = None) -> None:
         """See Backend.
 
         Raises:
-            BackupMissing, BackupBusy, Damaged, UnsupportedLayout, DiskError.
+            BackupMissing, BackupBusy, Damaged, OtherOwner, UnsupportedLayout, DiskError.
         """
         LogReader(self.path).close()  # Refuse what is no backup before a lock is made.
         self._lock = durable.WriterLock(self.path)
         try:
             for stray in glob.glob(glob.escape(self.scratch_prefix) + "*"):
                 durable.discard(stray)
-            self._load()
+            self._load(owner)
         except BaseException:
             self.close()
             raise
 
-    def _load(self) -> None:
+    def _load(self, owner: bytes | None = None) -> None:
         reader = LogReader(self.path)
         try:
             newest, tail = reader.newest()
+            if reader.rules != records.RULES:
+                raise reader.of_old_rules()
             if tail.kind is TailKind.DAMAGED:
                 reader.last = newest
                 raise reader.as_damage(tail.offset, tail.reason)
+            last = newest or BEFORE_FIRST._replace(backup_id=reader.backup_id or b"")
+            if owner is not None and owner[:TAG_SIZE] != last.tag:
+                raise OtherOwner(self.url, reader.taken_over())
             self._make_durable(newest, tail, reader)
             self._end = tail.offset
-            assert reader.backup_id is not None and reader.log_start is not None
+            assert reader.log_start is not None
             self._log_start = reader.log_start
-            self._settle(newest or BEFORE_FIRST._replace(backup_id=reader.backup_id))
+            self._session = last.tag + self._session[TAG_SIZE:]
+            self._settle(last)
         except OSError as error:
             raise DiskError(self.path, error, "open for writing") from error
         finally:
             reader.close()
 
     def _make_durable(self, newest: Head | None, tail: Tail, reader: LogReader) -> None:
-        self._file = durable.LogFile(self.path)
+        self._file = self._lock_log()
         if tail.kind is TailKind.TORN:
             aside = durable.free_name(f"{self.path}.torn-{tail.offset}")
             self._file.copy_tail(tail.offset, aside)
@@ -275,6 +315,15 @@ class FileBackend(Backend):
             session=self._session,
             chain=self._newest.chain_before,
         )
+
+    def take_over(self, owner: bytes) -> None:
+        """See Backend."""
+        self.add_owner(owner, records.encode_owner(time.time_ns(), platform.node()))
+
+    def add_owner(self, owner: bytes, payload: bytes) -> None:
+        """``take_over`` with the payload of the record (see records.encode_owner)."""
+        self._put(records.owner_behind(self._newest, owner, payload), payload)
+        self.begin_session()
 
     def add_record(self, head: Head, payload: bytes) -> None:
         """Store a change or a rewind as another log holds it; returns when it is durable.
@@ -319,7 +368,7 @@ class FileBackend(Backend):
         """
         newest = self._newest
         goes_on = is_foreign_keys_off(newest)
-        self._session = newest.session if goes_on else secrets.token_bytes(16)
+        self._session = newest.session if goes_on else new_session(newest.session)
 
     def _append(
         self,
@@ -332,8 +381,6 @@ class FileBackend(Backend):
         session: bytes,
         chain: bytes,
     ) -> None:
-        if self._failed is not None:
-            raise self._failed
         before = self._newest
         head = Head(
             kind=kind,
@@ -349,6 +396,11 @@ class FileBackend(Backend):
             chain_before=before.chain,
             chain=chain,
         )
+        self._put(head, payload)
+
+    def _put(self, head: Head, payload: bytes) -> None:
+        if self._failed is not None:
+            raise self._failed
         try:
             self._store(records.encode(head, payload))
         except OSError as error:
@@ -382,23 +434,22 @@ class FileBackend(Backend):
 
     def _reopen(self) -> None:
         assert self._file is not None
-        file = durable.LogFile(self.path)
-        if not self._is_ours(file.fd):
-            file.close()
+        self._file.close()  # First: it holds the lock on the same file.
+        self._file = durable.LogFile(self.path)
+        if not self._is_ours(self._file.fd):
             raise OSError(errno.ESTALE, "another file stands in its place")
-        self._file.close()
-        self._file = file
 
     def _is_ours(self, fd: int) -> bool:
         newest = self._newest
         try:
-            backup_id, _ = records.decode_header(os.pread(fd, records.FIRST_RECORD, 0))
+            backup_id, _, _ = records.decode_header(os.pread(fd, records.FIRST_RECORD, 0))
         except records.HeaderError:
             return False
         if newest.sequence == 0:
             return backup_id == newest.backup_id
         found = os.pread(fd, records.HEAD.size, newest.offset)
-        return records.decode_head(found, newest.offset, newest.backup_id) is not None
+        head = records.decode_head(found, newest.offset, newest.backup_id)
+        return head is not None and (head.sequence, head.chain) == (newest.sequence, newest.chain)
 
     @property
     def log_size(self) -> int:
@@ -487,21 +538,26 @@ class FileBackend(Backend):
 
     # Looking
 
+    def is_old(self) -> bool:
+        """Whether it is of a layout that is read, but not written any more."""
+        if layout1.is_layout_1(self.path):
+            return True
+        with contextlib.closing(LogReader(self.path)) as reader:
+            return reader.rules != records.RULES
+
     def read(self) -> Reading:
         """See Backend."""
         if layout1.is_layout_1(self.path):
             return layout1.Layout1Reading(self.path)
         return FileReading(self.path)
 
-    def status(self) -> Status:
-        """See Backend. Reads and checks the whole log."""
+    def status(self, check: bool = False) -> Status:
+        """See Backend. A file of layout 1 is read in full in any case."""
         if layout1.is_layout_1(self.path):
             return layout1.status(self.url, self.path)
         reader = LogReader(self.path)
         try:
-            for _ in reader:
-                pass
-            last = reader.last or BEFORE_FIRST
+            last, tail, damage = _checked(reader) if check else _seen(reader)
             log_start = reader.log_start or records.FIRST_RECORD
             return Status(
                 url=self.url,
@@ -512,16 +568,38 @@ class FileBackend(Backend):
                 version_count=last.changes + (log_start > records.FIRST_RECORD),
                 changes=last.changes,
                 snapshot_size=records.snapshot_size(log_start),
-                size=reader.position,
+                size=tail.offset,
                 allocated=reader.allocated,
                 last_change_ns=last.time_ns or None,
-                torn_tail=reader.tail.kind is TailKind.TORN,
-                damage=str(reader.damage) if reader.damage else None,
+                owner=last.tag.hex(),
+                torn_tail=tail.kind is TailKind.TORN,
+                checked=check,
+                damage=str(damage) if damage else None,
                 disk_free=shutil.disk_usage(os.path.dirname(self.path)).free,
                 warnings=disk_warnings(self.path),
             )
         finally:
             reader.close()
+
+
+def _checked(reader: LogReader) -> tuple[Head, Tail, Damaged | None]:
+    """The last record, the tail and the damage of a whole log, read to its end."""
+    for _ in reader:
+        pass
+    tail = reader.tail._replace(offset=reader.position)
+    return reader.last or BEFORE_FIRST, tail, reader.damage
+
+
+def _seen(reader: LogReader) -> tuple[Head, Tail, Damaged | None]:
+    """``_checked``, as far as the log's end tells."""
+    if reader.damage is not None:
+        return _checked(reader)
+    newest, tail = reader.settled()
+    damage = None
+    if tail.kind is TailKind.DAMAGED:
+        reader.last = newest
+        damage = reader.as_damage(tail.offset, tail.reason)
+    return newest or BEFORE_FIRST, tail, damage
 
 
 def disk_warnings(path: str) -> list[str]:

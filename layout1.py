@@ -273,6 +273,7 @@ def status(url: str, path: str) -> Status:
         size=reading.position,
         allocated=reading.total,
         torn_tail=reading.torn_tail,
+        checked=True,
         damage=str(reading.damage) if reading.damage else None,
         notes=notes,
     )

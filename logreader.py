@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator
 
 import layout1
 import records
-from backend import FOREIGN_KEYS_OFF, Change, Reading, chain_after
+from backend import FOREIGN_KEYS_OFF, Change, Reading, chain_after, utc
 from errors import CLI, BackupError, BackupMissing, Damaged, DiskError, UnsupportedLayout
 from records import Head, Kind, Tail, TailKind
 
 GROWING_TAIL_S = 1.0
 """How long a reader waits for an append in flight before it judges the tail."""
+LOOK_AGAIN_S = 0.02
 
 
 class LogReader:
@@ -27,6 +28,7 @@ class LogReader:
     Attributes:
         allocated: size of the file in bytes.
         backup_id, log_start: from the file header; None where that is damaged.
+        rules: from the file header, see records.py.
         last: head of the last valid record seen, or None.
         position: offset of the next record.
         tail: what stands behind the last record, known after the iteration.
@@ -46,6 +48,7 @@ class LogReader:
             raise DiskError(path, error, "open") from error
         self.backup_id: bytes | None = None
         self.log_start: int | None = None
+        self.rules = records.RULES
         self.last: Head | None = None
         self.position = records.FIRST_RECORD
         self.tail = Tail(TailKind.CLEAN, self.position)
@@ -68,12 +71,31 @@ class LogReader:
                 f" file run `{CLI} upgrade file://{self.path}`.",
             )
         try:
-            self.backup_id, self.log_start = records.decode_header(header)
+            self.backup_id, self.log_start, self.rules = records.decode_header(header)
         except records.HeaderError as error:
             if self._newest_anywhere() is None:
                 found = f"not a backup: {error}"
                 raise UnsupportedLayout(self.path, found, "Check the URL.") from error
             self.damage = self.as_damage(0, str(error))
+
+    def of_old_rules(self) -> UnsupportedLayout:
+        """The refusal to write to a file of rules 0."""
+        return UnsupportedLayout(
+            self.path,
+            "of an early form of layout 2, which is not written any more",
+            f"Stop the node and run `{CLI} upgrade --lightning-dir DIR`; for a server's"
+            f" file run `{CLI} upgrade file://{self.path}`.",
+        )
+
+    def taken_over(self) -> str:
+        """When and by which machine the backup was taken over, in words; "" if never."""
+        start = self.log_start or records.FIRST_RECORD
+        head = records.find_last(self.pread, start, self.allocated, self.backup_id, Kind.OWNER)
+        if head is None:
+            return ""
+        payload = self.pread(head.offset + records.HEAD.size, head.length)
+        time_ns, machine = records.decode_owner(payload)
+        return f"{machine} took it over at {utc(time_ns)}"
 
     def start_after(self, head: Head) -> None:
         """Begin behind ``head``, a record of this file, in place of the beginning."""
@@ -108,7 +130,19 @@ class LogReader:
         if self.damage is not None:
             raise self.damage
         assert self.backup_id is not None and self.log_start is not None
-        return records.find_newest(self.pread, self.allocated, self.backup_id, self.log_start)
+        return records.find_newest(
+            self.pread, self.allocated, self.backup_id, self.log_start, self.rules
+        )
+
+    def settled(self) -> tuple[Head | None, Tail]:
+        """``newest``, after an append in flight: looks again for GROWING_TAIL_S."""
+        deadline = time.monotonic() + GROWING_TAIL_S
+        while True:
+            found = self.newest()
+            if found[1].kind is TailKind.CLEAN or time.monotonic() > deadline:
+                return found
+            time.sleep(LOOK_AGAIN_S)
+            self.allocated = self._size()
 
     def __iter__(self) -> Iterator[tuple[Head, bytes]]:
         while (record := self._next()) is not None:
@@ -143,11 +177,11 @@ class LogReader:
                 self.tail = Tail(TailKind.DAMAGED, self.position, reason)
                 return None
             self.tail = records.judge_tail(
-                self.pread, self.position, self.allocated, self.backup_id
+                self.pread, self.position, self.allocated, self.backup_id, self.rules
             )
             if self.tail.kind is TailKind.CLEAN or time.monotonic() > deadline:
                 return None
-            time.sleep(0.02)
+            time.sleep(LOOK_AGAIN_S)
 
     def _record_at(self, offset: int) -> tuple[Head, bytes] | None:
         head = records.decode_head(self._peek(offset, records.HEAD.size), offset, self.backup_id)
@@ -213,6 +247,8 @@ def effective(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[Change]:
 def _not_rewound(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[tuple[Head, bytes]]:
     last: tuple[Head, bytes] | None = None
     for record in log_records:
+        if record[0].kind == Kind.OWNER:
+            continue
         if record[0].kind == Kind.REWIND:
             last = None
             continue

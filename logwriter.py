@@ -68,14 +68,18 @@ class LogWriter:
                     changes=0,
                     length=length,
                 )
-                self._add(
-                    piece_head, records.encode_head(piece_head, piece), piece, records.TRAILER
-                )
+                data = records.encode_head(piece_head, piece), piece
+                self._add(piece_head, *data, records.trailer(piece_head.offset))
             if source.tell() != size:
                 raise ConfigError(f"{path} changed while it was read.", "Stop whoever writes it.")
 
+    def add_owner(self, owner: bytes, payload: bytes) -> None:
+        """Say who may write from here on (see records.encode_owner)."""
+        head = records.owner_behind(self.last, owner, payload)
+        self._add(head, records.encode(head, payload))
+
     def add(self, head: Head, payload: bytes) -> None:
-        """Add a change or a rewind that another log holds."""
+        """Add a record, but no snapshot, that another log holds."""
         moved = records.moved(head, self.last)
         self._add(moved, records.encode(moved, payload))
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import durable
+from backend import NOBODY
 from errors import CLI, BackupExists, ConfigError, DiskError
 
 LOCK_NAME = "backup.lock"
@@ -22,14 +23,18 @@ NETWORKS = (
 
 @dataclass(frozen=True, slots=True)
 class LockFile:
-    """What backup.lock says: JSON ``{"backend_url": "<url>"}``, and ``"compact"`` if given.
+    """What backup.lock says: JSON ``{"backend_url": "<url>", "owner": "<32 hex digits>"}``.
+
+    A file of the earlier plugin has no owner. ``"compact"`` may be added by hand.
 
     Attributes:
         compact: see compaction.parse_least; None if not given.
+        owner: what the backup knows this node by, 16 bytes.
     """
 
     backend_url: str
     compact: object = None
+    owner: bytes = NOBODY
 
 
 def read_lock_file(directory: str) -> LockFile:
@@ -45,6 +50,9 @@ def read_lock_file(directory: str) -> LockFile:
         url = content["backend_url"]
         if not isinstance(url, str):
             raise TypeError("backend_url is no string")
+        owner = bytes.fromhex(content.get("owner", NOBODY.hex()))
+        if len(owner) != len(NOBODY):
+            raise ValueError("owner is not of 16 bytes")
     except FileNotFoundError as error:
         raise ConfigError(
             f"Could not find backup.lock in the lightning-dir {directory}.",
@@ -58,17 +66,23 @@ def read_lock_file(directory: str) -> LockFile:
             f'{path} is damaged: it should read {{"backend_url": "<url>"}}.',
             f"Move it away and run `{CLI} attach --lightning-dir {directory} URL`.",
         ) from error
-    return LockFile(url, content.get("compact"))
+    return LockFile(url, content.get("compact"), owner)
 
 
-def write_lock_file(directory: str, lock_file: LockFile) -> None:
-    """Write a new backup.lock; BackupExists if there is one."""
+def write_lock_file(directory: str, lock_file: LockFile, replace: bool = False) -> None:
+    """Write backup.lock.
+
+    Args:
+        replace: in place of the one that is there; else BackupExists if there is one.
+    """
     path = os.path.join(directory, LOCK_NAME)
     content: dict[str, object] = {"backend_url": lock_file.backend_url}
+    if lock_file.owner != NOBODY:
+        content["owner"] = lock_file.owner.hex()
     if lock_file.compact is not None:
         content["compact"] = lock_file.compact
     try:
-        durable.write_file(path, json.dumps(content).encode())
+        durable.write_file(path, json.dumps(content).encode(), replace)
     except FileExistsError as error:
         raise BackupExists(path) from error
     except OSError as error:

@@ -30,9 +30,10 @@ version where nothing can be rewound. version_count is the number of changes sin
 snapshot, and one for the snapshot.
 
 Protocol 2 begins on a connection when the client sends REQ_METADATA with the payload
-``protocol u32 = 2`` and the server answers METADATA with protocol 2; a server of protocol 1
-ignores the payload and answers as always. From then on, in place of CHANGE, SNAPSHOT and
-REWIND:
+``protocol u32 = 2, claims u8, owner 16 bytes, name of the client's machine in UTF-8`` and the
+server answers METADATA with protocol 2; a server of protocol 1 ignores the payload and
+answers as always. A writer claims its owner with 1: where the backup is another's, the
+server answers NACK. From then on, in place of CHANGE, SNAPSHOT and REWIND:
 
     type  name      from    payload                                          answer
       10  RECORD    both    a record, compressed                             ACK or NACK
@@ -48,13 +49,13 @@ A record is what file layout 2 (records.py) stores, and its fields mean the same
 the crc:
 
     offset  size  field         meaning
-         0     1  kind          1 snapshot, 2 change, 3 rewind
+         0     1  kind          1 snapshot, 2 change, 3 rewind, 4 owner
          1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot
          2     4  data_version
          6     8  sequence      in a restore; 0 from a client
         14     4  crc           CRC-32 of all of the record, with 0 here
         18     8  time
-        26    16  session
+        26    16  session       of a snapshot to the server: the owner of the new backup
         42    16  chain before  what the receiver must have
         58    16  chain         what it has then
         74     n  payload
@@ -64,7 +65,9 @@ flush after each: it keeps its window, and a new connection begins with a new on
 snapshot's pieces are records of at most 1 MiB; only the last is answered. RESTORE is
 answered by COMING, the log's records as they stand, rewinds included, and DONE; or by
 NACK where the log is damaged. A client appends only onto the chain it knows; once another
-session has written, every record of the session before gets a NACK.
+session has written, every record of the session before gets a NACK, and so does a record
+whose session does not begin like the backup's owner. An owner is taken from any client, if
+its chains are the backup's.
 """
 
 from __future__ import annotations
@@ -75,7 +78,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, Change, chain_after
+from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, Change, chain_after
 from errors import BackupError
 from records import MAX_LENGTH, Head, Kind
 
@@ -83,6 +86,7 @@ NEWEST = 2
 """The newest protocol spoken here."""
 HEADER = struct.Struct("!BI")
 VERSION = struct.Struct("!I")
+CLAIM = struct.Struct("!IB16s")
 METADATA = struct.Struct("!IIIQ")
 DETAILS = struct.Struct("!16sQ16s16s16sQQ")
 NACK = struct.Struct("!IH")
@@ -98,6 +102,7 @@ MAX_SNAPSHOT_SIZE = 1 << 40
 """Bytes that a SNAPSHOT may inflate to."""
 MAX_TEXT_SIZE = 1 << 16
 MAX_NACK_TEXT = 4096
+MAX_MACHINE_SIZE = 255
 _MAX_CHANGE_PACKET = VERSION.size + MAX_CHANGE_SIZE + MAX_CHANGE_SIZE // 1000 + 64
 """zlib adds less than a thousandth to what it cannot compress."""
 _GREATEST_RATIO = 1032
@@ -278,9 +283,24 @@ def decode_metadata(payload: bytes) -> Metadata:
     return metadata._replace(details=Details._make((*DETAILS.unpack_from(rest), server)))
 
 
-def encode_request_metadata() -> bytes:
-    """The REQ_METADATA packet that offers protocol 2."""
-    return encode(PacketType.REQ_METADATA, VERSION.pack(NEWEST))
+def encode_request_metadata(owner: bytes | None = None, machine: str = "") -> bytes:
+    """The REQ_METADATA packet that offers protocol 2.
+
+    Args:
+        owner: who means to write, or None.
+        machine: its name.
+    """
+    claim = CLAIM.pack(NEWEST, owner is not None, owner or NOBODY)
+    return encode(PacketType.REQ_METADATA, claim + machine.encode()[:MAX_MACHINE_SIZE])
+
+
+def claimed_owner(payload: bytes) -> tuple[bytes | None, str]:
+    """The owner, None if none is claimed, and the machine of a REQ_METADATA."""
+    if len(payload) < CLAIM.size:
+        return None, ""
+    _, claims, owner = CLAIM.unpack_from(payload)
+    machine = payload[CLAIM.size :][:MAX_MACHINE_SIZE].decode(errors="replace")
+    return owner if claims else None, machine
 
 
 def agreed_protocol(payload: bytes) -> int:

@@ -5,7 +5,7 @@ File header, written once, 64 bytes:
     offset  size  field      meaning
          0    16  magic      89 "CLN backup" 0d 0a 1a 0a 00
         16     4  layout     2
-        20     4  reserved   0
+        20     4  rules      1; 0: of a file whose end may not be zero, and that has no owner
         24    16  backup id  random; also in every record
         40     8  created    Unix time in nanoseconds, informative
         48     8  log start  offset of the first record after the snapshot; 64 without one
@@ -17,7 +17,7 @@ trailer of 4 bytes:
 
     offset  size  field         meaning
          0     4  marker        c5 "rec"
-         4     1  kind          1 snapshot, 2 change, 3 rewind
+         4     1  kind          1 snapshot, 2 change, 3 rewind, 4 owner
          5     1  flags         bit 0: the change bumps data_version
                                 bit 1: last piece of the snapshot
          6     2  reserved      0
@@ -30,17 +30,20 @@ trailer of 4 bytes:
         44     4  payload crc   CRC-32 of the payload
         48     8  changes       changes that count since the snapshot, this one included
         56     8  time          Unix time in nanoseconds, informative
-        64    16  session       random, one for each start of the plugin
+        64    16  session       8 bytes of the owner, then random, one for each start of the
+                                plugin; of an owner, all of it
         80     8  length        of the payload
         88    16  chain before  names the history before this record
        104    16  chain         names the history with this record
        120     4  head crc      CRC-32 of bytes 0 to 119
        124     n  payload       see below
-     124+n     4  trailer       "end" 0a; not zero, so it shows that a write got to its end
+     124+n     4  trailer       the low 3 bytes of the offset, 0a; not zero, so it shows that a
+                                write got to its end, and which one
 
 Payloads: of a snapshot, a piece of at most 1 MiB of an SQLite file; of a change, its
 statements in UTF-8, joined by one NUL byte (no statement is empty or holds a NUL); of a
-rewind, nothing.
+rewind, nothing; of an owner, Unix time in nanoseconds as 8 bytes and the name in UTF-8 of
+the machine that took over.
 
 A snapshot is all of the records before "log start", the last one flagged, or there is
 none. It is written and verified before the file gets its name. Its chain is random, or
@@ -49,8 +52,15 @@ chain is 16 zero bytes. A change's chain is BLAKE2b-128(chain before, data_versi
 bytes, payload). A rewind follows a change that bumps and takes it back: its data_version
 is one less, and its chain is that change's chain before.
 
-Behind the newest record the file is zero, up to any size. Its end may also hold a torn
-tail: an append that never finished, so was never acknowledged (``judge_tail``).
+An owner says who may write from there on: 16 random bytes, all zero for nobody in
+particular. It repeats the record before it in all that it says of the history (flags,
+data_version, changes, time, chain before, chain). Right behind a snapshot it has the
+snapshot's sequence, so that a compaction can put it there again.
+
+Behind the newest record the file is zero, up to any size, but for at least one byte: zeros
+are written and flushed before the record in front of them. So a file that ends inside a
+record or right behind one was cut off. Its end may also hold a torn tail: an append that
+never finished, so was never acknowledged (``judge_tail``).
 """
 
 from __future__ import annotations
@@ -61,24 +71,27 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE
+from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, TAG_SIZE
 
 MAGIC = b"\x89CLN backup\r\n\x1a\n\x00"
 LAYOUT = 2
+RULES = 1
 FILE_HEADER = struct.Struct("!16sII16sQQ4xI")
 MARKER = b"\xc5rec"
 HEAD = struct.Struct("!4sBB2x16sQQIIQQ16sQ16s16sI")
-TRAILER = b"end\n"
+_TRAILER_SIZE = 4
 BUMPS = 1
 FINAL = 2
 SECTOR = 512
 """Bytes that a disk writes all or nothing."""
+CUT_OFF = "the file was cut off there: this is the beginning of a copy"
 WINDOW = 1 << 20
 """Bytes read at once when a record is searched."""
 
 assert (FILE_HEADER.size, HEAD.size, len(MAGIC)) == (64, 124, 16)
 FIRST_RECORD = FILE_HEADER.size
-OVERHEAD = HEAD.size + len(TRAILER)
+OVERHEAD = HEAD.size + _TRAILER_SIZE
+MAX_OWNER_PAYLOAD = 1 << 10
 _CRC = struct.Struct("!I")
 
 
@@ -88,12 +101,16 @@ class Kind(enum.IntEnum):
     SNAPSHOT = 1
     CHANGE = 2
     REWIND = 3
+    OWNER = 4
 
 
+CHANGES_STEP: dict[int, int] = {Kind.CHANGE: 1, Kind.REWIND: -1, Kind.OWNER: 0}
+"""What a kind adds to the number of changes."""
 MAX_LENGTH: dict[int, int] = {
     Kind.SNAPSHOT: MAX_CHUNK_SIZE,
     Kind.CHANGE: MAX_CHANGE_SIZE,
     Kind.REWIND: 0,
+    Kind.OWNER: MAX_OWNER_PAYLOAD,
 }
 """Bytes of payload that a kind may have."""
 
@@ -125,20 +142,54 @@ class Head(NamedTuple):
     @property
     def rewindable(self) -> bool:
         """Whether a rewind may follow this record."""
-        return self.kind == Kind.CHANGE and bool(self.flags & BUMPS)
+        return self.kind in (Kind.CHANGE, Kind.OWNER) and bool(self.flags & BUMPS)
+
+    @property
+    def tag(self) -> bytes:
+        """What the session tells of the owner."""
+        return self.session[:TAG_SIZE]
 
 
 _CRC_FIELD = Head._fields.index("payload_crc")
-BEFORE_FIRST = Head()
-"""Stands for the record before the first one: version 0, nothing to rewind."""
+BEFORE_FIRST = Head(offset=FIRST_RECORD - OVERHEAD, session=NOBODY)
+"""Stands for the record before the first one: version 0, nothing to rewind, ends at 64."""
 
 
 def moved(head: Head, before: Head) -> Head:
-    """``head`` of a change or a rewind, as it stands behind ``before`` in another file."""
-    step = 1 if head.kind == Kind.CHANGE else -1
+    """``head`` of anything but a snapshot, as it stands behind ``before`` in another file."""
     return head._replace(
-        backup_id=before.backup_id, offset=before.end, changes=before.changes + step
+        backup_id=before.backup_id,
+        offset=before.end,
+        changes=before.changes + CHANGES_STEP[head.kind],
     )
+
+
+def owner_behind(before: Head, owner: bytes, payload: bytes) -> Head:
+    """The head of an owner record behind ``before``.
+
+    Args:
+        owner: 16 bytes.
+        payload: see encode_owner.
+    """
+    behind_snapshot = before.kind == Kind.SNAPSHOT
+    return before._replace(
+        kind=Kind.OWNER,
+        flags=BUMPS if before.rewindable else 0,
+        sequence=before.sequence + (0 if behind_snapshot else 1),
+        offset=before.end,
+        session=owner,
+        length=len(payload),
+    )
+
+
+def encode_owner(time_ns: int, machine: str) -> bytes:
+    """The payload of an owner record: when which machine took over."""
+    return time_ns.to_bytes(8, "big") + machine.encode()[: MAX_OWNER_PAYLOAD - 8]
+
+
+def decode_owner(payload: bytes) -> tuple[int, str]:
+    """Unix time in nanoseconds and machine of an owner record."""
+    return int.from_bytes(payload[:8], "big"), payload[8:].decode(errors="replace")
 
 
 class HeaderError(ValueError):
@@ -149,24 +200,24 @@ def encode_header(backup_id: bytes, created_ns: int, snapshot_size: int) -> byte
     """The 64 bytes that begin a file whose snapshot has ``snapshot_size`` bytes."""
     pieces = -(-snapshot_size // MAX_CHUNK_SIZE)
     log_start = FIRST_RECORD + pieces * OVERHEAD + snapshot_size
-    body = FILE_HEADER.pack(MAGIC, LAYOUT, 0, backup_id, created_ns, log_start, 0)[:-4]
+    body = FILE_HEADER.pack(MAGIC, LAYOUT, RULES, backup_id, created_ns, log_start, 0)[:-4]
     return body + _CRC.pack(zlib.crc32(body))
 
 
-def decode_header(data: bytes) -> tuple[bytes, int]:
-    """Backup id and log start of a file that begins with ``data``.
+def decode_header(data: bytes) -> tuple[bytes, int, int]:
+    """Backup id, log start and rules of a file that begins with ``data``.
 
     Raises:
         HeaderError: it does not check.
     """
     if len(data) < FILE_HEADER.size:
         raise HeaderError("the file header is cut off")
-    magic, layout, _, backup_id, _, log_start, crc = FILE_HEADER.unpack_from(data)
+    magic, layout, rules, backup_id, _, log_start, crc = FILE_HEADER.unpack_from(data)
     if zlib.crc32(data[: FILE_HEADER.size - 4]) != crc:
         raise HeaderError("the file header does not match its checksum")
-    if magic != MAGIC or layout != LAYOUT:
-        raise HeaderError(f"the file header names layout {layout}")
-    return backup_id, log_start
+    if magic != MAGIC or layout != LAYOUT or rules > RULES:
+        raise HeaderError(f"the file header names layout {layout}, rules {rules}")
+    return backup_id, log_start, rules
 
 
 def snapshot_size(log_start: int) -> int:
@@ -177,7 +228,12 @@ def snapshot_size(log_start: int) -> int:
 
 def encode(head: Head, payload: bytes) -> bytes:
     """A whole record. Both CRCs of ``head`` are set here, its length must fit."""
-    return b"".join((encode_head(head, payload), payload, TRAILER))
+    return b"".join((encode_head(head, payload), payload, trailer(head.offset)))
+
+
+def trailer(offset: int) -> bytes:
+    """What stands at the end of the record that begins at ``offset``."""
+    return (offset & 0xFFFFFF).to_bytes(3, "big") + b"\n"
 
 
 def encode_head(head: Head, payload: bytes | memoryview) -> bytes:
@@ -216,6 +272,9 @@ def follows(before: Head | None, head: Head, log_start: int) -> str:
         final = bool(head.flags & FINAL) == (head.end == log_start)
         return "" if alike and final else "the snapshot's pieces do not fit"
     last = before or BEFORE_FIRST
+    if head.kind == Kind.OWNER:
+        fits = _state(head) == _state(owner_behind(last, head.session, b""))
+        return "" if fits else "the record does not continue the one before"
     if head.kind == Kind.REWIND:
         expected = (last.version - 1, last.changes - 1, last.chain, last.chain_before)
         possible = last.rewindable
@@ -238,6 +297,11 @@ def log_start_by(head: Head) -> int:
 
 def _stands_for(head: Head) -> tuple[int, int, bytes]:
     return head.sequence, head.version, head.chain
+
+
+def _state(head: Head) -> tuple[object, ...]:
+    history = head.version, head.changes, head.time_ns, head.chain_before, head.chain
+    return head.sequence, head.flags, *history
 
 
 # Finding the end of a file.
@@ -264,7 +328,7 @@ class Tail(NamedTuple):
 
 def payload_checks(pread: Pread, head: Head) -> bool:
     """Whether the payload behind ``head`` is complete and matches its checksum."""
-    crc, position, end = 0, head.offset + HEAD.size, head.end - len(TRAILER)
+    crc, position, end = 0, head.offset + HEAD.size, head.end - _TRAILER_SIZE
     while position < end:
         data = pread(position, min(WINDOW, end - position))
         if not data:
@@ -274,8 +338,10 @@ def payload_checks(pread: Pread, head: Head) -> bool:
     return crc == head.payload_crc
 
 
-def find_last(pread: Pread, start: int, end: int, backup_id: bytes | None) -> Head | None:
-    """The last record with a valid head that begins in [start, end), if any."""
+def find_last(
+    pread: Pread, start: int, end: int, backup_id: bytes | None, kind: Kind | None = None
+) -> Head | None:
+    """The last record with a valid head (of ``kind``) that begins in [start, end), if any."""
     high = end
     while high > start:
         low = max(start, high - WINDOW)
@@ -283,7 +349,7 @@ def find_last(pread: Pread, start: int, end: int, backup_id: bytes | None) -> He
         at = data.rfind(MARKER, 0, high - low + len(MARKER) - 1)
         while at >= 0:
             head = decode_head(data[at : at + HEAD.size], low + at, backup_id)
-            if head is not None:
+            if head is not None and kind in (None, head.kind):
                 return head
             at = data.rfind(MARKER, 0, at + len(MARKER) - 1)
         high = low
@@ -303,14 +369,21 @@ def find_next(pread: Pread, start: int, end: int, backup_id: bytes | None) -> He
     return None
 
 
-def judge_tail(pread: Pread, offset: int, size: int, backup_id: bytes | None) -> Tail:
+def judge_tail(
+    pread: Pread, offset: int, size: int, backup_id: bytes | None, rules: int = RULES
+) -> Tail:
     """What stands at ``offset``, where no valid record does, in a file of ``size`` bytes.
 
     Torn means: it was written by an append that did not get to its end, which shows in a
-    write that stops early or in a sector of it that is still zero, and no record follows.
-    A record that was acknowledged cannot look like that: no sector of it is all zero.
+    write that stops early or in a sector of it that is still zero, and no later append
+    follows. A record that was acknowledged cannot look like that: no sector of it is all zero.
+
+    Args:
+        rules: the file header's; in a file of rules 0 there may be no zeros at the end.
     """
     written = _last_nonzero(pread, offset, size) - offset
+    if rules and size <= offset + (OVERHEAD if written > 0 else 0):
+        return Tail(TailKind.DAMAGED, offset, CUT_OFF)
     if written <= 0:
         return Tail(TailKind.CLEAN, offset)
     if find_next(pread, offset + 1, offset + written, backup_id) is not None:
@@ -318,27 +391,48 @@ def judge_tail(pread: Pread, offset: int, size: int, backup_id: bytes | None) ->
     if written < HEAD.size:
         return Tail(TailKind.TORN, offset, "its head is not complete")
     head = decode_head(pread(offset, HEAD.size), offset, backup_id)
-    if head is not None and head.kind == Kind.SNAPSHOT:
-        return Tail(TailKind.DAMAGED, offset, "a piece of the snapshot that does not check")
-    extent = HEAD.size if head is None else OVERHEAD + head.length
-    if offset + extent > size or (head and written <= extent - len(TRAILER)):
-        return Tail(TailKind.TORN, offset, "it ends early")
-    end = offset + extent
-    if head is None:  # Whole sectors: the end of a sound head may be zero, alone in the next.
-        end = min(-(-end // SECTOR) * SECTOR, size)
+    if head is None:
+        return _judge_headless(pread, offset, written, size, rules)
+    return _judge_headed(pread, head, written, size, rules)
+
+
+def _judge_headed(pread: Pread, head: Head, written: int, size: int, rules: int) -> Tail:
+    extent = head.end - head.offset
+    if head.kind == Kind.SNAPSHOT:
+        return Tail(TailKind.DAMAGED, head.offset, "a piece of the snapshot that does not check")
+    if rules and head.end >= size:
+        return Tail(TailKind.DAMAGED, head.offset, CUT_OFF)
+    if written > extent:
+        return Tail(TailKind.DAMAGED, head.offset, "a broken record with a later append behind it")
+    if head.end > size or written <= extent - _TRAILER_SIZE:
+        return Tail(TailKind.TORN, head.offset, "it ends early")
+    return _judge_sectors(pread, head.offset, head.end)
+
+
+def _judge_headless(pread: Pread, offset: int, written: int, size: int, rules: int) -> Tail:
+    last = pread(offset + written - _TRAILER_SIZE, _TRAILER_SIZE)
+    apart = (int.from_bytes(last[:3], "big") - offset) & 0xFFFFFF
+    if rules and last.endswith(b"\n") and 0 < apart < written:
+        return Tail(TailKind.DAMAGED, offset, "a broken record with a later append behind it")
+    # Whole sectors: the end of a sound head may be zero, alone in the next.
+    return _judge_sectors(pread, offset, min(-(-(offset + HEAD.size) // SECTOR) * SECTOR, size))
+
+
+def _judge_sectors(pread: Pread, offset: int, end: int) -> Tail:
     if _has_zero_sector(pread, offset, end):
         return Tail(TailKind.TORN, offset, "a sector of it was never written")
     return Tail(TailKind.DAMAGED, offset, "the last record does not check")
 
 
 def find_newest(
-    pread: Pread, size: int, backup_id: bytes, log_start: int
+    pread: Pread, size: int, backup_id: bytes, log_start: int, rules: int = RULES
 ) -> tuple[Head | None, Tail]:
     """The newest valid record of a file, and what stands behind it. Reads only the end."""
     head = find_last(pread, FIRST_RECORD, size, backup_id)
-    tail = judge_tail(pread, FIRST_RECORD if head is None else head.end, size, backup_id)
+    end = FIRST_RECORD if head is None else head.end
+    tail = judge_tail(pread, end, size, backup_id, rules)
     if head is not None and not payload_checks(pread, head):
-        tail = judge_tail(pread, head.offset, size, backup_id)
+        tail = judge_tail(pread, head.offset, size, backup_id, rules)
         head = find_last(pread, FIRST_RECORD, head.offset, backup_id)
         if head is not None and not payload_checks(pread, head):
             tail = Tail(TailKind.DAMAGED, head.offset, "the last records do not check")

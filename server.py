@@ -29,8 +29,10 @@ import protocol
 import records
 import restore
 from backend import (
+    NOBODY,
     NOTICE,
     RELEASE,
+    TAG_SIZE,
     Change,
     Reading,
     Snapshot,
@@ -45,7 +47,7 @@ from errors import BackupError, ConfigError, DiskError, InvalidChange
 from filebackend import FileBackend
 from logreader import LogReader
 from protocol import Details, Metadata, Nack, NackCode, PacketType, ProtocolError, SnapshotPart
-from records import BEFORE_FIRST, Head, Kind
+from records import Head, Kind
 from socketbackend import parse_host_port
 from stream import Stream
 
@@ -66,6 +68,9 @@ SPACE_CHECK_BYTES = 16 << 20
 """Bytes of a snapshot between two looks at the free space."""
 SWITCH_INTERVAL_S = 0.0002
 """So that a thread that streams a backup does not make the writer's thread wait."""
+
+
+OWNED = "the backup belongs to a node that writes with protocol 2"
 
 
 class Dropped(Exception):
@@ -108,6 +113,22 @@ class Keeper:
             )
             return metadata._replace(details=details)
 
+    def refuse_owner(self, connection: Connection, owner: bytes) -> bool:
+        """Refuse ``connection`` if ``owner`` is not the backup's; whether it was."""
+        with self.lock:
+            fits = owner[:TAG_SIZE] == self.backend.newest.tag
+        if not fits:
+            text = f"{connection.machine} as a writer: {self._whose()}"
+            connection.refuse(text, NackCode.TAKEN_OVER)
+        return not fits
+
+    def _whose(self) -> str:
+        with contextlib.closing(LogReader(self.backend.path)) as reader:
+            taken = reader.taken_over()
+        if not taken:
+            return "this backup is nobody's: it is not the one that this node wrote"
+        return f"the backup belongs to another node: {taken}"
+
     def is_writer(self, connection: Connection) -> bool:
         """Whether ``connection`` was the last to write."""
         return self._writer is connection
@@ -118,14 +139,17 @@ class Keeper:
             backend = self.backend
             first = not self.is_writer(connection)
             outdated = self._is_outdated(connection)
-            if backend.is_last(change) and (change.bumps or first) and not outdated:
+            known = backend.is_last(change) and not self._is_owned()
+            if known and (change.bumps or first) and not outdated:
                 log.info(f"{connection}: version {change.version} came again; it is stored already")
                 self._take_over(connection)
                 return connection.acknowledge(change.version)
             verdict = judge(change.base, backend.version, backend.rewindable, first=False)
-            if verdict is not Verdict.APPEND or outdated:
+            if self._is_owned() or verdict is not Verdict.APPEND or outdated:
                 reason = "a newer connection has written"
-                if verdict is not Verdict.APPEND:
+                if self._is_owned():
+                    reason = OWNED
+                elif verdict is not Verdict.APPEND:
                     reason = f"{verdict.value}: the backup is at version {backend.version}"
                 return connection.refuse(f"the change to version {change.version}: {reason}")
             self._take_over(connection)
@@ -137,7 +161,9 @@ class Keeper:
         with self.lock:
             backend = self.backend
             reason = ""
-            if not backend.rewindable:
+            if self._is_owned():
+                reason = OWNED
+            elif not backend.rewindable:
                 reason = "the last entry is not a change that can be taken back"
             elif version != backend.prev_version:
                 reason = f"it could only go back to version {backend.prev_version}"
@@ -150,6 +176,24 @@ class Keeper:
             self._take_over(connection)
             backend.rewind()
             connection.acknowledge(version)
+
+    def _is_owned(self) -> bool:
+        """Whether writers of protocol 1, which name no owner, are kept out."""
+        return self.backend.newest.tag != NOBODY[:TAG_SIZE]
+
+    def take_over(self, connection: Connection, head: Head, payload: bytes) -> None:
+        """Let another owner write from here on and acknowledge that, or refuse it."""
+        with self.lock:
+            newest = self.backend.newest
+            known = (head.chain_before, head.chain) == (newest.chain_before, newest.chain)
+            if not known or self._is_outdated(connection):
+                what = "the take-over: the backup has moved on, or is of another history"
+                return connection.refuse(what, NackCode.OTHER_HISTORY)
+            if newest.session != head.session:  # Else it came again.
+                self._take_over(connection)
+                self.backend.add_owner(head.session, payload)
+                log.log(NOTICE, f"{connection}: {connection.machine} took the backup over")
+            connection.acknowledge(head.version, head.chain)
 
     def record(self, connection: Connection, head: Head, payload: bytes) -> None:
         """Store a change or a rewind of protocol 2 and acknowledge it, or refuse it."""
@@ -175,10 +219,12 @@ class Keeper:
     def _refusal(self, connection: Connection, head: Head) -> tuple[NackCode, str] | None:
         """Why ``head`` may not be appended, or None. The chain decides, then the version."""
         newest = self.backend.newest
+        if head.tag != newest.tag:
+            return NackCode.TAKEN_OVER, self._whose()
         if head.session in self._superseded or self._is_outdated(connection):
             return NackCode.TAKEN_OVER, taken_over(newest.version, newest.time_ns)
         if head.chain_before != newest.chain:
-            if newest.session not in (head.session, BEFORE_FIRST.session):
+            if newest.session not in (head.session, NOBODY):
                 self._superseded.add(head.session)
                 return NackCode.TAKEN_OVER, taken_over(newest.version, newest.time_ns)
             return NackCode.OTHER_HISTORY, (
@@ -203,16 +249,22 @@ class Keeper:
             return f"it is older than the backup, at version {backend.version}"
         return ""
 
-    def replace(self, connection: Connection, snapshot: Snapshot) -> None:
-        """Start over with ``snapshot`` and acknowledge that, or refuse it."""
+    def replace(self, connection: Connection, snapshot: Snapshot, owner: bytes | None) -> None:
+        """Start over with ``snapshot`` and acknowledge that, or refuse it.
+
+        Args:
+            owner: whose the backup is then; None in protocol 1.
+        """
         with self.lock:
             reason = self.too_old(snapshot.version)
+            if owner is None and self._is_owned():
+                reason = OWNED
             if self._is_outdated(connection):
                 reason = "a newer connection has written"
             if reason:
                 return connection.refuse(f"the snapshot of version {snapshot.version}: {reason}")
             self._take_over(connection)
-            kept = self.backend.replace(snapshot)
+            kept = self.backend.replace(snapshot, owner or NOBODY, machine=connection.machine)
             log.log(
                 NOTICE,
                 f"{connection}: the backup starts over with a snapshot of version"
@@ -318,6 +370,8 @@ class Connection:
         self._spool: Spool | None = None
         self._refused_snapshot = ""
         self._snapshot_chain: bytes | None = None
+        self._snapshot_owner: bytes | None = None
+        self.machine = peer
         self._inflater = protocol.Inflater(0)
 
     def __str__(self) -> str:
@@ -386,6 +440,10 @@ class Connection:
                 self._server.guard(lambda: self._keeper.rewind(self, version))
             case PacketType.REQ_METADATA:
                 self._protocol = protocol.agreed_protocol(event.payload)
+                owner, machine = protocol.claimed_owner(event.payload)
+                self.machine = machine or self._peer
+                if owner is not None and self._keeper.refuse_owner(self, owner):
+                    return
                 self._send(protocol.encode_metadata(self._keeper.metadata(self._protocol)))
             case PacketType.RESTORE:
                 self._stream_backup()
@@ -413,6 +471,8 @@ class Connection:
     def _take_record(self, head: Head, payload: bytes) -> None:
         if head.kind == Kind.SNAPSHOT:
             return self._take_piece(head, payload)
+        if head.kind == Kind.OWNER:
+            return self._server.guard(lambda: self._keeper.take_over(self, head, payload))
         if head.kind == Kind.CHANGE:
             try:
                 bumps = payload_bumps(head.version, payload)
@@ -454,7 +514,7 @@ class Connection:
     def _take_snapshot(self, part: SnapshotPart) -> None:
         """Some of a SNAPSHOT of protocol 1."""
         if part.first:
-            self._begin_snapshot(part.version, None)
+            self._begin_snapshot(part.version, None, None)
         if self._spool is not None:
             for piece in self._inflater.feed(part.data):
                 self._spool.add(piece)
@@ -466,15 +526,15 @@ class Connection:
     def _take_piece(self, head: Head, payload: bytes) -> None:
         """A piece of a snapshot of protocol 2."""
         if self._snapshot_chain != head.chain:
-            self._begin_snapshot(head.version, head.chain)
+            self._begin_snapshot(head.version, head.chain, head.session)
         if self._spool is not None:
             self._spool.add(payload)
         if head.flags & records.FINAL:
             self._end_snapshot(head.version)
 
-    def _begin_snapshot(self, version: int, chain: bytes | None) -> None:
+    def _begin_snapshot(self, version: int, chain: bytes | None, owner: bytes | None) -> None:
         self._drop_spool()
-        self._snapshot_chain = chain
+        self._snapshot_chain, self._snapshot_owner = chain, owner
         self._inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
         self._refused_snapshot = self._keeper.too_old(version)
         if not self._refused_snapshot:
@@ -488,7 +548,7 @@ class Connection:
             what = f"a snapshot of version {version}: {self._refused_snapshot}"
             return self.refuse(what, NackCode.OLD_SNAPSHOT)
         self._spool.finish()
-        self._keeper.replace(self, self._spool.snapshot)
+        self._keeper.replace(self, self._spool.snapshot, self._snapshot_owner)
         self._drop_spool()
 
     def _drop_spool(self) -> None:

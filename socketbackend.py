@@ -7,8 +7,8 @@ import enum
 import ipaddress
 import json
 import os
+import platform
 import re
-import secrets
 import socket
 import tempfile
 import time
@@ -23,6 +23,8 @@ import records
 from backend import (
     EMPTY_CHAIN,
     MAX_CHUNK_SIZE,
+    NOBODY,
+    TAG_SIZE,
     Backend,
     Change,
     Reading,
@@ -31,6 +33,7 @@ from backend import (
     chain_after,
     committed,
     log,
+    new_session,
     taken_over,
 )
 from errors import CLI, BackupError, BackupExists, ConfigError
@@ -268,10 +271,16 @@ class Link:
             raise ProtocolError("The server sent a SNAPSHOT that nobody asked for.")
         return event
 
-    def metadata(self) -> Metadata:
-        """Ask for METADATA, and agree on a protocol."""
-        self.send(protocol.encode_request_metadata())
+    def metadata(self, owner: bytes | None = None) -> Metadata:
+        """Ask for METADATA, and agree on a protocol.
+
+        Args:
+            owner: who means to write; Refused if the backup is not his.
+        """
+        self.send(protocol.encode_request_metadata(owner, platform.node()))
         packet = self.answer()
+        if packet.type is PacketType.NACK:
+            raise Refused(protocol.decode_nack(packet.payload))
         if packet.type is not PacketType.METADATA:
             raise ProtocolError(f"The server answered {packet.type.name} in place of METADATA.")
         metadata = protocol.decode_metadata(packet.payload)
@@ -372,7 +381,8 @@ class SocketBackend(Backend):
         self.medium = f"the backup server {self._url.target}"
         self._link: Link | None = None
         self._known = Metadata(1, 0, 0, 0)
-        self._session = secrets.token_bytes(16)
+        self._owner: bytes | None = None
+        self._session = NOBODY
         self._written = False
         self._refusal: BackupError | None = None
         self._rewound: Metadata | None = None
@@ -408,31 +418,37 @@ class SocketBackend(Backend):
                 f"To go on with it run `{CLI} attach`; else let the server keep another file.",
             )
 
-    def create(self, snapshot: Snapshot | None) -> None:
+    def create(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> None:
         """See Backend. The server was started on an empty backup; it gets the snapshot."""
         link, found = self._once()
         try:
             self._check_empty(found)
             if snapshot is not None:
-                self._send_snapshot(link, snapshot)
+                self._send_snapshot(link, snapshot, owner)
         finally:
             link.close()
+        if snapshot is None and owner != NOBODY:
+            self.open()
+            try:
+                self.take_over(owner)
+            finally:
+                self.close()
 
-    def replace(self, snapshot: Snapshot) -> str:
+    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
         link, _ = self._once()
         try:
-            self._send_snapshot(link, snapshot)
+            self._send_snapshot(link, snapshot, owner)
         finally:
             link.close()
         return f"on {self._url.target}, under the name that the server's log gives"
 
-    def _send_snapshot(self, link: Link, snapshot: Snapshot) -> None:
+    def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes) -> None:
         head = BEFORE_FIRST._replace(
             kind=Kind.SNAPSHOT,
             version=snapshot.version,
             time_ns=time.time_ns(),
-            session=self._session,
+            session=owner,
             chain=snapshot.chain,
         )
         try:
@@ -446,8 +462,8 @@ class SocketBackend(Backend):
             raise Unreachable(self._url.target, error) from error
         link.check_ack(packet, link.ack_of(head))
 
-    def status(self) -> Status:
-        """See Backend. A server of protocol 1 tells versions only."""
+    def status(self, check: bool = False) -> Status:
+        """See Backend. A server of protocol 1 tells versions only; none checks its file."""
         link, found = self._once()
         link.close()
         status = Status(
@@ -462,6 +478,7 @@ class SocketBackend(Backend):
             status.backup_id = found.details.backup_id.hex()
             status.size = found.details.size
             status.last_change_ns = found.details.time_ns or None
+            status.owner = found.details.session[:TAG_SIZE].hex()
         return status
 
     def read(self) -> Reading:
@@ -491,9 +508,33 @@ class SocketBackend(Backend):
 
     # The writer's connection
 
-    def open(self) -> None:
-        """See Backend. Waits for the server as long as a change would."""
+    def open(self, owner: bytes | None = None) -> None:
+        """See Backend. Waits for the server as long as a change would.
+
+        A server of protocol 1 keeps no owner, and takes any.
+        """
+        self._owner = owner
         self._reconnect(time.monotonic())
+        details = self._known.details
+        self._session = new_session(owner or (details.session if details else NOBODY))
+
+    def take_over(self, owner: bytes) -> None:
+        """See Backend. A server of protocol 1 keeps no owner."""
+        details = self._known.details
+        if details is not None:
+            payload = records.encode_owner(time.time_ns(), platform.node())
+            head = Head(
+                kind=Kind.OWNER,
+                version=self.version,
+                time_ns=details.time_ns,
+                session=owner,
+                flags=records.BUMPS if self.rewindable else 0,
+                length=len(payload),
+                chain_before=details.chain_before,
+                chain=details.chain,
+            )
+            self._deliver(head, payload, lambda now: Fate.UNKNOWN)
+        self._owner, self._session = owner, new_session(owner)
 
     def _note(self, known: Metadata) -> None:
         if self._written and known.details is not None and self._known.details is None:
@@ -563,7 +604,7 @@ class SocketBackend(Backend):
                 session=head.session,
                 time_ns=head.time_ns,
             )
-        step = 1 if head.kind == Kind.CHANGE else -1
+        step = records.CHANGES_STEP[head.kind]
         return Metadata(
             known.protocol,
             head.version,
@@ -575,7 +616,7 @@ class SocketBackend(Backend):
     def _refresh(self) -> None:
         try:
             assert self._link is not None
-            self._note(self._link.metadata())
+            self._note(self._link.metadata(self._owner))
         except OSError:
             self._reconnect(time.monotonic())
 
@@ -659,7 +700,7 @@ class SocketBackend(Backend):
             self.close()
             try:
                 self._link = Link(self._url)
-                self._note(self._link.metadata())
+                self._note(self._link.metadata(self._owner))
                 return
             except OSError as error:
                 waited = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""From a file of layout 1 to one of layout 2, by replaying the old log."""
+"""From an old file to one of layout 2 as it is written now, by replaying the old log."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ class AllButTail(Reading):
         self._reading.close()
 
 
-def from_log(backend: FileBackend, progress: Callable[[Reading], None]) -> str | None:
-    """Replace ``backend``'s file of layout 1 by one of layout 2 with the same content.
+def from_log(backend: FileBackend, owner: bytes, progress: Callable[[Reading], None]) -> str | None:
+    """Replace ``backend``'s old file by one of layout 2 with the same content.
 
     Args:
+        owner: who may write to it, 16 bytes.
         progress: called now and then with the pass over the old file.
 
     Returns:
@@ -69,7 +70,7 @@ def from_log(backend: FileBackend, progress: Callable[[Reading], None]) -> str |
             snapshot = Snapshot(scratch, version)
         except restore.NothingToRestore:
             pass  # All there is, if anything, is the tail.
-        return backend.replace(snapshot, reading.tail)
+        return backend.replace(snapshot, owner, reading.tail)
     except OSError as error:
         raise DiskError(scratch, error, "write") from error
     finally:

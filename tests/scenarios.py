@@ -33,7 +33,7 @@ import records
 import restore
 import server
 import upgrade
-from backend import FOREIGN_KEYS_OFF, Change, Session, Snapshot, bump
+from backend import FOREIGN_KEYS_OFF, NOBODY, Change, Session, Snapshot, bump
 from errors import BackupError, BackupMissing, LostState, OutOfDate, UnsupportedLayout
 from filebackend import FileBackend
 from records import Tail, TailKind
@@ -388,7 +388,7 @@ class Aftermath:
             with contextlib.suppress(UnsupportedLayout):
                 backend.open()
                 raise AssertionError("a file of layout 1 was opened for writing")
-            upgrade.from_log(backend, lambda reading: None)
+            upgrade.from_log(backend, NOBODY, lambda reading: None)
             found = self._read()
         elif redo.what == "replace" and found != redo.history:
             self._refuses(redo.history, OutOfDate)
@@ -502,6 +502,7 @@ class Client:
 
     number: int
     answers: list[str] = field(default_factory=list)
+    machine: str = "client"
 
     def acknowledge(self, version: int, chain: bytes = b"") -> None:
         self.answers.append(f"ACK {version}")
@@ -621,7 +622,7 @@ class Life:
         redo = Redo("upgrade", original, history)
         self.nodes = (history, history[:-1]) if changes else (history,)
         self.mark({history, *self._gone()}, self.nodes, redo, history)
-        upgrade.from_log(FileBackend(self.url), lambda reading: None)
+        upgrade.from_log(FileBackend(self.url), NOBODY, lambda reading: None)
         self.mark({history}, self.nodes, redo, history)
 
     # The node
@@ -672,6 +673,15 @@ class Life:
         """
         self.stop()
         self.node = self.nodes[0 if lost else -1]
+        self.start()
+
+    def claim(self) -> None:
+        """The node stops, another owner takes the backup over, and a node starts."""
+        self.stop()
+        with contextlib.closing(FileBackend(self.url)) as backend:
+            backend.open()
+            backend.take_over(self.rng.randbytes(16))
+        self.node = self.rng.choice(self.nodes)
         self.start()
 
     def killed(self, at: int, calls: tuple[str, ...] = (), error: int = 0) -> None:
@@ -776,7 +786,7 @@ class Life:
             spool.finish()
             redo, kept = Redo("replace", source, history), self._kept()
             self.mark({self.stored, history, *self._gone()}, (history,), redo, kept)
-            keeper.replace(client, spool.snapshot)
+            keeper.replace(client, spool.snapshot, self.rng.randbytes(16))
         finally:
             spool.close()
         assert client.answers == [f"ACK {version}"]
@@ -793,14 +803,14 @@ class Life:
 def tail_of(data: bytes) -> Tail | None:
     """What stands behind the newest record of the log ``data``; None if it is no log."""
     try:
-        backup_id, log_start = records.decode_header(data)
+        backup_id, log_start, rules = records.decode_header(data)
     except records.HeaderError:
         return None
 
     def pread(offset: int, size: int) -> bytes:
         return data[offset : offset + size]
 
-    return records.find_newest(pread, len(data), backup_id, log_start)[1]
+    return records.find_newest(pread, len(data), backup_id, log_start, rules)[1]
 
 
 def is_torn(data: bytes) -> bool:
@@ -835,6 +845,8 @@ def append(life: Life) -> None:
     life.pragma(FOREIGN_KEYS_OFF)
     life.write()
     life.pragma(FOREIGN_KEYS_ON)
+    life.write()
+    life.claim()
     life.write()
 
 
@@ -1007,6 +1019,7 @@ def _cut_the_power(life: Life) -> None:
 
 STEPS: dict[str, Callable[[Life], None]] = {
     "write": Life.write,
+    "claim": Life.claim,
     "migrate": _migrate,
     "restart": Life.restart,
     "restart with a commit lost": lambda life: life.restart(lost=True),
@@ -1017,7 +1030,7 @@ STEPS: dict[str, Callable[[Life], None]] = {
     "compact": lambda life: life.compact(life.rng.randrange(3)),
     "a snapshot arrives": Life.snapshot_arrives,
 }
-WEIGHTS = (40, 6, 8, 10, 8, 8, 8, 4, 6, 4)
+WEIGHTS = (40, 6, 6, 8, 10, 8, 8, 8, 4, 6, 4)
 
 SCENARIOS: dict[str, Callable[[Life], None]] = {
     "init": init,

@@ -488,7 +488,7 @@ def link_to(local: Local) -> Link:
     return link
 
 
-MINE, THEIRS = bytes(range(16)), bytes(range(1, 17))
+MINE, THEIRS = bytes(8) + bytes(range(8)), bytes(8) + bytes(range(1, 9))
 
 
 def as_record(call: Call, before: bytes, session: bytes = MINE) -> tuple[Head, bytes]:

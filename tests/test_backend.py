@@ -76,7 +76,7 @@ class MemoryBackend(Backend):
     def unused(self, *_: object) -> Any:
         raise AssertionError
 
-    create = open = replace = read = status = close = require_absent = unused  # type: ignore
+    create = open = replace = take_over = read = status = close = require_absent = unused  # type: ignore
 
 
 class Node:

@@ -23,7 +23,7 @@ import logwriter
 import restore
 import server
 import upgrade
-from backend import Change, Snapshot, bump
+from backend import NOBODY, Change, Snapshot, bump
 from errors import BackupError, DiskError
 from filebackend import FileBackend
 from tests import support
@@ -166,6 +166,7 @@ def test_torn_tail_that_was_cut_does_not_come_back(url: str) -> None:
     support.add_session(url, [support.change(3, f"-- {'torn' * 1000}")])
     with path.open("r+b") as file:
         file.truncate(end + 3000)
+        file.truncate(end + 9000)
     disk = Disk(str(path.parent))
     disk.put({path.name: path.read_bytes()})
     backend = FileBackend(url)
@@ -254,7 +255,7 @@ def test_upgrade_names_a_full_disk(url: str, monkeypatch: pytest.MonkeyPatch) ->
     before = support.contents(path.parent)
     monkeypatch.setattr(os, "fdatasync", failing("fdatasync", errno.ENOSPC))
     with pytest.raises(DiskError, match="No space left"):
-        upgrade.from_log(FileBackend(url), lambda reading: None)
+        upgrade.from_log(FileBackend(url), NOBODY, lambda reading: None)
     assert support.contents(path.parent) == before
 
 

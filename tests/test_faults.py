@@ -421,6 +421,7 @@ def a_backup(url: str, torn: bool) -> Path:
         backend.close()
         with path.open("r+b") as file:
             file.truncate(end + 1500)
+            file.truncate(end + 8192)
     return path
 
 
@@ -764,8 +765,8 @@ def flush_that_fails(condition: str) -> list[str]:
 def test_plugin_refuses_when_the_disk_fails_for_good(node_dir: Path, url: str) -> None:
     attached(node_dir, url)
     calls = support.first_changes(4)
-    # The first flush is of the opening.
-    patch = flush_that_fails("self.flushes > 3")
+    # The first two flushes are of the opening.
+    patch = flush_that_fails("self.flushes > 4")
     with plugin_with(node_dir, patch, "filebackend.RETRY_FOR_S = 0.5") as plugin:
         plugin.manifest()
         plugin.write(*calls[0])

@@ -28,7 +28,7 @@ from protocol import (
     RecordPacker,
     RecordUnpacker,
 )
-from records import BEFORE_FIRST, BUMPS, FINAL, MAX_LENGTH, Head, Kind
+from records import BUMPS, FINAL, MAX_LENGTH, Head, Kind
 from tests import support
 
 GOLDEN: list[dict[str, Any]] = json.loads((support.DATA / "golden/protocol2.json").read_text())
@@ -69,7 +69,7 @@ def golden_head(entry: dict[str, Any]) -> tuple[Head, bytes]:
     for name in ("session", "chain_before", "chain"):
         fields[name] = bytes.fromhex(fields[name])
     payload = bytes.fromhex(entry["payload"])
-    return BEFORE_FIRST._replace(length=len(payload), **fields), payload
+    return Head(length=len(payload), **fields), payload
 
 
 def plain(data: bytes) -> bytes:
@@ -82,7 +82,7 @@ def record(kind: Kind, payload: bytes, version: int = 7, flags: int = 0) -> Head
     after = CHAIN[::-1]
     if kind is Kind.CHANGE:
         after = chain_after(CHAIN, version, payload)
-    return BEFORE_FIRST._replace(
+    return Head(
         kind=kind,
         flags=flags,
         version=version,
@@ -131,9 +131,13 @@ def test_golden_packet_is_cut_out_of_the_stream(entry: dict[str, Any]) -> None:
 
 
 def test_golden_request() -> None:
-    (entry,) = [entry for entry in GOLDEN if entry["type"] == "REQ_METADATA"]
-    assert protocol.encode_request_metadata() == raw(entry)
-    assert protocol.agreed_protocol(the_packet(entry).payload) == entry["offers"] == 2
+    for entry in [entry for entry in GOLDEN if entry["type"] == "REQ_METADATA"]:
+        owner = bytes.fromhex(entry["owner"]) if entry["owner"] else None
+        assert protocol.encode_request_metadata(owner, entry["machine"]) == raw(entry)
+        payload = the_packet(entry).payload
+        assert protocol.agreed_protocol(payload) == entry["offers"] == 2
+        assert protocol.claimed_owner(payload) == (owner, entry["machine"])
+    assert protocol.claimed_owner(protocol.VERSION.pack(2)) == (None, "")
 
 
 def test_golden_metadata() -> None:
@@ -283,7 +287,7 @@ def test_change_with_another_chain_is_refused() -> None:
             RecordUnpacker().unpack(content(RecordPacker().pack(wrong, payload)))
 
 
-@pytest.mark.parametrize("kind", [0, 4, 5, 255])
+@pytest.mark.parametrize("kind", [0, 5, 255])
 def test_unknown_kind_is_refused(kind: int) -> None:
     head, payload = SAMPLES["change"]
     with pytest.raises(ProtocolError, match="no known kind"):
@@ -512,7 +516,7 @@ def mutate(data: bytes, edits: list[tuple[int, int, int]]) -> bytes:
 
 
 heads = st.builds(
-    lambda kind, flags, numbers, names: BEFORE_FIRST._replace(
+    lambda kind, flags, numbers, names: Head(
         kind=kind,
         flags=flags,
         version=numbers[0] % 2**32,

@@ -16,6 +16,7 @@ import database
 import records
 import restore
 from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, bump
+from errors import UnsupportedLayout
 from filebackend import FileBackend
 from logreader import FileReading, LogReader
 from records import BEFORE_FIRST, FIRST_RECORD, HEAD, OVERHEAD, SECTOR, Head, Kind, Tail, TailKind
@@ -24,14 +25,17 @@ from tests import support
 # The golden file: a compacted backup of a small node. Read here without records.py.
 
 GOLDEN = support.DATA / "golden" / "layout2.bkp"
+OLD_GOLDEN = support.DATA / "golden" / "layout2-rules0.bkp"
 ID = bytes(range(16))
 CREATED_NS = 1_700_000_000_000_000_001
 SNAPSHOT_CHAIN = bytes(range(0xA0, 0xB0))
-FIRST, SECOND = b"\x11" * 16, b"\x22" * 16
+OWNER, NEW_OWNER = b"\x88" * 8 + b"\x99" * 8, b"\xaa" * 8 + b"\xbb" * 8
+FIRST, SECOND = OWNER[:8] + b"\x11" * 8, NEW_OWNER[:8] + b"\x22" * 8
+OWNER_PAYLOAD = CREATED_NS.to_bytes(8, "big") + "maschine-\u00e4".encode()
 HEADER_FIELDS = {
     "magic": (0, 16),
     "layout": (16, 4),
-    "reserved": (20, 4),
+    "rules": (20, 4),
     "backup id": (24, 16),
     "created": (40, 8),
     "log start": (48, 8),
@@ -55,14 +59,17 @@ HEAD_FIELDS = {
     "chain": (104, 16),
     "head crc": (120, 4),
 }
+TRAILER_SIZE = OVERHEAD - HEAD.size
 BYTES = {"magic", "marker", "backup id", "session", "chain before", "chain"}
-# kind, flags, data_version, changes, session, statements
-GOLDEN_RECORDS: list[tuple[int, int, int, int, bytes, list[str]]] = [
-    (2, 1, 6, 1, FIRST, ["INSERT INTO t VALUES ('one')", bump(6)]),
-    (2, 0, 6, 2, FIRST, ["PRAGMA foreign_keys = OFF;"]),
-    (2, 1, 7, 3, FIRST, ["INSERT INTO t VALUES ('abandoned')", bump(7)]),
-    (3, 0, 6, 2, SECOND, []),
-    (2, 1, 7, 3, SECOND, ["INSERT INTO t VALUES ('zwei\n\U0001f600')", bump(7)]),
+# kind, flags, sequence, data_version, changes, session, payload
+GOLDEN_RECORDS: list[tuple[int, int, int, int, int, bytes, bytes]] = [
+    (4, 0, 41, 5, 0, OWNER, OWNER_PAYLOAD),
+    (2, 1, 42, 6, 1, FIRST, f"INSERT INTO t VALUES ('one')\0{bump(6)}".encode()),
+    (2, 0, 43, 6, 2, FIRST, b"PRAGMA foreign_keys = OFF;"),
+    (2, 1, 44, 7, 3, FIRST, f"INSERT INTO t VALUES ('abandoned')\0{bump(7)}".encode()),
+    (4, 1, 45, 7, 3, NEW_OWNER, OWNER_PAYLOAD),
+    (3, 0, 46, 6, 2, SECOND, b""),
+    (2, 1, 47, 7, 3, SECOND, f"INSERT INTO t VALUES ('zwei\n\U0001f600')\0{bump(7)}".encode()),
 ]
 
 
@@ -82,24 +89,35 @@ def golden_snapshot() -> bytes:
     return data[64 + 124 : 64 + 124 + length]
 
 
+def golden_chains(
+    older: bytes, chain: bytes, kind: int, version: int, payload: bytes
+) -> tuple[bytes, bytes, int]:
+    """Chain before, chain, and the nanoseconds after the record before."""
+    if kind == 4:
+        return older, chain, 0
+    if kind == 3:
+        return chain, older, 10**9
+    digest = hashlib.blake2b(chain + struct.pack("!I", version) + payload, digest_size=16)
+    return chain, digest.digest(), 10**9
+
+
 def golden_again() -> bytes:
     """The golden file, encoded anew from its inputs."""
     snapshot = golden_snapshot()
     parts = [records.encode_header(ID, CREATED_NS, len(snapshot))]
     head = BEFORE_FIRST._replace(
         kind=1, flags=2, backup_id=ID, sequence=41, offset=64, version=5, time_ns=CREATED_NS,
-        length=len(snapshot), chain=SNAPSHOT_CHAIN,
+        length=len(snapshot), session=OWNER, chain=SNAPSHOT_CHAIN,
     )  # fmt: skip
     parts.append(records.encode(head, snapshot))
-    before_that = head
-    for kind, flags, version, changes, session, statements in GOLDEN_RECORDS:
-        payload = "\0".join(statements).encode()
-        digest = hashlib.blake2b(head.chain + struct.pack("!I", version) + payload, digest_size=16)
-        chain = before_that.chain if kind == 3 else digest.digest()
-        before_that, head = head, head._replace(
-            kind=kind, flags=flags, sequence=head.sequence + 1, offset=head.end, version=version,
-            changes=changes, time_ns=head.time_ns + 10**9, session=session, length=len(payload),
-            chain_before=head.chain, chain=chain,
+    for kind, flags, sequence, version, changes, session, payload in GOLDEN_RECORDS:
+        before, after, time_ns = golden_chains(
+            head.chain_before, head.chain, kind, version, payload
+        )
+        head = head._replace(
+            kind=kind, flags=flags, sequence=sequence, offset=head.end, version=version,
+            changes=changes, time_ns=head.time_ns + time_ns, session=session, length=len(payload),
+            chain_before=before, chain=after,
         )  # fmt: skip
         parts.append(records.encode(head, payload))
     return b"".join(parts).ljust(4096, b"\0")
@@ -114,7 +132,7 @@ def test_golden_header_field_by_field() -> None:
     assert fields(data, 0, HEADER_FIELDS) == {
         "magic": b"\x89CLN backup\r\n\x1a\n\0",
         "layout": 2,
-        "reserved": 0,
+        "rules": 1,
         "backup id": ID,
         "created": CREATED_NS,
         "log start": 64 + 128 + len(golden_snapshot()),
@@ -124,34 +142,35 @@ def test_golden_header_field_by_field() -> None:
 
 
 def test_golden_records_field_by_field() -> None:
-    data, at, chain, older = GOLDEN.read_bytes(), 64, EMPTY_CHAIN, EMPTY_CHAIN
-    rows = [(1, 2, 5, 0, bytes(16), list[str]()), *GOLDEN_RECORDS]
-    for number, (kind, flags, version, changes, session, statements) in enumerate(rows):
-        payload = "\0".join(statements).encode() if number else golden_snapshot()
-        digest = hashlib.blake2b(chain + struct.pack("!I", version) + payload, digest_size=16)
-        after = {1: SNAPSHOT_CHAIN, 2: digest.digest(), 3: older}[kind]
+    data, at, older, chain = GOLDEN.read_bytes(), 64, EMPTY_CHAIN, SNAPSHOT_CHAIN
+    time_ns = CREATED_NS
+    rows = [(1, 2, 41, 5, 0, OWNER, golden_snapshot()), *GOLDEN_RECORDS]
+    for number, (kind, flags, sequence, version, changes, session, payload) in enumerate(rows):
+        if number:
+            older, chain, passed = golden_chains(older, chain, kind, version, payload)
+            time_ns += passed
         assert fields(data, at, HEAD_FIELDS) == {
             "marker": b"\xc5rec",
             "kind": kind,
             "flags": flags,
             "reserved": 0,
             "backup id": ID,
-            "sequence": 41 + number,
+            "sequence": sequence,
             "offset": at,
             "data_version": version,
             "payload crc": zlib.crc32(payload),
             "changes": changes,
-            "time": CREATED_NS + number * 10**9,
+            "time": time_ns,
             "session": session,
             "length": len(payload),
-            "chain before": chain,
-            "chain": after,
+            "chain before": older,
+            "chain": chain,
             "head crc": zlib.crc32(data[at : at + 120]),
         }
         end = at + 124 + len(payload)
         assert data[at + 124 : end] == payload
-        assert data[end : end + 4] == b"end\n"
-        at, older, chain = end + 4, chain, after
+        assert data[end : end + 4] == at.to_bytes(3, "big") + b"\n"
+        at = end + 4
     assert data[at:] == bytes(4096 - at)
 
 
@@ -168,16 +187,15 @@ def test_golden_file_is_read() -> None:
     reader.close()
     assert (reader.damage, reader.tail.kind) == (None, TailKind.CLEAN)
     heads = [head for head, _ in found]
-    assert [head.kind for head in heads] == [1, 2, 2, 2, 3, 2]
+    assert [head.kind for head in heads] == [1, 4, 2, 2, 2, 4, 3, 2]
     assert heads[-1].session == SECOND
-    assert [payload for _, payload in found[1:]] == [
-        "\0".join(row[-1]).encode() for row in GOLDEN_RECORDS
-    ]
+    assert [payload for _, payload in found[1:]] == [row[-1] for row in GOLDEN_RECORDS]
     assert records.snapshot_size(reader.log_start or 0) == len(golden_snapshot())
 
 
-def test_golden_file_is_restored(tmp_path: Path) -> None:
-    reading = FileReading(str(GOLDEN))
+@pytest.mark.parametrize("path", [GOLDEN, OLD_GOLDEN], ids=["rules 1", "rules 0"])
+def test_golden_file_is_restored(path: Path, tmp_path: Path) -> None:
+    reading = FileReading(str(path))
     result = restore.restore(reading, str(tmp_path / "db"), False, lambda: None)
     reading.close()
     assert (result.version, result.changes, result.problems) == (7, 2, [])
@@ -194,7 +212,22 @@ def test_golden_file_goes_on(tmp_path: Path) -> None:
     status = FileBackend(f"file://{path}").status()
     assert (status.version, status.changes, status.version_count) == (8, 4, 5)
     assert (status.backup_id, status.damage) == (ID.hex(), None)
+    assert status.owner == NEW_OWNER[:8].hex()
     assert path.read_bytes().startswith(GOLDEN.read_bytes().rstrip(b"\0"))
+
+
+def test_file_of_rules_0_is_read_and_upgraded_but_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "node.bkp"
+    path.write_bytes(OLD_GOLDEN.read_bytes().rstrip(b"\0"))  # It needs no zeros at its end.
+    url = f"file://{path}"
+    assert FileBackend(url).status(check=True).damage is None
+    with pytest.raises(UnsupportedLayout, match="upgrade"):
+        FileBackend(url).open()
+    done = support.run_cli("upgrade", url)
+    assert "is upgraded, at version 7" in done.stdout
+    support.add_session(url, [support.change(8, "INSERT INTO t VALUES ('three')")])
+    assert "nothing to do" in support.run_cli("upgrade", url).stdout
+    assert FileBackend(url).status(check=True).version == 8
 
 
 # File headers and heads that do not check.
@@ -202,7 +235,7 @@ def test_golden_file_goes_on(tmp_path: Path) -> None:
 
 def test_every_bit_of_a_file_header_counts() -> None:
     header = records.encode_header(ID, CREATED_NS, 5)
-    assert records.decode_header(header + b"more") == (ID, 64 + OVERHEAD + 5)
+    assert records.decode_header(header + b"more") == (ID, 64 + OVERHEAD + 5, 1)
     for bit in range(len(header) * 8):
         with pytest.raises(records.HeaderError):
             records.decode_header(turned(header, bit))
@@ -225,7 +258,7 @@ def test_header_of_another_layout_is_named(field: tuple[int, bytes]) -> None:
     [0, 1, MAX_CHUNK_SIZE - 1, MAX_CHUNK_SIZE, MAX_CHUNK_SIZE + 1, 5 * MAX_CHUNK_SIZE + 7, 6 << 30],
 )
 def test_size_of_the_snapshot_follows_from_log_start(size: int) -> None:
-    _, log_start = records.decode_header(records.encode_header(ID, CREATED_NS, size))
+    _, log_start, _ = records.decode_header(records.encode_header(ID, CREATED_NS, size))
     assert records.snapshot_size(log_start) == size
 
 
@@ -251,7 +284,7 @@ def test_a_head_comes_back() -> None:
     assert head is not None
     assert head == a_head(length=5, payload_crc=zlib.crc32(b"hello"), crc=head.crc)
     assert records.decode_head(data[: HEAD.size], 1000, None) == head
-    assert data[HEAD.size :] == b"helloend\n"
+    assert data[HEAD.size :] == b"hello\0\x03\xe8\n"
 
 
 def test_every_bit_of_a_head_counts() -> None:
@@ -275,8 +308,9 @@ def test_head_of_another_place_or_file_is_refused() -> None:
         (Kind.SNAPSHOT, MAX_CHUNK_SIZE),
         (Kind.CHANGE, MAX_CHANGE_SIZE),
         (Kind.REWIND, 0),
+        (Kind.OWNER, 1024),
         (0, -1),
-        (4, -1),
+        (5, -1),
         (255, -1),
     ],
 )
@@ -370,12 +404,12 @@ class Image:
     def last(self) -> Head | None:
         return records.find_last(self.pread, FIRST_RECORD, len(self.data), ID)
 
-    def newest(self) -> tuple[Head | None, Tail]:
-        return records.find_newest(self.pread, len(self.data), ID, FIRST_RECORD)
+    def newest(self, rules: int = 1) -> tuple[Head | None, Tail]:
+        return records.find_newest(self.pread, len(self.data), ID, FIRST_RECORD, rules)
 
-    def tail(self) -> Tail:
+    def tail(self, rules: int = 1) -> Tail:
         """What stands at the last record, were it not valid."""
-        return records.judge_tail(self.pread, self.heads[-1].offset, len(self.data), ID)
+        return records.judge_tail(self.pread, self.heads[-1].offset, len(self.data), ID, rules)
 
 
 @pytest.mark.parametrize("window", [125, 127, 128, 130, 200, 256, 511, 1000])
@@ -420,9 +454,11 @@ def test_heads_of_other_files_are_passed_over() -> None:
 
 
 def test_end_of_an_empty_file() -> None:
-    for zeros in (0, 1, 511, 5000):
+    for zeros in (1, 511, 5000):
         image = Image([], zeros)
         assert image.newest() == (None, Tail(TailKind.CLEAN, FIRST_RECORD))
+    assert Image([]).newest(rules=0) == (None, Tail(TailKind.CLEAN, FIRST_RECORD))
+    assert Image([]).newest() == (None, Tail(TailKind.DAMAGED, FIRST_RECORD, records.CUT_OFF))
 
 
 def test_snapshot_that_is_missing_is_damage() -> None:
@@ -431,26 +467,38 @@ def test_snapshot_that_is_missing_is_damage() -> None:
     assert (tail.kind, tail.offset) == (TailKind.DAMAGED, FIRST_RECORD)
 
 
-@pytest.mark.parametrize("zeros", [0, 1, 1000])
-def test_newest_of_a_sound_file(zeros: int) -> None:
+@pytest.mark.parametrize(("zeros", "rules"), [(0, 0), (1, 1), (1000, 1)])
+def test_newest_of_a_sound_file(zeros: int, rules: int) -> None:
     image = Image([10, 700, 0], zeros)
-    assert image.newest() == (image.heads[-1], Tail(TailKind.CLEAN, image.end))
+    assert image.newest(rules) == (image.heads[-1], Tail(TailKind.CLEAN, image.end))
+
+
+def test_copy_that_was_cut_off_anywhere_is_damage() -> None:
+    image = Image([10, 700, 0, 90], zeros=1000)
+    whole = bytes(image.data)
+    for size in range(FIRST_RECORD, len(whole)):
+        image.data[:] = whole[:size]
+        newest, tail = image.newest()
+        if size > image.end:
+            assert (newest, tail.kind) == (image.heads[-1], TailKind.CLEAN)
+        else:
+            assert (tail.kind, tail.reason) == (TailKind.DAMAGED, records.CUT_OFF), size
 
 
 # Judging a tail.
 
 
-@pytest.mark.parametrize("zeros", [0, 4096])
+@pytest.mark.parametrize(("zeros", "rules"), [(0, 0), (4096, 0), (4096, 1)])
 @pytest.mark.parametrize("size", [0, 1, 30, 400, 2000])
-def test_write_that_stopped_early_is_torn(size: int, zeros: int) -> None:
+def test_write_that_stopped_early_is_torn(size: int, zeros: int, rules: int) -> None:
     whole = Image([300, size])
     last = whole.heads[-1]
-    for written in range(1, OVERHEAD + size - len(records.TRAILER)):
+    for written in range(1, OVERHEAD + size - TRAILER_SIZE):
         image = Image([300, size])
         image.data[last.offset + written :] = bytes(zeros)
         if written < HEAD.size + size:
-            assert image.tail().kind is TailKind.TORN, written
-            assert image.newest() == (image.heads[0], image.tail())
+            assert image.tail(rules).kind is TailKind.TORN, written
+            assert image.newest(rules) == (image.heads[0], image.tail(rules))
 
 
 @pytest.mark.parametrize("fill", range(0, SECTOR, 37))
@@ -470,7 +518,7 @@ def test_sector_never_written_is_torn(fill: int) -> None:
 def test_acknowledged_record_is_never_taken_for_torn(fill: int) -> None:
     image = Image([fill, 600], zeros=1024)
     last, sound = image.heads[-1], bytes(image.data)
-    for at in range(last.offset, last.end - len(records.TRAILER)):
+    for at in range(last.offset, last.end - TRAILER_SIZE):
         for value in {0, sound[at] ^ 0xFF} - {sound[at]}:
             image.data[:] = sound
             image.data[at] = value
@@ -502,6 +550,18 @@ def test_head_that_reaches_into_a_sector_by_zero_bytes_is_no_torn_one() -> None:
     image.data[2 * SECTOR : 2 * SECTOR + 50] = b"y" * 50
     image.data[at + 50] ^= 0xFF
     assert records.judge_tail(pread, at, size, ID).kind is TailKind.TORN
+
+
+@pytest.mark.parametrize("length", [SECTOR, 4096])
+def test_zeros_over_the_last_two_records_are_damage(length: int) -> None:
+    """Bytes of the last one behind them show that it was there: both were acknowledged."""
+    image = Image([100, 700, length + 200], zeros=2000)
+    sound, (_, before, last) = bytes(image.data), image.heads
+    for start in range(before.offset, before.end - TRAILER_SIZE):
+        if last.offset < start + length < last.end - TRAILER_SIZE:
+            image.data[:] = sound
+            image.data[start : start + length] = bytes(length)
+            assert image.newest()[1].kind is TailKind.DAMAGED, start
 
 
 def test_broken_record_with_a_valid_one_behind_is_damage() -> None:

@@ -24,7 +24,7 @@ import database
 import durable
 import restore
 import upgrade
-from backend import Change, Session, Snapshot
+from backend import NOBODY, Change, Session, Snapshot
 from filebackend import FileBackend
 from layout1 import is_layout_1
 from tests import support
@@ -347,7 +347,7 @@ def test_progress(old: Path, url: str) -> None:
     written(old, CALLS)
     size = old.stat().st_size
     seen: list[tuple[int, int]] = []
-    upgrade.from_log(FileBackend(url), lambda r: seen.append((r.position, r.total)))
+    upgrade.from_log(FileBackend(url), NOBODY, lambda r: seen.append((r.position, r.total)))
     assert len(seen) == 4
     assert [position for position, _ in seen] == sorted({position for position, _ in seen})
     assert {total for _, total in seen} == {size} and seen[-1][0] <= size
@@ -596,7 +596,7 @@ def test_power_lost_at_every_step(
             if source == "node":
                 FileBackend(url).replace(Snapshot(str(wanted), 5))
             else:
-                upgrade.from_log(FileBackend(url), lambda _: None)
+                upgrade.from_log(FileBackend(url), NOBODY, lambda _: None)
         disk.lose_power()
         outcomes.append(look(old, image, wanted))
         if not disk.failed:
