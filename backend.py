@@ -274,6 +274,10 @@ class Status:
         torn_tail: an append that was never acknowledged stands at the end.
         checked: all of it was read, not only its end.
         damage: what does not check, or None.
+        last_checked_ns: Unix time at which the whole of it was last read beside the node,
+            nanoseconds, or None: never, or not known.
+        last_proven_ns: Unix time at which it was last replayed, too, and found sound.
+        unsound: what a check beside the node found, or None.
         disk_free: free bytes for the writer.
         notes: what else was found and does no harm.
         warnings: what the operator should act on.
@@ -294,6 +298,9 @@ class Status:
     torn_tail: bool = False
     checked: bool = False
     damage: str | None = None
+    last_checked_ns: int | None = None
+    last_proven_ns: int | None = None
+    unsound: str | None = None
     disk_free: int | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -1,53 +1,50 @@
 """Compaction: the same backup with a new snapshot in place of most of its changes.
 
-``Compactor`` runs this file as a process of its own, with low priority. That process
-reads the log like any reader, replays it into a scratch database beside it, and writes
-and verifies the new log; a line of JSON on its stdout is a message:
+``Compactor`` runs this file as a process of its own (child.py). That process reads the log
+like any reader, replays it into a scratch database beside it, and writes and verifies the
+new log. Its messages:
 
     {"done": bytes, "of": bytes}           how far the replay is
-    {"copied": offset, "last": offset}     ready: the last record taken over, in the old
-                                           file and in the new one
+    {"copied": offset, "last": offset, "sound": bool}
+                                           ready: the last record taken over, in the old
+                                           file and in the new one, and whether SQLite
+                                           finds no fault in the new snapshot
     {"nothing": true}                      there is nothing to fold into a snapshot
-    {"error": text}                        it failed
 
 Then whoever writes the backup copies the few records that came meanwhile and renames
-(FileBackend.adopt): the only moment when a change waits. The process ends when its
-stdin does, so it never outlives its parent.
+(FileBackend.adopt): the only moment when a change waits. So every record was read and
+checked, and all but the last ones replayed: a compaction counts as a check and as a proof.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import secrets
-import select
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
+import child
 import database
 import durable
 import records
 import restore
 from backend import Change, Reading, log
-from errors import BackupError, ConfigError
+from child import Child, Message
+from errors import BackupError, ConfigError, Unsound
 from filebackend import FileBackend, disk_warnings
 from logreader import LogReader, effective, is_foreign_keys_off
 from logwriter import SMALL_FLUSH_STEP, LogWriter
 from records import Head, Kind
+from scrub import Scrubber
 
-NICE = 19
 REPORT_STEP = 1 << 20
 """Bytes of log between two progress messages."""
-REPLAY_STEP = 1 << 20
-"""Bytes of log between two flushes of the database that it is replayed into."""
 CATCH_UP_BYTES = 64 << 10
 """What the writer may be left to copy while a change waits."""
 CATCH_UP_ROUNDS = 20
@@ -57,11 +54,12 @@ FIRST_AFTER_S = 60.0
 """Nothing is compacted by itself so soon after a start."""
 PAUSE_S = 5.0
 AFTER_FAILURE_S = 3600.0
+AFTER_CHECK_S = 3600.0
+"""No check begins so soon after another, even if that one failed or could not be kept."""
 DISK_CHECK_S = 600.0
 
 Progress = Callable[[int, int], None]
 Entry = tuple[Head, bytes]
-Message = dict[str, Any]
 
 
 class Compactor:
@@ -70,9 +68,13 @@ class Compactor:
     Args:
         backend: open for writing.
         lock: held by whoever changes the backend.
+
+    Attributes:
+        scrubber: checks that backend, but not during a run.
     """
 
     def __init__(self, backend: FileBackend, lock: threading.Lock) -> None:
+        self.scrubber = Scrubber(backend)
         self._backend = backend
         self._lock = lock
         self._running = threading.Lock()
@@ -91,11 +93,18 @@ class Compactor:
         """
         if not self._running.acquire(blocking=False):
             raise BackupError("A compaction is running already.", "Wait for it to end.")
+        backup_id = self._backend.newest.backup_id
         try:
             before = self._backend.statistics()
             log.info(f"Starting compaction of {before['backupsize']} bytes")
-            self._build_and_adopt(progress or (lambda done, of: None))
+            with self.scrubber.held_off():
+                if self._build_and_adopt(progress or (lambda done, of: None)):
+                    self.scrubber.note_proven(backup_id)
             after = self._backend.statistics()
+        except Unsound as error:
+            log.error(f"{error} The compaction left the backup as it was.")
+            self.scrubber.note(backup_id, unsound=str(error))
+            raise
         except BackupError as error:
             log.warning(f"The compaction failed, the backup goes on as it was: {error}")
             raise
@@ -104,45 +113,31 @@ class Compactor:
         log.info(f"The compaction left {after['backupsize']} bytes")
         return {"before": before, "after": after}
 
-    def _build_and_adopt(self, progress: Progress) -> None:
+    def _build_and_adopt(self, progress: Progress) -> bool:
+        """Whether all of the log was read and replayed, and is sound."""
         # A new name each time: the process of a killed parent may need a moment to end.
         prefix = f"{self._backend.scratch_prefix}compact-{secrets.token_hex(4)}"
-        command = [sys.executable, os.path.realpath(__file__), self._backend.path, prefix]
         try:
-            # Ctrl-C at a terminal is for the parent, in whose session this one is not.
-            with subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                cwd="/",
-                start_new_session=True,
-            ) as process:
-                try:
-                    ready = self._follow(process, progress)
-                    if ready is not None:
-                        # The lock goes first: no change waits while the old log is freed.
-                        with durable.giving_back(self._backend.path), self._lock:
-                            self._backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
-                finally:
-                    process.kill()
-        except OSError as error:
-            raise BackupError(f"The compacting process did not start: {error}.") from error
+            with Child("compacting", __file__, self._backend.path, prefix) as process:
+                ready = self._follow(process, progress)
+                if ready is None:
+                    return False
+                # The lock goes first: no change waits while the old log is freed.
+                with durable.giving_back(self._backend.path), self._lock:
+                    self._backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
+                return bool(ready["sound"])
         finally:
             remove_scratch(prefix)
 
     @staticmethod
-    def _follow(process: subprocess.Popen[bytes], progress: Progress) -> dict[str, int] | None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            message = json.loads(line)
+    def _follow(process: Child, progress: Progress) -> Message | None:
+        for message in process.messages():
             if "copied" in message:
-                return dict(message)
+                return message
             if "nothing" in message:
                 return None
-            if "error" in message:
-                raise BackupError(message["error"])
             progress(message["done"], message["of"])
-        raise BackupError(f"The compacting process ended with status {process.wait()}.")
+        raise AssertionError("it says more, or raises")
 
 
 def parse_least(value: object) -> int | None:
@@ -169,7 +164,7 @@ def parse_least(value: object) -> int | None:
 
 
 class Housekeeper:
-    """Compacts when it is time, and warns of a disk that fills up, in a thread of its own.
+    """Compacts and checks when it is time, and warns of a disk that fills up, in its own thread.
 
     Args:
         least: see parse_least.
@@ -179,7 +174,7 @@ class Housekeeper:
         self._backend = backend
         self._compactor = compactor
         self._least = least
-        self._not_before = time.monotonic() + FIRST_AFTER_S
+        self._not_before = self._no_check_before = time.monotonic() + FIRST_AFTER_S
         self._next_disk_check = 0.0
         self._stopped = False
 
@@ -199,6 +194,8 @@ class Housekeeper:
                 self._check_disk()
             if now >= self._not_before and self._is_due():
                 self._compact()
+            if now >= self._no_check_before and self._compactor.scrubber.run_if_due():
+                self._no_check_before = time.monotonic() + AFTER_CHECK_S
             time.sleep(PAUSE_S)
 
     def _check_disk(self) -> None:
@@ -312,7 +309,7 @@ def build(path: str, prefix: str) -> Message:
             restore.build(fold, scratch, False, reporter(fold, last, scratch))
         if not os.path.getsize(scratch):  # PRAGMA calls alone: a snapshot has at least a page.
             return {"nothing": True}
-        check_sound(scratch, path, prefix)
+        is_sound = check_sound(scratch, path, prefix)
         assert reader.backup_id is not None
         size = os.path.getsize(scratch)
         writer = LogWriter(f"{prefix}-log", reader.backup_id, size, SMALL_FLUSH_STEP)
@@ -320,35 +317,33 @@ def build(path: str, prefix: str) -> Message:
             writer.add_snapshot(scratch, last)
             if fold.owner is not None:
                 writer.add_owner(fold.owner[0].session, fold.owner[1])
-            return catch_up(reader, entries, writer, verifier)
+            return {**catch_up(reader, entries, writer, verifier), "sound": is_sound}
 
 
 def reporter(fold: Fold, last: Head, scratch: str) -> Callable[[], None]:
-    """A callback that says how far the replay of ``fold`` is, from time to time.
-
-    It flushes ``scratch``, too, which need not be durable: a node that shares the disk would
-    wait long for all of it at once.
-    """
-    said = flushed = 0
+    """A callback that says how far the replay of ``fold`` is, and flushes ``scratch``."""
+    said = 0
+    flush = child.flushing(fold, scratch)
 
     def report() -> None:
-        nonlocal said, flushed
+        nonlocal said
         if fold.position >= said + REPORT_STEP:
             said = fold.position
-            _say({"done": said, "of": last.end})
-        if fold.position >= flushed + REPLAY_STEP:
-            flushed = fold.position
-            with open(scratch, "rb") as file:
-                durable.flush(file.fileno())
+            child.say({"done": said, "of": last.end})
+        flush()
 
     return report
 
 
-def check_sound(scratch: str, path: str, prefix: str) -> None:
-    """Refuse a new snapshot that integrity_check complains of, unless the old one was so."""
+def check_sound(scratch: str, path: str, prefix: str) -> bool:
+    """Whether integrity_check is content with a new snapshot.
+
+    Raises:
+        Unsound: it is not, and it was with the old one.
+    """
     problems = database.integrity_problems(scratch)
     if not problems:
-        return
+        return True
     old = f"{prefix}-old.sqlite3"
     reader = LogReader(path)
     pieces = itertools.takewhile(lambda entry: entry[0].kind == Kind.SNAPSHOT, reader)
@@ -357,7 +352,8 @@ def check_sound(scratch: str, path: str, prefix: str) -> None:
             file.write(piece)
     reader.close()
     if not os.path.getsize(old) or not database.integrity_problems(old):
-        raise BackupError(f"The new snapshot would not be sound: {problems[0]}.")
+        raise Unsound(f"The new snapshot would not be sound: {problems[0]}.")
+    return False
 
 
 def catch_up(
@@ -387,26 +383,7 @@ def catch_up(
 
 def main(path: str, prefix: str) -> None:
     """Build the compacted log, and say what became of it."""
-    os.nice(NICE)
-    if select.select([0], [], [], 0)[0]:
-        return  # The parent is gone already: leave no file behind.
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
-    try:
-        _say(build(path, prefix))
-    except BackupError as error:
-        _say({"error": str(error)})
-    except OSError as error:
-        _say({"error": f"{error.filename or prefix}: {error.strerror}."})
-
-
-def _end_with_stdin() -> None:
-    # Not sys.stdin: a thread that reads it makes the interpreter abort at its end.
-    os.read(0, 1)
-    os._exit(1)
-
-
-def _say(message: Message) -> None:
-    print(json.dumps(message), flush=True)
+    child.run(path, prefix, lambda: build(path, prefix))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@
     ├── UnsupportedLayout      a file of another layout
     ├── OtherOwner             another node may write to the backup, and this one may not
     ├── Damaged                stored bytes do not check
+    ├── Unsound                a check found that a backup does not hold
+    ├── CheckRunning           another process checks the backup
     ├── DiskError              the operating system could not store or read
     ├── OutOfDate              the node is ahead of the backup
     ├── LostState              the backup is ahead of the node
@@ -142,6 +144,18 @@ class Damaged(BackupError):
             " --lightning-dir DIR`. If it is lost, run"
             f" `{CLI} restore --allow-damaged URL DEST`.",
         )
+
+
+class Unsound(BackupError):
+    """The backup does not hold: it is damaged, or does not lead to a sound database."""
+
+
+class CheckRunning(BackupError):
+    """Somebody else checks the backup ``path``."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(f"Another check of {path} is running.", "Wait for it to end.")
 
 
 class DiskError(BackupError):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import durable
 import layout1
+import proof
 import records
 from backend import (
     NOBODY,
@@ -559,6 +560,7 @@ class FileBackend(Backend):
         try:
             last, tail, damage = _checked(reader) if check else _seen(reader)
             log_start = reader.log_start or records.FIRST_RECORD
+            known = proof.read(self.path, reader.backup_id)
             return Status(
                 url=self.url,
                 layout=f"file layout {records.LAYOUT}",
@@ -575,8 +577,11 @@ class FileBackend(Backend):
                 torn_tail=tail.kind is TailKind.TORN,
                 checked=check,
                 damage=str(damage) if damage else None,
+                last_checked_ns=known.checked_ns,
+                last_proven_ns=known.proven_ns,
+                unsound=known.unsound,
                 disk_free=shutil.disk_usage(os.path.dirname(self.path)).free,
-                warnings=disk_warnings(self.path),
+                warnings=[*disk_warnings(self.path), *proof.warnings(known, self.url)],
             )
         finally:
             reader.close()

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import child
 import compaction
 import durable
 import filebackend
@@ -138,16 +139,16 @@ def _patch_child() -> None:
     _around(restore, "build", "", "replayed")
     _around(logwriter.LogWriter, "_add", "", "piece-written")
     _around(logwriter.LogWriter, "add_snapshot", "", "snapshot-written")
-    say = compaction._say
+    say = child.say
 
-    def say_with_steps(message: compaction.Message) -> None:
+    def say_with_steps(message: child.Message) -> None:
         if "copied" in message:
             _step("verified")
         say(message)
         if "copied" in message:
             _step("said")
 
-    compaction._say = say_with_steps
+    child.say = say_with_steps
 
 
 def _patch_writer() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+import child
 import compaction
 import database
 import durable
@@ -28,6 +29,7 @@ import node
 import protocol
 import restore
 from backend import FOREIGN_KEYS_OFF, Change, Session, Snapshot, bump
+from child import NICE
 from compaction import Compactor, Housekeeper, parse_least
 from errors import BackupBusy, BackupError, ConfigError
 from filebackend import FileBackend
@@ -556,7 +558,7 @@ def test_scratch_database_is_flushed_in_steps(url: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         durable, "flush", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
     )
-    monkeypatch.setattr(compaction, "REPLAY_STEP", 4000)
+    monkeypatch.setattr(child, "FLUSH_STEP", 4000)
     with opened(url) as backend:
         assert compact_here(backend)
     assert sum(name.endswith("-new.sqlite3") for name in flushed) >= 12
@@ -695,7 +697,7 @@ def test_child_ends_by_itself_without_a_sound(url: str, tmp_path: Path) -> None:
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as child:
             assert child.wait(timeout=support.ANSWER_S) == 0
             assert child.stdout is not None and child.stderr is not None
-            assert set(json.loads(child.stdout.read())) == {"copied", "last"}
+            assert set(json.loads(child.stdout.read())) == {"copied", "last", "sound"}
             assert child.stderr.read() == b""
 
 
@@ -708,7 +710,7 @@ def test_child_ends_with_its_parent(url: str, stops: Stops) -> None:
         stdout=subprocess.PIPE,
     )
     assert stops.reached("replayed") == child.pid
-    assert os.getpriority(os.PRIO_PROCESS, child.pid) == compaction.NICE
+    assert os.getpriority(os.PRIO_PROCESS, child.pid) == NICE
     assert child.stdin is not None and child.stdout is not None
     child.stdin.close()
     assert child.wait(timeout=support.ANSWER_S) == 1
@@ -809,6 +811,9 @@ class Household:
     path: str = "/mnt/node.bkp"
     free: int = 100 * GIB
     error: BackupError | None = None
+    checks: list[float] = field(default_factory=list)
+    """The times at which it was asked whether a check is due."""
+    check_is_due: bool = True
     at: list[float] = field(default_factory=list)
 
     def run(self) -> Statistics:
@@ -818,6 +823,15 @@ class Household:
             raise self.error
         self.snapshot_size, self.log_size = self.log_size, 0
         return {}
+
+    @property
+    def scrubber(self) -> Household:
+        return self
+
+    def run_if_due(self) -> bool:
+        """In place of Scrubber.run_if_due."""
+        self.checks.append(self.clock.now - 1000)
+        return self.check_is_due
 
     def live(self, seconds: float, least: int | None) -> list[float]:
         self.clock = Clock(seconds)
@@ -880,6 +894,20 @@ def test_too_little_disk_is_told_and_tried_an_hour_later(
     assert household.live(100, 100) == [60]
 
 
+def test_checks_are_not_in_the_first_minute_and_not_put_off_by_compactions(
+    household: Household,
+) -> None:
+    household.log_size, household.error = 1000, BackupError("No.")
+    household.live(59, None)
+    assert household.checks == []
+    household.live(7400, 100)
+    assert household.checks == [60, 3660, 7260]
+    household.check_is_due = False
+    household.checks.clear()
+    household.live(70, None)
+    assert household.checks == [60, 65, 70]
+
+
 def test_failure_is_tried_again_an_hour_later(household: Household) -> None:
     household.log_size, household.error = 1000, BackupError("No.")
     at = household.live(7400, 100)
@@ -912,8 +940,8 @@ def test_disk_that_cannot_be_looked_at_is_told(
         raise OSError(5, "Input/output error")
 
     household.log_size = 1000
-    clock = Clock(100)
-    household.monkeypatch.setattr(compaction, "time", clock)
+    household.clock = Clock(100)
+    household.monkeypatch.setattr(compaction, "time", household.clock)
     household.monkeypatch.setattr(shutil, "disk_usage", fail)
     with pytest.raises(Over):
         Housekeeper(household, household, 100)._run()  # type: ignore[arg-type]

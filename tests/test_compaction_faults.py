@@ -418,7 +418,9 @@ def test_change_that_does_not_replay(a_node: Node, stops: Stops) -> None:
     assert a_node.plugin.logged(reason)
     assert not has_new_file(a_node, inode) and a_node.strays() == []
     a_node.write(3)
-    assert a_node.plugin.errors() == []
+    told = [text for text in a_node.plugin.errors() if reason in text]
+    assert len(told) == 1 == len(a_node.plugin.errors())
+    assert (FileBackend(a_node.url).status().unsound or "nothing") in told[0]
 
 
 def test_damage_in_the_log(a_node: Node, stops: Stops) -> None:
@@ -428,6 +430,7 @@ def test_damage_in_the_log(a_node: Node, stops: Stops) -> None:
     with pytest.raises(Refused, match=f"damaged at offset {head.offset}"):
         a_node.plugin.call("backup-compact")
     assert not has_new_file(a_node, inode) and a_node.strays() == []
+    assert [f"at offset {head.offset}" in text for text in a_node.plugin.errors()] == [True]
     a_node.write(3)
 
 
