@@ -249,16 +249,24 @@ def boundary(reader: LogReader) -> Head | None:
         start = records.FIRST_RECORD
         return records.find_last(reader.pread, start, head.offset, reader.backup_id)
 
-    while head is not None and head.kind == Kind.OWNER:
-        head = before(head)
     if head is not None and head.rewindable:
+        while head is not None and head.kind == Kind.OWNER:
+            head = before(head)
+        head = head and before(head)
+    while head is not None and is_foreign_keys_off(head):
         head = before(head)
-    while head is not None and (head.kind == Kind.OWNER or is_foreign_keys_off(head)):
-        head = before(head)
-    if head is None or head.kind == Kind.SNAPSHOT:
+    if head is None or _ends_snapshot(head, before):
         return None
     is_empty = not head.changes and reader.log_start == records.FIRST_RECORD
     return None if is_empty else head
+
+
+def _ends_snapshot(head: Head, before: Callable[[Head], Head | None]) -> bool:
+    """Whether nothing but a snapshot stands up to ``head``, and perhaps whose it is."""
+    last: Head | None = head
+    if head.kind == Kind.OWNER:
+        last = before(head)
+    return last is not None and last.kind == Kind.SNAPSHOT
 
 
 class Fold(Reading):
