@@ -350,11 +350,9 @@ class Backend(ABC):
         rewindable: whether the last record is a change that may be taken back.
         version_count: changes since the snapshot, and one for the snapshot.
         medium: what a slow call waits for, in words.
-        scratch_prefix: how the path of a scratch file begins, or None if anywhere.
     """
 
     medium = "the disk"
-    scratch_prefix: str | None = None
 
     def __init__(self, url: str) -> None:
         self.url = url

@@ -34,7 +34,7 @@ import destinations  # noqa: E402
 import node  # noqa: E402
 from backend import Backend, Change, Session, log  # noqa: E402
 from compaction import Compactor, Housekeeper  # noqa: E402
-from errors import CLI, BackupError  # noqa: E402
+from errors import CLI, CLI_PATH, BackupError  # noqa: E402
 from filebackend import FileBackend  # noqa: E402
 from socketbackend import SocketBackend  # noqa: E402
 
@@ -181,7 +181,7 @@ def status(hook: Hook) -> dict[str, Any]:
     if hook.backend is None:
         return hook.statistics()
     # Reading the whole log in this process would make the hook wait for its turn.
-    command = [sys.executable, CLI, "status", "--json", hook.backend.url]
+    command = [sys.executable, CLI_PATH, "status", "--json", hook.backend.url]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     try:
         found: dict[str, Any] = json.loads(done.stdout)
@@ -242,6 +242,7 @@ def leave_last(hook: Hook) -> None:
 
 def main() -> None:
     """Run under lightningd until it closes stdin."""
+    os.umask(0o077)  # SQLite creates its files for everybody.
     # Not dynamic: a stop and a start in mid-run would leave commits without a backup.
     plugin = Plugin(dynamic=False)
     plugin.stdin = Stdin()

@@ -320,7 +320,7 @@ def build(path: str, prefix: str) -> Message:
         is_sound = check_sound(scratch, path, prefix)
         assert reader.backup_id is not None
         size = os.path.getsize(scratch)
-        writer = LogWriter(f"{prefix}-log", reader.backup_id, size, SMALL_FLUSH_STEP)
+        writer = LogWriter(f"{prefix}-log", reader.backup_id, size, SMALL_FLUSH_STEP, like=path)
         with contextlib.closing(writer), contextlib.closing(LogReader(writer.path)) as verifier:
             writer.add_snapshot(scratch, last)
             if fold.owner is not None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import filecmp
 import os
 import signal
+import stat
 import time
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -96,17 +98,31 @@ class LogFile:
         flush(self.fd)
         self._zero_to = target
 
-    def copy_tail(self, offset: int, aside: str) -> None:
-        """Copy what stands from ``offset`` on to the new file ``aside``, durably."""
+    def copy_tail(self, offset: int, aside: str) -> str:
+        """Copy what stands from ``offset`` on to a new file, durably.
+
+        Args:
+            aside: its name, to which a number is added where it is taken.
+
+        Returns:
+            The name. Where the same was copied before, but not cut, that copy's.
+        """
+        beside = f"{self.path}.scratch-torn"
+        discard(beside)
         size = os.fstat(self.fd).st_size
-        copy = create(aside)
+        copy = create(beside, like=self.path)
         try:
             for start in range(offset, size, COPY_SIZE):
                 write_all(copy, os.pread(self.fd, COPY_SIZE, start), start - offset)
             flush(copy)
         finally:
             os.close(copy)
-        sync_dir(os.path.dirname(aside))
+        name = free_name(aside, same_as=beside)
+        if os.path.lexists(name):
+            discard(beside)
+        else:
+            publish(beside, name)
+        return name
 
     def rewrite(self, offset: int, data: bytes) -> None:
         """Write ``data`` at ``offset``, and zeros from there to the end of the file; flush."""
@@ -122,18 +138,70 @@ class LogFile:
             os.close(fd)
 
 
-def create(path: str) -> int:
-    """Create ``path``, which must not exist, readable by its owner only; its descriptor."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def create(path: str, like: str | None = None) -> int:
+    """Create ``path``, which must not exist, readable by its owner only; its descriptor.
+
+    What root creates belongs to the owner of ``like``, who must be able to use it.
+
+    Args:
+        like: a file that the new one will replace, which gives its mode, too; or a
+            directory. By default, and if it is not there, the directory of ``path``.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        _take_after(fd, path, like)
+    except BaseException:
+        os.close(fd)
+        discard(path)
+        raise
+    return fd
 
 
-def free_name(path: str) -> str:
-    """``path``, or with a number behind it the first name that is not taken."""
+def _take_after(fd: int, path: str, like: str | None) -> None:
+    """Give the new file ``fd``, at ``path``, the owner and the mode that ``create`` promises."""
+    model = like if like is not None and os.path.exists(like) else os.path.dirname(path)
+    found = os.stat(model)
+    is_file, group_kept = stat.S_ISREG(found.st_mode), True
+    if os.geteuid() == 0:
+        give(fd, found)
+    elif is_file and os.stat(fd).st_gid != found.st_gid:
+        try:
+            os.chown(fd, -1, found.st_gid)
+        except OSError:  # Not a group of this user.
+            group_kept = False
+    mode = stat.S_IMODE(found.st_mode) & (0o777 if group_kept else 0o707) | 0o600
+    if is_file and stat.S_IMODE(os.stat(fd).st_mode) != mode:
+        os.chmod(fd, mode)
+
+
+def give(fd: int, found: os.stat_result) -> None:
+    """As root, make the owner of what ``found`` describes the owner of ``fd``, too.
+
+    What is in a directory of root's, such as the top of a disk, stays root's.
+    """
+    own = os.stat(fd)
+    wanted = found.st_uid, found.st_gid
+    if (own.st_uid, own.st_gid) != wanted and (found.st_uid or stat.S_ISREG(found.st_mode)):
+        os.chown(fd, *wanted)
+
+
+def free_name(path: str, same_as: str | None = None) -> str:
+    """``path``, or with a number behind it the first name that is not taken.
+
+    Args:
+        same_as: a file; a name that is taken by one of the same content will do.
+    """
     candidate, number = path, 1
     while os.path.lexists(candidate):
+        if same_as is not None and _is_same(candidate, same_as):
+            break
         number += 1
         candidate = f"{path}-{number}"
     return candidate
+
+
+def _is_same(path: str, other: str) -> bool:
+    return os.path.isfile(path) and filecmp.cmp(path, other, shallow=False)
 
 
 def remove(path: str) -> None:
@@ -261,22 +329,32 @@ def _link(source: str, target: str) -> None:
         os.rename(source, target)
 
 
-def write_file(path: str, data: bytes, replaces: bool = False) -> None:
-    """Create the small file ``path`` with ``data``, never half there.
+def write_file(path: str, data: bytes, like: str | None = None) -> None:
+    """Create the small file ``path`` with ``data``; never overwrites, never half there.
 
     Args:
-        replaces: whether it may take the place of another; else FileExistsError.
+        like: see create.
     """
-    beside = f"{path}.new"
-    remove(beside)
+    beside = prepare(path, data, like)
     try:
-        with open(create(beside), "wb") as file:
-            file.write(data)
-            flush_file(file)
-        (replace if replaces else publish)(beside, path)
+        publish(beside, path)
     except OSError:
         remove(beside)
         raise
+
+
+def prepare(path: str, data: bytes, like: str | None = None) -> str:
+    """Write what shall be the small file ``path`` beside it, for ``publish``; its name."""
+    beside = f"{path}.new"
+    remove(beside)
+    try:
+        with open(create(beside, like), "wb") as file:
+            file.write(data)
+            flush_file(file)
+    except BaseException:
+        discard(beside)
+        raise
+    return beside
 
 
 class WriterLock:
@@ -288,12 +366,25 @@ class WriterLock:
     """
 
     # Lock a sidecar, not the log: compaction replaces the log's inode.
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, like: str | None = None) -> None:
+        """Take the lock.
+
+        Args:
+            like: what the lock file's owner is taken from where there is no backup yet,
+                see create.
+        """
         sidecar = f"{path}.writer"
         try:
             self._fd = os.open(sidecar, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise DiskError(sidecar, error, "open the lock file") from error
+        try:
+            if os.geteuid() == 0:  # The node must be able to take it, too.
+                models = (path, like, os.path.dirname(path))
+                give(self._fd, os.stat(next(m for m in models if m and os.path.exists(m))))
+        except OSError as error:
+            os.close(self._fd)
+            raise DiskError(sidecar, error, "give away the lock file") from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 
 MOVED = "BACKUP_MOVED_INTO_VENV"
@@ -34,7 +35,7 @@ def ensure(*modules: str) -> None:
         except OSError as error:
             reason += f", and {python} does not start: {error.strerror}"
     print(
-        f"{os.path.basename(sys.argv[0])}: {reason}. Run `make -C {here} install`.",
+        f"{os.path.basename(sys.argv[0])}: {reason}. Run `make -C {shlex.quote(here)} install`.",
         file=sys.stderr,
     )
     sys.exit(1)

@@ -21,11 +21,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pwd
+import re
 import shlex
 
-CLI = os.path.join(os.path.dirname(os.path.realpath(__file__)), "backup-cli")
-"""Path of the command line tool, for lines that name the next command."""
+CLI_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), "backup-cli")
+"""Path of the command line tool."""
+CLI = shlex.quote(CLI_PATH)
+"""The command line tool in a line for a shell, for messages that name the next command."""
+_UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]+")
+"""Line breaks, and what a terminal would obey: messages quote what comes out of a backup."""
 
 
 class BackupError(Exception):
@@ -39,8 +46,9 @@ class BackupError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, next_step: str = "") -> None:
-        self.problem = " ".join(problem.split())
-        self.next_step = " ".join(next_step.split())
+        # Not blanks: a path may have several.
+        self.problem = _UNPRINTABLE.sub(" ", problem).strip()
+        self.next_step = _UNPRINTABLE.sub(" ", next_step).strip()
         super().__init__(f"{self.problem} {self.next_step}".strip())
 
 
@@ -165,9 +173,38 @@ class DiskError(BackupError):
         self.path = path
         self.errno = error.errno
         super().__init__(
-            f"Could not {doing} {path}: {error.strerror or error}.",
-            "Check that disk (free space, cable, mount, kernel log) before going on.",
+            f"Could not {doing} {path}: {error.strerror or error}.", _after(error.errno, path)
         )
+
+
+def _after(number: int | None, path: str) -> str:
+    """What to do after a system call on ``path`` failed with ``number``."""
+    shown = shlex.quote(path)
+    match number:
+        case errno.EACCES | errno.EPERM:
+            return (
+                f"This ran as {_user()}: run it as the node's user, or look with `namei -l"
+                f" {shown}` who may."
+            )
+        case errno.EROFS:
+            return "Its disk is mounted read-only: look into the kernel log why, and mount it anew."
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"Make room on that disk: `df -h {shlex.quote(os.path.dirname(path) or '.')}`."
+        case errno.EFBIG:
+            return "That file system or a limit (`ulimit -f`) lets no file grow so large."
+        case errno.EMFILE | errno.ENFILE | errno.ENOMEM:
+            return "The system has run out of something that other programs hold; then try again."
+        case errno.ENOENT | errno.ENOTDIR | errno.EISDIR | errno.ELOOP | errno.ENAMETOOLONG:
+            return "Check the path."
+    return "Check that disk (free space, cable, mount, kernel log) before going on."
+
+
+def _user() -> str:
+    number = os.geteuid()
+    try:
+        return f"user {pwd.getpwuid(number).pw_name}"
+    except KeyError:
+        return f"user {number}"
 
 
 class OutOfDate(BackupError):
@@ -180,7 +217,8 @@ class OutOfDate(BackupError):
             f"Backup is out of date: the node is ahead. The node is at version"
             f" {node_version}, the backup at version {backup_version}, so the node has"
             " run without it.",
-            f"With the node stopped run `{CLI} resync --lightning-dir {lightning_dir}`.",
+            f"With the node stopped run `{CLI} resync --lightning-dir"
+            f" {shlex.quote(lightning_dir)}`.",
         )
 
 
@@ -194,7 +232,7 @@ class LostState(BackupError):
             f"lightningd seems to have lost some state: the backup is ahead. The node is at"
             f" version {node_version}, the backup at version {backup_version}. Do not run"
             " the node on this database.",
-            f"Move the database away and run `{CLI} restore {url} DEST`.",
+            f"Move the database away and run `{CLI} restore {shlex.quote(url)} DEST`.",
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import os
 import platform
 import secrets
@@ -16,6 +15,7 @@ import durable
 import layout1
 import proof
 import records
+import scratch
 from backend import (
     NOBODY,
     TAG_SIZE,
@@ -58,10 +58,17 @@ def parse_file_url(url: str) -> str:
     return path
 
 
-def write_log(path: str, snapshot: Snapshot | None, owner: bytes, machine: str) -> None:
-    """Write a new log of ``snapshot`` (or an empty one) to the new file ``path``, flushed."""
+def write_log(
+    path: str, snapshot: Snapshot | None, owner: bytes, machine: str, like: str | None = None
+) -> None:
+    """Write a new log of ``snapshot`` (or an empty one) to the new file ``path``, flushed.
+
+    Args:
+        owner: who may write to it, 16 bytes, on ``machine``.
+        like: see durable.create.
+    """
     size = os.path.getsize(snapshot.path) if snapshot else 0
-    writer = LogWriter(path, secrets.token_bytes(16), size)
+    writer = LogWriter(path, secrets.token_bytes(16), size, like=like)
     try:
         if snapshot is not None:
             begin = BEFORE_FIRST._replace(
@@ -83,6 +90,9 @@ class FileBackend(Backend):
 
     Args:
         url: ``file:///path``; ConfigError if it is not of that form.
+
+    Attributes:
+        home: the node's network directory, if known: what root creates belongs to its owner.
     """
 
     def __init__(self, url: str) -> None:
@@ -90,6 +100,7 @@ class FileBackend(Backend):
         # A rename would replace a symbolic link, not the file that it stands for.
         self.path = os.path.realpath(parse_file_url(url))
         self.scratch_prefix: str = f"{self.path}.scratch-"
+        self.home: str | None = None
         self._lock: durable.WriterLock | None = None
         self._file: durable.LogFile | None = None
         self._log_start = records.FIRST_RECORD
@@ -199,7 +210,8 @@ class FileBackend(Backend):
         """Write a complete, flushed, verified file beside the log; returns its name."""
         beside = f"{self.scratch_prefix}log"
         durable.remove(beside)
-        write_log(beside, snapshot, owner, machine or platform.node())
+        like = self.path if os.path.exists(self.path) else self.home
+        write_log(beside, snapshot, owner, machine or platform.node(), like)
         if changes:
             with contextlib.closing(FileBackend(f"file://{beside}")) as new:
                 new._load()
@@ -213,11 +225,12 @@ class FileBackend(Backend):
         if self._lock is not None:
             yield
             return
-        lock = durable.WriterLock(self.path)
+        lock = durable.WriterLock(self.path, self.home)
         try:
             with contextlib.ExitStack() as held:
                 if os.path.exists(self.path):
                     held.enter_context(contextlib.closing(self._lock_log()))
+                scratch.clear(self.scratch_prefix, writers=True)
                 yield
         finally:
             lock.release()
@@ -242,8 +255,7 @@ class FileBackend(Backend):
         LogReader(self.path).close()  # Refuse what is no backup before a lock is made.
         self._lock = durable.WriterLock(self.path)
         try:
-            for stray in glob.glob(glob.escape(self.scratch_prefix) + "*"):
-                durable.discard(stray)
+            scratch.clear(self.scratch_prefix, writers=True)
             self._load(owner)
         except BaseException:
             self.close()
@@ -275,8 +287,7 @@ class FileBackend(Backend):
     def _make_durable(self, newest: Head | None, tail: Tail, reader: LogReader) -> None:
         self._file = self._lock_log()
         if tail.kind is TailKind.TORN:
-            aside = durable.free_name(f"{self.path}.torn-{tail.offset}")
-            self._file.copy_tail(tail.offset, aside)
+            aside = self._file.copy_tail(tail.offset, f"{self.path}.torn-{tail.offset}")
             log.warning(
                 f"{self.path}: an append that was never acknowledged stood at offset"
                 f" {tail.offset} ({tail.reason}); moved to {aside}"

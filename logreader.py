@@ -7,6 +7,7 @@ when a compaction replaces that file meanwhile.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -68,7 +69,7 @@ class LogReader:
                 self.path,
                 "of layout 1, of the earlier backup plugin",
                 f"Stop the node and run `{CLI} upgrade --lightning-dir DIR`; for a server's"
-                f" file run `{CLI} upgrade file://{self.path}`.",
+                f" file run `{CLI} upgrade {shlex.quote(f'file://{self.path}')}`.",
             )
         try:
             self.backup_id, self.log_start, self.rules = records.decode_header(header)

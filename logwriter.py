@@ -26,16 +26,22 @@ class LogWriter:
         backup_id: 16 bytes.
         snapshot_size: bytes of the snapshot that ``add_snapshot`` will add; 0 for none.
         flush_step: bytes between two flushes.
+        like: see durable.create.
 
     Attributes:
         last: the last record written.
     """
 
     def __init__(
-        self, path: str, backup_id: bytes, snapshot_size: int, flush_step: int = FLUSH_STEP
+        self,
+        path: str,
+        backup_id: bytes,
+        snapshot_size: int,
+        flush_step: int = FLUSH_STEP,
+        like: str | None = None,
     ) -> None:
         self.path = path
-        self._fd = durable.create(path)
+        self._fd = durable.create(path, like)
         self._flush_step = flush_step
         self._unflushed = 0
         self._end = 0

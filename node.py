@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def read_lock_file(directory: str) -> LockFile:
     except FileNotFoundError as error:
         raise ConfigError(
             f"Could not find backup.lock in the lightning-dir {directory}.",
-            f"Stop lightningd and run `{CLI} init --lightning-dir {directory} URL`, or"
+            f"Stop lightningd and run `{CLI} init --lightning-dir {shlex.quote(directory)} URL`, or"
             " `attach` in place of `init` for a backup that exists.",
         ) from error
     except OSError as error:
@@ -64,17 +65,29 @@ def read_lock_file(directory: str) -> LockFile:
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f'{path} is damaged: it should read {{"backend_url": "<url>"}}.',
-            f"Move it away and run `{CLI} attach --lightning-dir {directory} URL`.",
+            f"Move it away and run `{CLI} attach --lightning-dir {shlex.quote(directory)} URL`.",
         ) from error
     return LockFile(url, content.get("compact"), owner)
 
 
-def write_lock_file(directory: str, lock_file: LockFile, replace: bool = False) -> None:
+def write_lock_file(
+    directory: str, lock_file: LockFile, like: str | None = None, replace: bool = False
+) -> None:
     """Write backup.lock.
 
     Args:
+        like: the former one, whose owner and mode it gets.
         replace: in place of the one that is there; else BackupExists if there is one.
     """
+    with new_lock_file(directory, lock_file, like, replace):
+        pass
+
+
+@contextlib.contextmanager
+def new_lock_file(
+    directory: str, lock_file: LockFile, like: str | None = None, replace: bool = False
+) -> Iterator[None]:
+    """``write_lock_file``, whose file gets its name once the block has ended well."""
     path = os.path.join(directory, LOCK_NAME)
     content: dict[str, object] = {"backend_url": lock_file.backend_url}
     if lock_file.owner != NOBODY:
@@ -82,7 +95,20 @@ def write_lock_file(directory: str, lock_file: LockFile, replace: bool = False) 
     if lock_file.compact is not None:
         content["compact"] = lock_file.compact
     try:
-        durable.write_file(path, json.dumps(content).encode(), replace)
+        beside = durable.prepare(path, json.dumps(content).encode(), path if replace else like)
+    except OSError as error:
+        raise DiskError(path, error, "write") from error
+    try:
+        yield
+        _publish(beside, path, replace)
+    except BaseException:
+        durable.discard(beside)
+        raise
+
+
+def _publish(beside: str, path: str, replace: bool) -> None:
+    try:
+        (durable.replace if replace else durable.publish)(beside, path)
     except FileExistsError as error:
         raise BackupExists(path) from error
     except OSError as error:
@@ -106,13 +132,14 @@ def network_dir(directory: str) -> str:
     if not os.path.isdir(path):
         raise ConfigError(
             f"The directory {path} does not exist.",
-            f"Check the path, or for a new node run `mkdir -p {path}`.",
+            f"Check the path, or for a new node run `mkdir -p {shlex.quote(path)}`.",
         )
     if is_network_dir(path):
         return path
     inside = sorted(name for name in NETWORKS if os.path.isdir(os.path.join(path, name)))
     if inside or os.path.basename(path) == ".lightning":
-        right = " or ".join(os.path.join(path, name) for name in inside or ["bitcoin"])
+        places = [os.path.join(path, name) for name in inside or ["bitcoin"]]
+        right = " or ".join(map(shlex.quote, places))
         raise ConfigError(
             f"{path} is not a network directory: lightningd runs the plugin one level below.",
             f"Use --lightning-dir {right}.",
@@ -144,7 +171,8 @@ def stopped(directory: str) -> Iterator[None]:
         os.close(fd)
         raise ConfigError(
             f"lightningd is running in {directory}: it holds the lock on {path}.",
-            f"Run `lightning-cli --lightning-dir={base} --network={network} stop`, then try again.",
+            f"Run `lightning-cli --lightning-dir={shlex.quote(base)}"
+            f" --network={shlex.quote(network)} stop`, then try again.",
         ) from error
     try:
         yield

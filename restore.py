@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import database
 import durable
 import node
+import scratch
 from backend import Reading
 from errors import BackupError, BackupExists, ConfigError, DatabaseError, DiskError
 
@@ -126,18 +127,17 @@ def restore(
         BackupError: as build does, or the destination is taken or cannot be written.
     """
     path = destination(dest)
-    beside = f"{path}.restoring"
-    try:
-        remove_database(beside, durable.remove)
-        version, changes = build(reading, beside, allow_damaged, progress)
-        problems = database.check(beside)
-        durable.publish(beside, path)
-    except FileExistsError as error:
-        raise BackupExists(path, "It appeared while the restore ran.") from error
-    except OSError as error:
-        raise DiskError(beside, error, "write") from error
-    finally:
-        remove_database(beside)
+    remove_database(f"{path}.restoring")  # As release 1.0 called it.
+    with scratch.held(f"{path}.restoring-") as prefix:
+        beside = f"{prefix}.sqlite3"
+        try:
+            version, changes = build(reading, beside, allow_damaged, progress)
+            problems = database.check(beside)
+            durable.publish(beside, path)
+        except FileExistsError as error:
+            raise BackupExists(path, "It appeared while the restore ran.") from error
+        except OSError as error:
+            raise DiskError(beside, error, "write") from error
     return Restored(
         path,
         version,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
-import durable
 import restore
+import scratch
 from backend import FOREIGN_KEYS_OFF, Change, Reading, Snapshot
 from errors import DiskError
 from filebackend import FileBackend
@@ -60,19 +61,17 @@ def from_log(backend: FileBackend, owner: bytes, progress: Callable[[Reading], N
     Raises:
         BackupError: it is damaged or does not replay; it stays as it is.
     """
-    scratch = f"{backend.scratch_prefix}upgrade.sqlite3"
-    reading = AllButTail(backend.read())
-    try:
-        restore.remove_database(scratch, durable.remove)
+    with (
+        contextlib.closing(AllButTail(backend.read())) as reading,
+        scratch.held(backend.scratch_prefix) as prefix,
+    ):
+        path = f"{prefix}.sqlite3"
         snapshot = None
         try:
-            version, _ = restore.build(reading, scratch, False, lambda: progress(reading))
-            snapshot = Snapshot(scratch, version)
+            version, _ = restore.build(reading, path, False, lambda: progress(reading))
+            snapshot = Snapshot(path, version)
         except restore.NothingToRestore:
             pass  # All there is, if anything, is the tail.
+        except OSError as error:
+            raise DiskError(path, error, "write") from error
         return backend.replace(snapshot, owner, reading.tail)
-    except OSError as error:
-        raise DiskError(scratch, error, "write") from error
-    finally:
-        reading.close()
-        restore.remove_database(scratch)
