@@ -313,6 +313,7 @@ class Reading(ABC):
         version: data_version that the whole backup leads to.
         total: bytes to come, or 0 if unknown.
         position: bytes seen so far.
+        snapshot_size: bytes of the snapshot that it begins with, as far as known.
         last_change_ns: Unix time of the last record seen, nanoseconds, or None.
         torn_tail: an unacknowledged append at the end was left out.
         damage: what stopped the pass before the end, or None.
@@ -322,6 +323,7 @@ class Reading(ABC):
     version = 0
     total = 0
     position = 0
+    snapshot_size = 0
     last_change_ns: int | None = None
     torn_tail = False
     damage: Exception | None = None

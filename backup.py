@@ -81,7 +81,9 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Send one line; lightningd calls WARNING ``warn``."""
         level = "warn" if record.levelno == logging.WARNING else record.levelname.lower()
-        self._plugin.log(record.getMessage(), level=level)
+        # A path that is no UTF-8 would make pyln-client raise.
+        text = record.getMessage().encode(errors="backslashreplace").decode()
+        self._plugin.log(text, level=level)
 
 
 class Hook:

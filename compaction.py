@@ -34,10 +34,11 @@ import database
 import durable
 import records
 import restore
+import space
 from backend import Change, Reading, log
 from child import Child, Message
 from errors import BackupError, ConfigError, Unsound
-from filebackend import FileBackend, disk_warnings
+from filebackend import COMPACTION_FACTOR, FileBackend, disk_warnings
 from logreader import LogReader, effective, is_foreign_keys_off
 from logwriter import SMALL_FLUSH_STEP, LogWriter
 from records import Head, Kind
@@ -200,7 +201,7 @@ class Housekeeper:
 
     def _check_disk(self) -> None:
         try:
-            for warning in disk_warnings(self._backend.path):
+            for warning in disk_warnings(self._backend.path, self._backend.size):
                 log.warning(warning)
         except OSError as error:
             log.warning(f"The disk of {self._backend.path} cannot be looked at: {error}")
@@ -211,7 +212,7 @@ class Housekeeper:
 
     def _compact(self) -> None:
         try:
-            needed = 2 * (self._backend.log_size + self._backend.snapshot_size)
+            needed = COMPACTION_FACTOR * self._backend.size
             free = shutil.disk_usage(os.path.dirname(self._backend.path)).free
             if free >= needed:
                 self._compactor.run()
@@ -313,6 +314,8 @@ def build(path: str, prefix: str) -> Message:
         entries = iter(reader)
         scratch = f"{prefix}-new.sqlite3"
         fold = Fold(reader, entries, last)
+        assert reader.log_start is not None
+        space.require(scratch, COMPACTION_FACTOR * records.snapshot_size(reader.log_start))
         with contextlib.suppress(restore.NothingToRestore):
             restore.build(fold, scratch, False, reporter(fold, last, scratch))
         if not os.path.getsize(scratch):  # PRAGMA calls alone: a snapshot has at least a page.
@@ -320,6 +323,7 @@ def build(path: str, prefix: str) -> Message:
         is_sound = check_sound(scratch, path, prefix)
         assert reader.backup_id is not None
         size = os.path.getsize(scratch)
+        space.require(scratch, size)
         writer = LogWriter(f"{prefix}-log", reader.backup_id, size, SMALL_FLUSH_STEP, like=path)
         with contextlib.closing(writer), contextlib.closing(LogReader(writer.path)) as verifier:
             writer.add_snapshot(scratch, last)
@@ -335,6 +339,7 @@ def reporter(fold: Fold, last: Head, scratch: str) -> Callable[[], None]:
 
     def report() -> None:
         nonlocal said
+        space.require(scratch)
         if fold.position >= said + REPORT_STEP:
             said = fold.position
             child.say({"done": said, "of": last.end})
@@ -354,6 +359,7 @@ def check_sound(scratch: str, path: str, prefix: str) -> bool:
         return True
     old = f"{prefix}-old.sqlite3"
     reader = LogReader(path)
+    space.require(old, records.snapshot_size(reader.log_start or records.FIRST_RECORD))
     pieces = itertools.takewhile(lambda entry: entry[0].kind == Kind.SNAPSHOT, reader)
     with open(durable.create(old), "wb") as file:
         for _, piece in pieces:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
 
+import durable
 from backend import FOREIGN_KEYS_OFF, Change, Snapshot
-from errors import DatabaseError
+from errors import DatabaseError, DiskError
 
 COPY_PAGES = 1024
 """Pages that SQLite's backup API moves at a time."""
@@ -40,7 +41,7 @@ def opened(path: str, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     """
     try:
         connection = sqlite3.connect(
-            f"file:{quote(path)}?mode={mode}", uri=True, isolation_level=None
+            f"file:{quote(os.fsencode(path))}?mode={mode}", uri=True, isolation_level=None
         )
         with contextlib.closing(connection):
             yield connection
@@ -77,14 +78,19 @@ def copy(source: str, target: str, progress: Progress | None = None) -> Snapshot
         if progress is not None:
             progress(total - remaining, total)
 
-    with opened(source) as node, contextlib.closing(sqlite3.connect(target)) as snapshot:
+    try:
+        os.close(durable.create(target))
+    except OSError as error:
+        raise DiskError(target, error, "create") from error
+    with opened(source) as node, opened(target) as snapshot:
         # The copy is thrown away after a crash: nothing of it needs to be durable.
         snapshot.execute("PRAGMA synchronous = OFF")
         try:
             node.backup(snapshot, pages=COPY_PAGES, progress=report, sleep=0)
         except sqlite3.Error as error:
-            problem = f"SQLite says: {error}, copying it to {target}"
-            raise DatabaseError(source, problem) from error
+            is_full = "full" in str(error)
+            problem = f"SQLite says: {error}, copying {source} to {target}"
+            raise DatabaseError(target if is_full else source, problem) from error
         version = data_version(node)
     return Snapshot(target, version)
 
@@ -97,6 +103,12 @@ _MISSING_SPACE = re.compile(
 def mend(statement: str) -> str:
     """``statement`` with the space that releases of 2020 left out before some WHEREs."""
     return _MISSING_SPACE.sub(lambda m: m["literal"] or f"{m['value']} ", statement)
+
+
+def size_with_side_files(path: str) -> int:
+    """Bytes of the database ``path`` with its journal or WAL; 0 if it is not there."""
+    names = (path, *(path + suffix for suffix in SIDE_FILES))
+    return sum(os.path.getsize(name) for name in names if os.path.exists(name))
 
 
 def copy_files(source: str, target: str) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -47,14 +48,20 @@ RETRY_FOR_S = 60.0
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 LOW_DISK_BYTES = 512 << 20
-LOW_DISK_SHARE = 0.05
+COMPACTION_FACTOR = 2
+"""A compaction replays into a database and writes that into a new log, beside the old one."""
 
 
 def parse_file_url(url: str) -> str:
     """The absolute path in ``file:///path``; ConfigError says what is wrong with another."""
     path = url.removeprefix("file://")
     if path == url or not path.startswith("/") or "\0" in path or path.endswith("/"):
-        raise ConfigError(f"{url!r} is not of the form file:///path/to/file.")
+        raise ConfigError(
+            f"{url!r} is not of the form file:///path/to/file.",
+            f"Name a file in it, such as {shlex.quote(url + 'node.bkp')}."
+            if path.startswith("/") and path.endswith("/")
+            else "",
+        )
     return path
 
 
@@ -136,6 +143,8 @@ class FileBackend(Backend):
         try:
             found = f"It is a backup at version {self.status().version}."
         except BackupError as error:
+            if not os.path.isfile(self.path):
+                return str(error)
             found = error.problem
         return f"{found} Choose another name, or run `{CLI} attach` to go on with it."
 
@@ -592,7 +601,10 @@ class FileBackend(Backend):
                 last_proven_ns=known.proven_ns,
                 unsound=known.unsound,
                 disk_free=shutil.disk_usage(os.path.dirname(self.path)).free,
-                warnings=[*disk_warnings(self.path), *proof.warnings(known, self.url)],
+                warnings=[
+                    *disk_warnings(self.path, tail.offset),
+                    *proof.warnings(known, self.url),
+                ],
             )
         finally:
             reader.close()
@@ -618,12 +630,26 @@ def _seen(reader: LogReader) -> tuple[Head, Tail, Damaged | None]:
     return newest or BEFORE_FIRST, tail, damage
 
 
-def disk_warnings(path: str) -> list[str]:
-    """What to tell the operator about the space left on the disk of ``path``."""
+def disk_warnings(path: str, backup_size: int) -> list[str]:
+    """What to tell the operator about the space left on the disk of the backup ``path``.
+
+    Args:
+        backup_size: bytes of its snapshot and of its changes.
+    """
     usage = shutil.disk_usage(os.path.dirname(path))
-    if usage.free >= max(LOW_DISK_BYTES, LOW_DISK_SHARE * usage.total):
+    wanted = space_wanted(backup_size)
+    if usage.free >= wanted:
         return []
     return [
         f"The disk of {path} is nearly full: {usage.free >> 20} MiB of"
-        f" {usage.total >> 20} MiB are free. When it is full the node stops."
+        f" {usage.total >> 20} MiB are free, and the backup may soon need {wanted >> 20} MiB."
+        " When it is full the node stops."
     ]
+
+
+def space_wanted(backup_size: int) -> int:
+    """Free bytes below which a disk with a backup of ``backup_size`` bytes is nearly full.
+
+    A share of the disk would say nothing: a backup of 1 GB needs no 190 GB of 4 TB.
+    """
+    return max(LOW_DISK_BYTES, COMPACTION_FACTOR * backup_size)

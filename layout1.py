@@ -234,6 +234,8 @@ class Layout1Reading(Reading):
 
 def is_layout_1(path: str) -> bool:
     """Whether the file ``path`` begins like layout 1."""
+    if not os.path.isfile(path):  # To open a FIFO would wait for ever.
+        return False
     try:
         with open(path, "rb") as file:
             return file.read(len(START)) == START

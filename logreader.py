@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,7 @@ class LogReader:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        _refuse_special(path)
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -260,12 +262,26 @@ def _not_rewound(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[tuple[He
         yield last
 
 
+def _refuse_special(path: str) -> None:
+    """Refuse what is no file before it is opened: that of a FIFO would wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # Opening it says why.
+    if stat.S_ISDIR(mode):
+        inside = shlex.quote(f"file://{os.path.join(path, 'node.bkp')}")
+        raise UnsupportedLayout(path, "a directory", f"Name a file in it, such as {inside}.")
+    if not stat.S_ISREG(mode):
+        raise UnsupportedLayout(path, "a FIFO, a socket or a device, not a file", "Check the URL.")
+
+
 class FileReading(Reading):
     """A pass over a file (see Reading)."""
 
     def __init__(self, path: str) -> None:
         self._reader = LogReader(path)
         self.total = self._reader.allocated
+        self.snapshot_size = records.snapshot_size(self._reader.log_start or records.FIRST_RECORD)
 
     def __iter__(self) -> Iterator[Change]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import database
 import durable
 import node
 import scratch
+import space
 from backend import Reading
 from errors import BackupError, BackupExists, ConfigError, DatabaseError, DiskError
 
@@ -48,10 +50,18 @@ def destination(dest: str) -> str:
     """The file that a restore to ``dest`` creates; refuses what is in the way.
 
     Args:
-        dest: a file, or an existing directory.
+        dest: a file, whose name has a suffix, or an existing directory.
     """
     if os.path.isdir(dest):
         dest = os.path.join(dest, node.DATABASE_NAME)
+    elif not os.path.splitext(os.path.basename(dest))[1] and not os.path.lexists(dest):
+        # ~/.lightning/bitcoin before its mkdir, say: no database is to have that name.
+        named = shlex.quote(f"{dest.rstrip('/')}.sqlite3")
+        raise ConfigError(
+            f"There is no directory {dest}.",
+            f"If it should be one, run `mkdir -p {shlex.quote(dest)}` first. For a file, give"
+            f" its name a suffix: {named}.",
+        )
     path = os.path.realpath(dest)
     if not os.path.isdir(os.path.dirname(path)):
         raise ConfigError(f"The directory {os.path.dirname(path)} does not exist.", "Create it.")
@@ -164,10 +174,21 @@ def verify(
         BackupError: the backup is damaged or does not replay.
     """
     copy = f"{scratch}.against"
+
+    def leave_room(needed: int = 0) -> None:
+        space.require(scratch, needed, "Or verify on another disk: add --scratch DIR.")
+
+    def report() -> None:
+        leave_room()
+        progress()
+
     try:
-        version, _ = build(reading, scratch, False, progress)
+        needed = database.size_with_side_files(against) if against is not None else 0
+        leave_room(reading.snapshot_size + needed)
+        version, _ = build(reading, scratch, False, report)
         problems = database.check(scratch)
         if against is not None:
+            leave_room(needed)
             database.copy_files(against, copy)
             problems += _compare(scratch, version, copy)
         return version, problems

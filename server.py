@@ -28,6 +28,7 @@ import durable
 import protocol
 import records
 import restore
+import unwind
 from backend import (
     NOBODY,
     NOTICE,
@@ -671,8 +672,9 @@ class Server:
     def run(self) -> int:
         """Serve until a signal or a failing disk; the exit code."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop(0))
+        for number in unwind.SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: self._stop(0))
         self._housekeeper.start()
         with selectors.DefaultSelector() as selector:
             for listener in self._listeners:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import restore
 import scratch
+import space
 from backend import FOREIGN_KEYS_OFF, Change, Reading, Snapshot
 from errors import DiskError
 from filebackend import FileBackend
@@ -66,10 +68,16 @@ def from_log(backend: FileBackend, owner: bytes, progress: Callable[[Reading], N
         scratch.held(backend.scratch_prefix) as prefix,
     ):
         path = f"{prefix}.sqlite3"
+
+        def report() -> None:
+            space.require(path)
+            progress(reading)
+
         snapshot = None
         try:
-            version, _ = restore.build(reading, path, False, lambda: progress(reading))
+            version, _ = restore.build(reading, path, False, report)
             snapshot = Snapshot(path, version)
+            space.require(path, os.path.getsize(path))
         except restore.NothingToRestore:
             pass  # All there is, if anything, is the tail.
         except OSError as error:

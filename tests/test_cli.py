@@ -224,7 +224,7 @@ def test_init_with_the_database_elsewhere(
     done = run_cli("init", "--lightning-dir", node_dir, "--wallet", form.format(wallet), url)
     assert f"Found an existing database at {wallet}\n" in done.stdout
     assert os.listdir(node_dir) == ["backup.lock"]
-    assert restored_rows(url, tmp_path / "restored") == expected_rows(4)
+    assert restored_rows(url, tmp_path / "restored.db") == expected_rows(4)
 
 
 def test_init_in_the_network_directory_needs_no_option(
@@ -233,7 +233,7 @@ def test_init_in_the_network_directory_needs_no_option(
     node_at(node_dir, 3)
     run_cli("init", url, cwd=node_dir)
     assert (node_dir / "backup.lock").exists()
-    assert restored_rows(url, tmp_path / "restored") == expected_rows(3)
+    assert restored_rows(url, tmp_path / "restored.db") == expected_rows(3)
 
 
 def test_init_with_a_wal_that_was_never_written_back(
@@ -249,7 +249,7 @@ def test_init_with_a_wal_that_was_never_written_back(
     )
     assert (node_dir / "lightningd.sqlite3-wal").stat().st_size > 0
     assert "data_version 4\n" in run_cli("init", "--lightning-dir", node_dir, url).stdout
-    target = tmp_path / "restored"
+    target = tmp_path / "restored.db"
     assert restored_rows(url, target) == expected_rows(4)
     with database.opened(str(target)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -271,7 +271,7 @@ def test_init_with_a_hot_journal(node_dir: Path, url: str, tmp_path: Path) -> No
     assert (node_dir / "lightningd.sqlite3-journal").stat().st_size > 0
     assert source.read_bytes() != clean, "nothing reached the file, so the test shows nothing"
     assert "data_version 3\n" in run_cli("init", "--lightning-dir", node_dir, url).stdout
-    assert restored_rows(url, tmp_path / "restored") == expected_rows(3)
+    assert restored_rows(url, tmp_path / "restored.db") == expected_rows(3)
 
 
 def test_init_with_a_database_of_0_bytes(node_dir: Path, url: str, tmp_path: Path) -> None:
@@ -298,8 +298,8 @@ def test_init_with_the_database_of_an_old_release(
     done = run_cli("init", "--lightning-dir", node_dir, url)
     assert "data_version 0" in done.stdout
     assert "Successfully written initial snapshot" in done.stdout
-    run_cli("restore", url, tmp_path / "restored")
-    assert database.compare(str(source), str(tmp_path / "restored")) == []
+    run_cli("restore", url, tmp_path / "restored.db")
+    assert database.compare(str(source), str(tmp_path / "restored.db")) == []
 
 
 def test_init_then_the_plugin_goes_on(node_dir: Path, url: str, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_init_then_the_plugin_goes_on(node_dir: Path, url: str, tmp_path: Path) 
         plugin.write(*first_changes(4)[-1])
         assert plugin.logged("Versions match up")
         assert plugin.close() == 0
-    assert restored_rows(url, tmp_path / "restored") == expected_rows(4)
+    assert restored_rows(url, tmp_path / "restored.db") == expected_rows(4)
 
 
 # init refuses
@@ -399,7 +399,7 @@ def test_bad_url(command: str, bad: str, node_dir: Path, tmp_path: Path) -> None
     arguments: dict[str, list[object]] = {
         "init": ["--lightning-dir", node_dir, bad],
         "attach": ["--lightning-dir", node_dir, bad],
-        "restore": [bad, tmp_path / "restored"],
+        "restore": [bad, tmp_path / "restored.db"],
         "status": [bad],
     }
     refused(tmp_path, command, *arguments[command], says=[repr(bad), "file:///path/to/file"])
@@ -541,14 +541,14 @@ def test_resync_of_a_damaged_backup(
     second = support.records_of(outdated)[1][0]
     support.flip(outdated, second.offset + 130)
     resync(node_dir, "--yes")
-    assert restored_rows(url, tmp_path / "restored") == expected_rows(5)
+    assert restored_rows(url, tmp_path / "restored.db") == expected_rows(5)
 
 
 def test_resync_of_an_empty_backup(node_dir: Path, url: str, tmp_path: Path) -> None:
     run_cli("init", "--lightning-dir", node_dir, url)
     node_at(node_dir, 4)
     resync(node_dir, "--yes")
-    assert restored_rows(url, tmp_path / "restored") == expected_rows(4)
+    assert restored_rows(url, tmp_path / "restored.db") == expected_rows(4)
 
 
 def test_resync_heals_what_the_plugin_refuses(
@@ -563,7 +563,7 @@ def test_resync_heals_what_the_plugin_refuses(
     program, *arguments = shlex.split(command)
     assert program == str(support.CLI)
     run_cli(*arguments, input="y\n")
-    assert restored_rows(url, tmp_path / "restored") == expected_rows(5)
+    assert restored_rows(url, tmp_path / "restored.db") == expected_rows(5)
 
 
 @pytest.mark.parametrize(
@@ -846,40 +846,40 @@ def test_restore_does_not_follow_a_link_onto_a_file(url: str, tmp_path: Path) ->
 def test_restore_into_a_directory_that_is_not_there(url: str, tmp_path: Path) -> None:
     make_backup(url, first_changes(3))
     says = [f"The directory {tmp_path}/typo does not exist"]
-    refused(tmp_path, "restore", url, tmp_path / "typo" / "there", says=says)
+    refused(tmp_path, "restore", url, tmp_path / "typo" / "there.db", says=says)
 
 
 def test_restore_without_a_backup(url: str, tmp_path: Path) -> None:
-    refused(tmp_path, "restore", url, tmp_path / "there", says=[f"There is no backup at {url}"])
+    refused(tmp_path, "restore", url, tmp_path / "there.db", says=[f"There is no backup at {url}"])
 
 
 def test_restore_of_something_else(url: str, tmp_path: Path) -> None:
     file_of(url).write_bytes(b"SQLite format 3\0" + bytes(5000))
-    refused(tmp_path, "restore", url, tmp_path / "there", says=["is not a backup"])
+    refused(tmp_path, "restore", url, tmp_path / "there.db", says=["is not a backup"])
 
 
 def test_restore_of_an_empty_backup(url: str, tmp_path: Path) -> None:
     make_backup(url)
     for options in ([], ["--allow-damaged"]):
         says = ["The backup holds no change yet"]
-        refused(tmp_path, "restore", *options, url, tmp_path / "there", says=says)
+        refused(tmp_path, "restore", *options, url, tmp_path / "there.db", says=says)
 
 
 def test_restore_of_a_snapshot_alone(node_dir: Path, url: str, tmp_path: Path) -> None:
     source = node_at(node_dir, 5)
     support.apply_calls(source, [(5, ["INSERT INTO items VALUES (9, hex(zeroblob(2000000)))"])])
     run_cli("init", "--lightning-dir", node_dir, url)
-    done = run_cli("restore", url, tmp_path / "there")
+    done = run_cli("restore", url, tmp_path / "there.db")
     assert "Restored version 5" in done.stdout
     assert "0 changes replayed" in done.stdout
-    assert database.compare(str(source), str(tmp_path / "there")) == []
+    assert database.compare(str(source), str(tmp_path / "there.db")) == []
 
 
 def test_restore_leaves_out_a_torn_tail(url: str, tmp_path: Path) -> None:
     path = make_backup(url, first_changes(5))
     last = support.records_of(path)[-1][0]
     os.truncate(path, last.end - 20)
-    done = run_cli("restore", url, tmp_path / "there")
+    done = run_cli("restore", url, tmp_path / "there.db")
     assert "Restored version 4" in done.stdout
     assert "An append that was never acknowledged stood at the end and was left out." in done.stdout
 
@@ -900,26 +900,26 @@ def test_restore_refuses_damage(url: str, tmp_path: Path) -> None:
         "`",
         "--allow-damaged",
     ]
-    refused(tmp_path, "restore", url, tmp_path / "there", says=says)
+    refused(tmp_path, "restore", url, tmp_path / "there.db", says=says)
 
 
 def test_restore_of_what_stands_before_damage(url: str, tmp_path: Path) -> None:
     damaged_backup(url)
-    done = run_cli("restore", "--allow-damaged", url, tmp_path / "there", check=3)
+    done = run_cli("restore", "--allow-damaged", url, tmp_path / "there.db", check=3)
     assert "Restored version 2" in done.stdout
     assert "versions 3 to 5 stand behind the damage" in done.stderr
     assert "emergencyrecover" in done.stderr
     assert "Never start the node on it" in done.stderr
     assert "attach" not in done.stdout
-    with database.opened(str(tmp_path / "there")) as connection:
+    with database.opened(str(tmp_path / "there.db")) as connection:
         assert connection.execute("SELECT id FROM items").fetchall() == [(2,)]
 
 
 def test_restore_with_a_damaged_header(url: str, tmp_path: Path) -> None:
     support.flip(make_backup(url, first_changes(5)), 30)
-    refused(tmp_path, "restore", url, tmp_path / "there", says=["is damaged at offset 0"])
-    run_cli("restore", "--allow-damaged", url, tmp_path / "there", check=3)
-    assert database.version_of(str(tmp_path / "there")) == 5
+    refused(tmp_path, "restore", url, tmp_path / "there.db", says=["is damaged at offset 0"])
+    run_cli("restore", "--allow-damaged", url, tmp_path / "there.db", check=3)
+    assert database.version_of(str(tmp_path / "there.db")) == 5
 
 
 def test_restore_with_nothing_before_the_damage(url: str, tmp_path: Path) -> None:
@@ -927,7 +927,7 @@ def test_restore_with_nothing_before_the_damage(url: str, tmp_path: Path) -> Non
     support.flip(path, support.records_of(path)[0][0].offset + 130)
     for options in ([], ["--allow-damaged"]):
         says = ["is damaged at offset 64"]
-        refused(tmp_path, "restore", *options, url, tmp_path / "there", says=says)
+        refused(tmp_path, "restore", *options, url, tmp_path / "there.db", says=says)
 
 
 ORPHAN = [
@@ -950,7 +950,7 @@ def test_restore_delivers_what_sqlite_complains_of(
             for statement in ORPHAN:
                 connection.execute(statement)
     run_cli("init", "--lightning-dir", node_dir, url)
-    done = run_cli("restore", url, tmp_path / "there", check=3)
+    done = run_cli("restore", url, tmp_path / "there.db", check=3)
     assert "Restored version 5" in done.stdout
     assert "attach" in done.stdout
     if kind == "index":
@@ -958,7 +958,7 @@ def test_restore_delivers_what_sqlite_complains_of(
     else:
         assert "WARNING: foreign_key_check: row 1 of children" in done.stderr
     assert "WARNING: SQLite's checks fail for this database." in done.stderr
-    assert database.compare(str(source), str(tmp_path / "there")) == []
+    assert database.compare(str(source), str(tmp_path / "there.db")) == []
 
 
 @pytest.mark.parametrize(
@@ -972,7 +972,7 @@ def test_restore_that_does_not_come_out(
     call: Call, says: list[str], url: str, tmp_path: Path
 ) -> None:
     make_backup(url, [*first_changes(5), call])
-    refused(tmp_path, "restore", url, tmp_path / "there", says=says)
+    refused(tmp_path, "restore", url, tmp_path / "there.db", says=says)
 
 
 @pytest.mark.parametrize("limit", [5_000, 100_000])
@@ -982,8 +982,8 @@ def test_restore_to_a_full_disk(limit: int, node_dir: Path, url: str, tmp_path: 
     run_cli("init", "--lightning-dir", node_dir, url)
     add_session(url, [change(4, "INSERT INTO items VALUES (10, hex(zeroblob(90000)))")])
     refused(
-        *(tmp_path, "restore", url, tmp_path / "there"),
-        says=["there.restoring"],
+        *(tmp_path, "restore", url, tmp_path / "there.db"),
+        says=["there.db.restoring"],
         preexec_fn=file_size_limit(limit),
     )
 
@@ -991,9 +991,9 @@ def test_restore_to_a_full_disk(limit: int, node_dir: Path, url: str, tmp_path: 
 def test_restore_starts_over_after_an_interrupted_one(url: str, tmp_path: Path) -> None:
     make_backup(url, first_changes(3))
     for suffix in ("", "-journal", "-wal"):
-        (tmp_path / f"there.restoring{suffix}").write_bytes(b"half of it")
-    run_cli("restore", url, tmp_path / "there")
-    assert sorted(path.name for path in tmp_path.glob("there*")) == ["there"]
+        (tmp_path / f"there.db.restoring{suffix}").write_bytes(b"half of it")
+    run_cli("restore", url, tmp_path / "there.db")
+    assert sorted(path.name for path in tmp_path.glob("there*")) == ["there.db"]
 
 
 # status
@@ -1102,5 +1102,5 @@ def test_reading_commands_make_no_lock_file(url: str, tmp_path: Path) -> None:
     writer = path.with_name(f"{path.name}.writer")
     writer.unlink()
     run_cli("status", url, check=None)
-    run_cli("restore", url, tmp_path / "there")
+    run_cli("restore", url, tmp_path / "there.db")
     assert not writer.exists()
