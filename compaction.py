@@ -201,7 +201,8 @@ class Housekeeper:
 
     def _check_disk(self) -> None:
         try:
-            for warning in disk_warnings(self._backend.path, self._backend.size):
+            size = self._backend.log_size + self._backend.snapshot_size
+            for warning in disk_warnings(self._backend.path, size):
                 log.warning(warning)
         except OSError as error:
             log.warning(f"The disk of {self._backend.path} cannot be looked at: {error}")
@@ -212,7 +213,7 @@ class Housekeeper:
 
     def _compact(self) -> None:
         try:
-            needed = COMPACTION_FACTOR * self._backend.size
+            needed = COMPACTION_FACTOR * (self._backend.log_size + self._backend.snapshot_size)
             free = shutil.disk_usage(os.path.dirname(self._backend.path)).free
             if free >= needed:
                 self._compactor.run()

@@ -917,11 +917,11 @@ def test_failure_is_tried_again_an_hour_later(household: Household) -> None:
 def test_disk_that_fills_up_is_a_warning_every_ten_minutes(
     household: Household, log_lines: pytest.LogCaptureFixture
 ) -> None:
-    household.free = 9 * GIB
+    household.free = GIB // 4
     household.live(1300, 100)
     told = [text for text in log_lines.messages if "nearly full" in text]
     assert len(told) == 3
-    assert f"{9 << 10} MiB of {200 << 10} MiB are free" in told[0]
+    assert f"256 MiB of {200 << 10} MiB are free" in told[0]
     assert all(record.levelname == "WARNING" for record in log_lines.records)
 
 

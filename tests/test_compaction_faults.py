@@ -273,18 +273,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("count", "reason"),
-    [(14, "full"), (9, "No space left on device")],
-    ids=["replay", "new-log"],
+    ("count", "reserve", "reason"),
+    [(14, 0, "full"), (9, 0, "too little room"), (9, 7 << 20, "have to stay free")],
+    ids=["replay", "new-log", "reserve"],
 )
 def test_disk_full_in_the_middle(
     count: int,
+    reserve: int,
     reason: str,
     small_disk: Path,
     node_dir: Path,
     stops: Stops,
     tmp_path: Path,
 ) -> None:
+    stops.set(space__RESERVE=reserve)
     found = Node(node_dir, f"file://{small_disk}/node.bkp", stops)
     found.write(FIRST)
     found.plugin.write(*support.change(found.version + 1, "CREATE TABLE ballast (body BLOB)"))

@@ -30,7 +30,7 @@ from errors import (
     DiskError,
     UnsupportedLayout,
 )
-from filebackend import FileBackend
+from filebackend import FileBackend, space_wanted
 from logreader import LogReader
 from records import HEAD, OVERHEAD, SECTOR
 from tests import support
@@ -636,11 +636,25 @@ def test_low_disk_is_a_warning(url: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert usage("/")
 
     def nearly_full(path: str) -> object:
-        return type(usage(path))(100 << 30, 99 << 30, 1 << 30)
+        return type(usage(path))(100 << 30, 99 << 30, 500 << 20)
 
     monkeypatch.setattr(shutil, "disk_usage", nearly_full)
     (warning,) = FileBackend(url).status().warnings
-    assert "nearly full" in warning and "1024 MiB" in warning
+    assert "nearly full" in warning and "500 MiB" in warning
+
+
+@pytest.mark.parametrize(
+    ("backup_size", "wanted"),
+    [
+        (0, 512 << 20),
+        (1 << 20, 512 << 20),
+        (256 << 20, 512 << 20),
+        ((256 << 20) + 1, (512 << 20) + 2),
+        (10 << 30, 20 << 30),
+    ],
+)
+def test_space_wanted(backup_size: int, wanted: int) -> None:
+    assert space_wanted(backup_size) == wanted
 
 
 def test_status_in_numbers(url: str, tmp_path: Path) -> None:

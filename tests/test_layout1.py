@@ -210,8 +210,8 @@ def test_no_byte_is_changed(old: Path) -> None:
         before = support.contents(old.parent)
         support.run_cli("status", url, check=code)
         support.run_cli("verify", url, "--against", node, check=code)
-        support.run_cli("restore", url, old.parent / "result", check=code)
-        (old.parent / "result").unlink()
+        support.run_cli("restore", url, old.parent / "result.db", check=code)
+        (old.parent / "result.db").unlink()
         assert support.contents(old.parent) == before
         assert old.stat().st_mtime_ns == 10**18
         assert not list(old.parent.glob("*.writer"))
@@ -262,7 +262,7 @@ def test_torn_tail_is_reported(old: Path) -> None:
     assert FileBackend(url).status().torn_tail
     assert note in support.run_cli("status", url).stdout
     assert note in support.run_cli("verify", url).stdout
-    assert note in support.run_cli("restore", url, old.parent / "result").stdout
+    assert note in support.run_cli("restore", url, old.parent / "result.db").stdout
 
 
 def test_damage_needs_allow_damaged(old: Path) -> None:
@@ -271,10 +271,10 @@ def test_damage_needs_allow_damaged(old: Path) -> None:
     os.truncate(old, old.stat().st_size - 1)
     assert_damaged(old, plugin.starts[-1], calls[:4], "names version 5")
     url = f"file://{old}"
-    for command in ("status", url), ("verify", url), ("restore", url, old.parent / "result"):
+    for command in ("status", url), ("verify", url), ("restore", url, old.parent / "result.db"):
         done = support.run_cli(*command, check=1)
         assert f"damaged at offset {plugin.starts[-1]}: it ends inside an entry" in done.stderr
-    done = support.run_cli("restore", "--allow-damaged", url, old.parent / "result", check=3)
+    done = support.run_cli("restore", "--allow-damaged", url, old.parent / "result.db", check=3)
     assert "OLD state" in done.stderr
 
 

@@ -267,7 +267,7 @@ def test_sigkill_and_start_again(node: Lightningd, destination: str, tmp_path: P
     node.start()
     assert node.logged("Versions match up") + node.logged("rewinding non-committed") == 5
     node.stop()
-    assert_same(node, destination, tmp_path / "restored")
+    assert_same(node, destination, tmp_path / "restored.sqlite3")
 
 
 def act_until_it_dies(node: Lightningd) -> None:
@@ -304,7 +304,7 @@ def test_restored_onto_a_new_machine(
     finally:
         fresh.end()
     assert fresh.logged("Versions match up") == 1
-    assert_same(fresh, destination, tmp_path / "restored")
+    assert_same(fresh, destination, tmp_path / "restored.sqlite3")
 
 
 def test_compaction_and_status_by_lightning_cli(
@@ -319,7 +319,7 @@ def test_compaction_and_status_by_lightning_cli(
     assert result["after"]["version_count"] < result["before"]["version_count"]
     node.act()
     node.stop()
-    assert_same(node, destination, tmp_path / "restored")
+    assert_same(node, destination, tmp_path / "restored.sqlite3")
 
 
 def test_init_on_an_existing_node(lightningd: Lightningd, destination: str, tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_init_on_an_existing_node(lightningd: Lightningd, destination: str, tmp_
     lightningd.act()
     lightningd.stop()
     assert lightningd.logged("Versions match up") == 1
-    assert_same(lightningd, destination, tmp_path / "restored")
+    assert_same(lightningd, destination, tmp_path / "restored.sqlite3")
 
 
 def test_resync_after_a_run_without_the_plugin(
@@ -353,7 +353,7 @@ def test_resync_after_a_run_without_the_plugin(
     node.start()
     node.act()
     node.stop()
-    assert_same(node, destination, tmp_path / "restored")
+    assert_same(node, destination, tmp_path / "restored.sqlite3")
 
 
 # What must not be
@@ -390,11 +390,11 @@ def test_commands_beside_a_running_node(node: Lightningd, destination: str, tmp_
     stop = done.stderr.partition("Run `")[2].partition("`")[0]
     assert stop == f"lightning-cli --lightning-dir={node.base} --network=regtest stop"
     assert status(destination)["damage"] is None
-    run_cli("restore", destination, tmp_path / "beside")
-    assert database.check(str(tmp_path / "beside")) == []
+    run_cli("restore", destination, tmp_path / "beside.sqlite3")
+    assert database.check(str(tmp_path / "beside.sqlite3")) == []
     node.act()
     node.stop()
-    assert_same(node, destination, tmp_path / "restored")
+    assert_same(node, destination, tmp_path / "restored.sqlite3")
 
 
 def test_a_second_start_and_help_do_no_harm(
@@ -410,4 +410,4 @@ def test_a_second_start_and_help_do_no_harm(
         assert (done.returncode == 0) == bool(extra), done.stdout + done.stderr
     node.act(1)
     node.stop()
-    assert_same(node, destination, tmp_path / "restored")
+    assert_same(node, destination, tmp_path / "restored.sqlite3")
