@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 import database
+from errors import BackupError, DiskError
 from tests import support
 from tests.support import Call, add_session, change, contents, first_changes, make_backup, run_cli
 
@@ -1108,3 +1110,218 @@ def test_reading_commands_make_no_lock_file(url: str, tmp_path: Path) -> None:
     run_cli("status", url, check=None)
     run_cli("restore", url, tmp_path / "there.sqlite3")
     assert not writer.exists()
+
+
+# Words
+
+
+def blank_dir(tmp_path: Path) -> Path:
+    """A directory whose name a shell would take apart, and which has two blanks in a row."""
+    path = tmp_path / "two  blanks; $(touch harm)"
+    path.mkdir()
+    return path
+
+
+def next_command(line: str) -> list[str]:
+    """The command in backticks that a message names, as a shell takes it apart."""
+    return shlex.split(line.split("`")[1])
+
+
+def test_next_commands_are_for_a_shell(tmp_path: Path) -> None:
+    place = blank_dir(tmp_path)
+    node_dir = support.network_dir(place)
+    url = f"file://{place}/node.bkp"
+    make_backup(url, first_changes(5))
+    write_lock(node_dir, url)
+    node_at(node_dir, 2)
+    line = run_cli("resync", "--lightning-dir", node_dir, check=1).stderr
+    assert next_command(line) == [str(support.CLI), "restore", url, "DEST"]
+    (node_dir / "lightningd.sqlite3").unlink()
+    line = run_cli("attach", "--lightning-dir", node_dir, url, check=1).stderr
+    assert f"There is no database at {node_dir}/lightningd.sqlite3" in line
+    assert next_command(line) == [str(support.CLI), "restore", url, str(node_dir)]
+    (node_dir / "backup.lock").unlink()
+    line = run_cli("resync", "--lightning-dir", node_dir, check=1).stderr
+    assert next_command(line)[1:] == ["init", "--lightning-dir", str(node_dir), "URL"]
+    node_at(node_dir, 5)
+    with running(node_dir):
+        line = run_cli("attach", "--lightning-dir", node_dir, url, check=1).stderr
+    assert next_command(line)[1] == f"--lightning-dir={node_dir.parent}"
+    missing = place / "missing"
+    line = run_cli("attach", "--lightning-dir", missing, url, check=1).stderr
+    assert next_command(line) == ["mkdir", "-p", str(missing)]
+    line = run_cli("restore", url, missing, check=1).stderr
+    assert next_command(line) == ["mkdir", "-p", str(missing)]
+    assert shlex.split(line.rpartition(": ")[2].rstrip(".\n")) == [f"{missing}.sqlite3"]
+
+
+def test_messages_are_one_line_and_keep_what_is_in_it() -> None:
+    error = BackupError("a  b\tc\r\nd \x1b[2J\u2028e", " now\n")
+    assert str(error) == "a  b\tc d  [2J e now"
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.EACCES, "run it as the node's user"),
+        (errno.EPERM, "`namei -l '/x  y'`"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOSPC, "`df -h /`"),
+        (errno.EDQUOT, "Make room"),
+        (errno.EISDIR, "Check the path"),
+        (errno.ENOTDIR, "Check the path"),
+        (errno.ENAMETOOLONG, "Check the path"),
+        (errno.EMFILE, "run out"),
+        (errno.EIO, "cable"),
+    ],
+)
+def test_disk_error_says_what_helps(number: int, says: str) -> None:
+    error = DiskError("/x  y", OSError(number, os.strerror(number)), "write")
+    assert says in error.next_step and ("cable" in error.next_step) == (number == errno.EIO)
+    assert error.problem == f"Could not write /x  y: {os.strerror(number)}."
+
+
+@pytest.mark.parametrize("command", ["init", "init-server", "status", "verify", "restore"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device"])
+def test_url_of_what_is_no_file(
+    kind: str, command: str, node_dir: Path, url: str, tmp_path: Path
+) -> None:
+    path = file_of(url)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/null")
+    arguments: dict[str, list[object]] = {
+        "init": ["init", "--lightning-dir", node_dir, url],
+        "init-server": ["init", url],
+        "restore": ["restore", url, tmp_path / "there.sqlite3"],
+    }
+    words = arguments.get(command, [command, url])
+    says = ["is a directory" if kind == "directory" else "a FIFO, a socket or a device"]
+    refused(tmp_path, *words, says=says)
+
+
+@pytest.mark.parametrize("command", ["compact", "server", "upgrade"])
+def test_fifo_is_not_waited_for(command: str, url: str, tmp_path: Path) -> None:
+    os.mkfifo(file_of(url))
+    words = [command, url, "127.0.0.1:1"] if command == "server" else [command, url]
+    refused(tmp_path, *words, says=["a FIFO"])
+
+
+@pytest.mark.parametrize("dest", ["bitcoin", "bitcoin/", "deep.er/", ".lightning"])
+def test_restore_to_a_directory_that_is_not_there(dest: str, url: str, tmp_path: Path) -> None:
+    """No database file of a directory's name."""
+    make_backup(url, first_changes(3))
+    path = f"{tmp_path}/{dest}"
+    says = [f"There is no directory {path}", f"`mkdir -p {path}`"]
+    refused(tmp_path, "restore", url, path, says=says)
+    os.mkdir(path)
+    run_cli("restore", url, path)
+    assert database.version_of(os.path.join(path, "lightningd.sqlite3")) == 3
+
+
+@pytest.fixture
+def read_only_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk that is mounted read-only, with a backup at version 3."""
+    path = tmp_path / "read-only"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    make_backup(f"file://{path}/node.bkp", first_changes(3))
+    subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("command", ["init", "resync", "compact", "verify"])
+def test_read_only_backup_disk_is_what_is_named(
+    command: str, read_only_disk: Path, node_dir: Path
+) -> None:
+    source, url = node_at(node_dir, 5), f"file://{read_only_disk}/node.bkp"
+    if command == "resync":
+        write_lock(node_dir, url)
+    arguments: dict[str, list[object]] = {
+        "init": ["--lightning-dir", node_dir, f"file://{read_only_disk}/new.bkp"],
+        "resync": ["--yes", "--lightning-dir", node_dir],
+    }
+    done = run_with_disk(10**12, 10**12, command, *arguments.get(command, [url]), check=1)
+    assert done.stderr.startswith("Error: Could not ") and str(source) not in done.stderr
+    assert f"{read_only_disk}/" in done.stderr and "Read-only file system" in done.stderr
+    assert "mounted read-only" in done.stderr and "cable" not in done.stderr
+
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9 \xff")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_paths_that_are_no_utf8(encoding: str, tmp_path: Path) -> None:
+    place = tmp_path / NOT_UTF8
+    node_dir = support.network_dir(place)
+    node_at(node_dir, 3)
+    url, dest = f"file://{place}/node.bkp", place / "there.sqlite3"
+    options: dict[str, Any] = {
+        "env": {**os.environ, "PYTHONIOENCODING": encoding},
+        "errors": "surrogateescape",
+    }
+    for words in (
+        ["init", "--lightning-dir", node_dir, url],
+        ["status", url],
+        ["status", "--json", url],
+        ["verify", url, "--against", node_dir / "lightningd.sqlite3"],
+        ["restore", url, dest],
+        ["compact", url],
+        ["attach", "--lightning-dir", node_dir, url],
+        ["resync", "--yes", "--lightning-dir", node_dir],
+    ):
+        done = run_cli(*words, check=None, **options)
+        assert done.returncode in (0, 4) and "Traceback" not in done.stderr, done.stderr
+    line = run_cli("restore", url, dest, check=1, **options).stderr
+    assert "exists already" in line and "Traceback" not in line
+    if encoding == "utf-8":
+        assert str(dest) in line
+
+
+# Room
+
+
+def test_no_room_is_seen_before_anything_is_written(
+    node_dir: Path, url: str, tmp_path: Path
+) -> None:
+    source = node_at(node_dir, 5)
+    free = 2 * source.stat().st_size + (64 << 20) - 1
+    for command in (
+        ["init", "--lightning-dir", node_dir, url],
+        ["resync", "--yes", "--lightning-dir", node_dir],
+        ["verify", url, "--against", source],
+    ):
+        before = contents(tmp_path)
+        done = run_with_disk(free if command[0] == "init" else 64 << 20, 1 << 40, *command, check=1)
+        assert done.stderr.splitlines()[-1].startswith("Error: There is too little room in")
+        assert contents(tmp_path) == before
+        assert ("add --scratch DIR" in done.stderr) == (command[0] == "verify")
+        if command[0] == "init":
+            assert run_with_disk(free + 1, 1 << 40, *command, check=0)
+            add_session(url, first_changes(6)[5:])
+            support.apply_calls(source, first_changes(6)[5:])
+
+
+def test_verify_stops_before_the_disk_is_full(url: str, tmp_path: Path) -> None:
+    """Room goes while it replays: the node beside it keeps its reserve."""
+    make_backup(url, first_changes(50))
+    program = (
+        "import itertools, runpy, shutil, sys\n"
+        "left = itertools.count(70 << 20, -(1 << 20))\n"
+        "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 30, 0, next(left))\n"
+        f"sys.path.insert(0, {str(support.ROOT)!r})\n"
+        f"runpy.run_path({str(support.CLI)!r}, run_name='__main__')\n"
+    )
+    before = contents(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "verify", url], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "too little room" in done.stderr and "63 MiB are free" in done.stderr
+    assert contents(tmp_path) == before
