@@ -28,6 +28,7 @@ import durable
 import protocol
 import records
 import restore
+import space
 import unwind
 from backend import (
     NOBODY,
@@ -63,7 +64,7 @@ IDLE_CHECK_S = 3600.0
 SEND_TIMEOUT_S = 60.0
 BLOCK_SIZE = 1 << 16
 ACCEPT_PAUSE_S = 0.1
-MIN_FREE_BYTES = 64 << 20
+MIN_FREE_BYTES = space.RESERVE
 """A snapshot that comes in leaves the disk at least this much for changes."""
 SPACE_CHECK_BYTES = 16 << 20
 """Bytes of a snapshot between two looks at the free space."""

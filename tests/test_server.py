@@ -427,7 +427,7 @@ def test_take_over_waits_for_an_append_in_flight(url: str, backup: Path, tmp_pat
     assert stored(url) == calls
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_finishes_the_change_in_hand(
     number: signal.Signals, url: str, backup: Path, tmp_path: Path
 ) -> None:
@@ -711,7 +711,7 @@ def test_bad_address(address: str, url: str, backup: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_ends_it_with_exit_code_0(number: signal.Signals, server: ServerProcess) -> None:
     with server.client() as client:
         write(client, support.first_changes(1))
