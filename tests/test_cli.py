@@ -1230,10 +1230,12 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
-    make_backup(f"file://{path}/node.bkp", first_changes(3))
-    subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+    try:
+        make_backup(f"file://{path}/node.bkp", first_changes(3))
+        subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @pytest.mark.parametrize("command", ["init", "resync", "compact", "verify"])

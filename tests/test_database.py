@@ -134,7 +134,7 @@ def test_copy_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(DatabaseError, match="text: SQLite says: file is not a database"):
         database.copy(str(tmp_path / "text"), str(tmp_path / "copy"))
     with pytest.raises(DatabaseError, match="unable to open"):
-        database.copy(str(tmp_path / "missing"), str(tmp_path / "copy"))
+        database.copy(str(tmp_path / "missing"), str(tmp_path / "copy-2"))
 
 
 # Replay
