@@ -178,6 +178,7 @@ def test_torn_tail(url: str, backup: Path, node: Path, verify: Callable[..., Res
         file.seek(last.end)
         file.write(record[:40])
         file.truncate()
+        file.truncate(last.end + 1000)
     result = verify(url, "--against", node)
     assert result.exit_code == 0
     assert "never acknowledged stands at the end" in result.stdout

@@ -1,0 +1,255 @@
+"""Who may write: the owner in backup.lock and in the backup, over a file and over a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import records
+from backend import NOBODY, Change, bump
+from errors import BackupError, OtherOwner
+from filebackend import FileBackend
+from records import Kind
+from socketbackend import Refused, SocketBackend
+from tests import support
+from tests.peers import ServerProcess
+from tests.support import PluginProcess, change, first_changes, run_cli
+
+ME, OTHER = secrets.token_bytes(16), secrets.token_bytes(16)
+
+
+@pytest.fixture(params=["file", "socket"])
+def place(request: pytest.FixtureRequest, url: str) -> Iterator[str]:
+    """URL of an empty backup of nobody's, in a file or on a server."""
+    support.make_backup(url)
+    if request.param == "file":
+        yield url
+        return
+    with ServerProcess(url) as server:
+        yield server.url
+
+
+def backend_at(place: str) -> FileBackend | SocketBackend:
+    return SocketBackend(place) if place.startswith("socket:") else FileBackend(place)
+
+
+def write(place: str, owner: bytes | None, version: int) -> None:
+    """A session of ``owner`` with one change."""
+    backend = backend_at(place)
+    backend.open(owner)
+    try:
+        backend.add_change(Change(version, None, [bump(version)]))
+    finally:
+        backend.close()
+
+
+def claim(place: str, owner: bytes) -> None:
+    backend = backend_at(place)
+    backend.open()
+    backend.take_over(owner)
+    backend.close()
+
+
+def test_only_the_owner_writes(place: str) -> None:
+    write(place, NOBODY, 1)
+    with pytest.raises(BackupError, match="nobody's"):
+        write(place, ME, 2)
+    claim(place, ME)
+    write(place, ME, 2)
+    for stranger in (OTHER, NOBODY):
+        with pytest.raises(BackupError, match=r"belongs to another node: .* took it over at 20"):
+            write(place, stranger, 3)
+    claim(place, OTHER)
+    with pytest.raises(BackupError, match="belongs to another node"):
+        write(place, ME, 3)
+    write(place, OTHER, 3)
+    assert backend_at(place).status().version == 3
+    assert backend_at(place).status().owner == OTHER[:8].hex()
+
+
+def test_a_take_over_repeats_what_it_stands_behind(url: str) -> None:
+    path = support.make_backup(url, first_changes(3))
+    before = support.records_of(path)[-1][0]
+    claim(url, ME)
+    owner, payload = support.records_of(path)[-1]
+    assert owner.kind == Kind.OWNER and owner.session == ME and owner.rewindable
+    assert records.decode_owner(payload)[1] == os.uname().nodename
+    for name in ("version", "changes", "time_ns", "chain_before", "chain"):
+        assert getattr(owner, name) == getattr(before, name)
+
+
+def test_the_change_before_a_take_over_can_be_rewound(place: str) -> None:
+    for version in (1, 2):
+        write(place, NOBODY, version)
+    claim(place, ME)
+    backend = backend_at(place)
+    backend.open(ME)
+    assert (backend.version, backend.rewindable) == (2, True)
+    backend.rewind()
+    backend.add_change(Change(2, None, ["-- instead", bump(2)]))
+    backend.close()
+    with_content = [c.transaction for c in backend_at(place).read()]
+    assert with_content == [[bump(1)], ["-- instead", bump(2)]]
+
+
+def test_an_open_session_ends_with_the_take_over(url: str) -> None:
+    support.make_backup(url)
+    with ServerProcess(url) as server:
+        running = SocketBackend(server.url)
+        running.open()
+        running.add_change(Change(1, None, [bump(1)]))
+        claim(server.url, OTHER)
+        with pytest.raises(BackupError, match="another node"):
+            running.add_change(Change(2, None, [bump(2)]))
+        server.stop()
+    assert FileBackend(url).status().version == 1
+    with ServerProcess(url) as server, pytest.raises(Refused, match="took it over"):
+        SocketBackend(server.url).open(NOBODY)
+
+
+@pytest.mark.parametrize("rest", [0, 1, 3])
+def test_a_compaction_keeps_the_owner(rest: int, url: str) -> None:
+    path = support.make_backup(url, first_changes(4))
+    claim(url, OTHER)
+    claim(url, ME)
+    for version in range(5, 5 + rest):
+        write(url, ME, version)
+    before = [r for r in support.records_of(path) if r[0].kind == Kind.OWNER][-1]
+    run_cli("compact", url)
+    heads = support.records_of(path)
+    assert heads[0][0].kind == Kind.SNAPSHOT
+    after = [r for r in heads if r[0].kind == Kind.OWNER][-1]
+    assert (after[1], after[0].session) == (before[1], ME)
+    with pytest.raises(OtherOwner):
+        write(url, OTHER, 5 + rest)
+    write(url, ME, 5 + rest)
+
+
+def node_at(directory: Path, version: int) -> Path:
+    path = directory / "lightningd.sqlite3"
+    path.unlink(missing_ok=True)
+    support.apply_calls(path, first_changes(version))
+    return path
+
+
+def test_each_command_sets_an_owner(node_dir: Path, url: str) -> None:
+    node_at(node_dir, 3)
+    owners = set()
+
+    def owner() -> str:
+        found = str(json.loads((node_dir / "backup.lock").read_text())["owner"])
+        assert FileBackend(url).status().owner == found[:16]
+        return found
+
+    run_cli("init", "--lightning-dir", node_dir, url)
+    owners.add(owner())
+    node_at(node_dir, 5)
+    run_cli("resync", "--yes", "--lightning-dir", node_dir)
+    assert owner() in owners, "the same node"
+    run_cli("attach", "--lightning-dir", node_dir, url)
+    owners.add(owner())
+    run_cli("resync", "--yes", "--override", "--lightning-dir", node_dir)
+    owners.add(owner())
+    assert len(owners) == 3
+
+
+def test_the_old_node_is_refused_by_name(node_dir: Path, place: str, tmp_path: Path) -> None:
+    node_at(node_dir, 3)
+    if place.startswith("file:"):
+        Path(place.removeprefix("file://")).unlink()
+    run_cli("init", "--lightning-dir", node_dir, place)
+    elsewhere = support.network_dir(tmp_path / "elsewhere")
+    run_cli("restore", place, elsewhere)
+    run_cli("attach", "--lightning-dir", elsewhere, place)
+    with PluginProcess(elsewhere) as plugin:
+        plugin.write(*change(4, "SELECT 1"))
+        assert plugin.close() == 0
+    with PluginProcess(node_dir) as plugin:
+        with pytest.raises(support.Refused):
+            plugin.write(*change(4, "SELECT 2"))
+        assert any("belongs to another node" in line for line in plugin.errors())
+    # Nor may it put its own state in place of the other's.
+    node_at(node_dir, 9)
+    done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=1)
+    assert "belongs to another node" in done.stderr
+    assert backend_at(place).status().version == 4
+    run_cli("resync", "--yes", "--override", "--lightning-dir", node_dir)
+    assert backend_at(place).status().version == 9
+
+
+def test_an_emptied_place_is_noticed(node_dir: Path, url: str) -> None:
+    run_cli("init", "--lightning-dir", node_dir, url)
+    path = url.removeprefix("file://")
+    shutil.move(path, f"{path}.away")
+    support.make_backup(url)
+    with PluginProcess(node_dir) as plugin:
+        with pytest.raises(support.Refused):
+            plugin.write(*first_changes(1)[0])
+        assert any("is nobody's" in line for line in plugin.errors())
+
+
+def test_protocol_1_writes_only_what_is_nobodys(url: str) -> None:
+    support.make_backup(url)
+    with ServerProcess(url) as server:
+        with server.client() as client:
+            assert client.change(*first_changes(1)[0])[0] == 6
+        claim(server.url, ME)
+        with server.client() as client:
+            client.metadata()
+            assert client.change(*first_changes(2)[1])[0] == 7
+    assert FileBackend(url).status().version == 1
+
+
+# The path and the open file
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_log_that_leaves_its_place_takes_no_change(
+    how: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("filebackend.RETRY_FOR_S", 0.3)
+    path = support.make_backup(url, first_changes(2))
+    copy = shutil.copy(path, f"{path}.copy")
+    backend = FileBackend(url)
+    backend.open()
+    if how == "removed":
+        path.unlink()
+    elif how == "moved":
+        path.rename(f"{path}.away")
+    else:
+        backend.add_change(Change(3, None, [bump(3)]))
+        os.replace(copy, path)
+    with pytest.raises(BackupError, match=r"No such file|another file stands"):
+        backend.add_change(
+            Change(4 if how == "replaced" else 3, None, [bump(3 + (how == "replaced"))])
+        )
+    backend.close()
+
+
+def test_a_log_that_comes_back_in_time_goes_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = support.make_backup(url, first_changes(2))
+    backend = FileBackend(url)
+    backend.open()
+    path.rename(f"{path}.away")
+    monkeypatch.setattr("filebackend.time.sleep", lambda _: Path(f"{path}.away").rename(path))
+    backend.add_change(Change(3, None, [bump(3)]))
+    backend.close()
+    assert FileBackend(url).status(check=True).version == 3
+
+
+def test_a_lost_writer_file_lets_nobody_else_in(url: str) -> None:
+    path = support.make_backup(url, first_changes(3))
+    backend = FileBackend(url)
+    backend.open()
+    Path(f"{path}.writer").unlink()
+    done = run_cli("compact", url, check=1)
+    assert "holds the backup" in done.stderr
+    backend.add_change(Change(4, None, [bump(4)]))
+    backend.close()
+    assert FileBackend(url).status(check=True).version == 4
