@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -120,11 +121,66 @@ def test_hands_over_arguments_and_exit_code(bare: Path, app: Path, tmp_path: Pat
     run(bare, [app / "backup-cli", "status"], 2)
 
 
-def test_stays_where_the_packages_are(app: Path, tmp_path: Path) -> None:
+def test_stays_in_another_virtual_environment(app: Path, tmp_path: Path) -> None:
     # A .venv that would fail: it is not needed.
     (app / ".venv" / "bin").mkdir(parents=True)
-    done = run(tmp_path, [sys.executable, app / "backup-cli", "--help"], 0)
+    chosen = make_venv(tmp_path / "chosen", packages=True)
+    done = run(tmp_path, [chosen, app / "backup-cli", "--help"], 0)
     assert "Usage: backup-cli" in done.stdout
+
+
+def system_with(click: str, tmp_path: Path) -> tuple[list[object], dict[str, str]]:
+    """A system's python3, with ``click`` as the content of that package; its environment."""
+    python = shutil.which("python3", path=f"{sys.base_prefix}/bin")
+    assert python is not None
+    environment = {"PYTHONUSERBASE": str(tmp_path / "user")}
+    found = run(tmp_path, [python, "-m", "site", "--user-site"], 0, env=environment)
+    site = Path(found.stdout.strip())
+    site.mkdir(parents=True)
+    (site / "click.py").write_text(click)
+    return [python], environment
+
+
+OLD_CLICKS = ["", "raise AttributeError('gone in this python')", "import click.gone"]
+"""Packages that a system may have: too old, or not whole."""
+
+
+@pytest.mark.parametrize("click", OLD_CLICKS)
+def test_goes_to_the_venv_before_a_package_of_the_system(
+    click: str, app: Path, tmp_path: Path
+) -> None:
+    python, environment = system_with(click, tmp_path)
+    make_venv(app / ".venv", packages=True)
+    done = run(tmp_path, [*python, app / "backup-cli", "--help"], 0, env=environment)
+    assert "Usage: backup-cli" in done.stdout
+
+
+@pytest.mark.parametrize("click", OLD_CLICKS[1:])
+def test_a_package_of_the_system_that_fails(click: str, app: Path, tmp_path: Path) -> None:
+    python, environment = system_with(click, tmp_path)
+    done = run(tmp_path, [*python, app / "backup-cli", "--help"], 1, env=environment)
+    one_line(done, "backup-cli", app)
+
+
+def test_a_system_without_venv_uses_its_own(app: Path, tmp_path: Path) -> None:
+    python, environment = system_with("print('the own one')\nraise SystemExit(0)", tmp_path)
+    done = run(tmp_path, [*python, app / "backup-cli", "--help"], 0, env=environment)
+    assert done.stdout == "the own one\n"
+
+
+def test_ctrl_c_while_it_starts(app: Path, tmp_path: Path) -> None:
+    python, environment = system_with(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)", tmp_path
+    )
+    done = run(tmp_path, [*python, app / "backup-cli"], 128 + signal.SIGINT, env=environment)
+    assert (done.stdout, done.stderr) == ("", "Stopped by SIGINT.\n")
+
+
+def test_an_ignored_ctrl_c_stays_ignored(app: Path, tmp_path: Path) -> None:
+    click = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(5)"
+    python, environment = system_with(click, tmp_path)
+    shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *python, app / "backup-cli"]
+    run(tmp_path, shell, 5, env=environment)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
