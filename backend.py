@@ -255,11 +255,22 @@ class Snapshot:
         path: the file, which nobody changes meanwhile.
         version: its data_version.
         chain: names the history that begins with it: random.
+
+    Raises:
+        InvalidChange: the version is none.
     """
 
     path: str
     version: int
     chain: bytes = field(default_factory=lambda: secrets.token_bytes(CHAIN_SIZE))
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.version <= MAX_VERSION:
+            raise InvalidChange(
+                f"The database has the data_version {self.version}, which is not between 0 and"
+                " 2**32 - 1.",
+                "It is damaged, or not lightningd's.",
+            )
 
 
 @dataclass(slots=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
+import itertools
 import json
 import os
 import shlex
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +19,11 @@ from errors import CLI, BackupExists, ConfigError, DiskError
 
 LOCK_NAME = "backup.lock"
 DATABASE_NAME = "lightningd.sqlite3"
+RPC_NAME = "lightning-rpc"
+PROC = "/proc"
+"""Where the system tells of its processes; not on every one."""
+LISTENER_S = 1.0
+"""The longest wait for who may listen on lightningd's socket."""
 NETWORKS = (
     *("bitcoin", "testnet", "testnet4", "signet", "regtest"),
     *("liquid", "liquid-regtest", "litecoin", "litecoin-testnet"),
@@ -54,6 +62,7 @@ def read_lock_file(directory: str) -> LockFile:
         owner = bytes.fromhex(content.get("owner", NOBODY.hex()))
         if len(owner) != len(NOBODY):
             raise ValueError("owner is not of 16 bytes")
+        url.encode()  # JSON can hold what is no text.
     except FileNotFoundError as error:
         raise ConfigError(
             f"Could not find backup.lock in the lightning-dir {directory}.",
@@ -62,7 +71,7 @@ def read_lock_file(directory: str) -> LockFile:
         ) from error
     except OSError as error:
         raise DiskError(path, error, "read") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             f'{path} is damaged: it should read {{"backend_url": "<url>"}}.',
             f"Move it away and run `{CLI} attach --lightning-dir {shlex.quote(directory)} URL`.",
@@ -123,12 +132,16 @@ def is_network_dir(path: str) -> bool:
 
 
 def network_dir(directory: str) -> str:
-    """The real path of ``directory``, if it can be a node's network directory.
+    """The absolute path of ``directory``, if it can be a node's network directory.
+
+    Links stay: lightningd's pid file is in the directory that holds the name as configured.
 
     Raises:
         ConfigError: it is missing, or the base directory of several networks.
     """
-    path = os.path.realpath(os.path.expanduser(directory))
+    path = os.path.expanduser(directory)
+    # Behind a link, "name/.." is not what it seems.
+    path = os.path.realpath(path) if ".." in path.split(os.sep) else os.path.abspath(path)
     if not os.path.isdir(path):
         raise ConfigError(
             f"The directory {path} does not exist.",
@@ -147,20 +160,63 @@ def network_dir(directory: str) -> str:
     return path
 
 
-@contextlib.contextmanager
-def stopped(directory: str) -> Iterator[None]:
-    """Make sure that no lightningd runs in ``directory``, and that none starts meanwhile.
-
-    lightningd holds a lockf lock on ``lightningd-<network>.pid`` one level up.
+def database(directory: str) -> str:
+    """Path of the database in the network directory ``directory``, whether it is there or not.
 
     Raises:
-        ConfigError: it runs.
+        ConfigError: it is a link that leads nowhere: that is not a node without a database.
     """
-    base, network = os.path.split(directory)
-    path = os.path.join(base, f"lightningd-{network}.pid")
-    if not os.path.lexists(path):  # No lightningd has run here.
+    path = os.path.join(directory, DATABASE_NAME)
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ConfigError(
+            f"The node's database {path} is a link to {os.readlink(path)}, which is not there.",
+            "If its disk is not mounted, mount it.",
+        )
+    return path
+
+
+@contextlib.contextmanager
+def stopped(directory: str, wallet: str) -> Iterator[None]:
+    """Make sure that no lightningd runs in ``directory``, and that none starts meanwhile.
+
+    lightningd holds a lockf lock on ``lightningd-<network>.pid`` one level up, listens on
+    ``lightning-rpc``, and has the database ``wallet`` open.
+
+    Raises:
+        ConfigError: it runs, or another process has the database open.
+        DiskError: a pid file cannot be opened.
+    """
+    with contextlib.ExitStack() as locks:
+        for path in _pid_files(directory):
+            locks.enter_context(_locked(path, directory))
+        socket_path = os.path.join(directory, RPC_NAME)
+        if _is_listening(socket_path):
+            raise ConfigError(
+                f"lightningd is running in {directory}: it listens on {socket_path}.",
+                f"Run `lightning-cli --rpc-file={shlex.quote(socket_path)} stop`, then try again.",
+            )
+        pid = next(_processes_with(wallet), None)
+        if pid is not None:
+            raise ConfigError(
+                f"Process {pid}{_name_of(pid)} has the node's database {wallet} open.",
+                "If it is lightningd, stop that; or else end it. Then try again.",
+            )
         yield
-        return
+
+
+def _pid_files(directory: str) -> Iterator[str]:
+    """The pid files there are, by the directory's name as given and by its real one."""
+    seen: set[str] = set()  # To close a lockf'd file's second descriptor gives up the lock.
+    for path in (directory, os.path.realpath(directory)):
+        base, network = os.path.split(path)
+        pid_file = os.path.join(base, f"lightningd-{network}.pid")
+        if os.path.lexists(pid_file) and os.path.realpath(pid_file) not in seen:
+            seen.add(os.path.realpath(pid_file))
+            yield pid_file
+
+
+@contextlib.contextmanager
+def _locked(path: str, directory: str) -> Iterator[None]:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -169,12 +225,66 @@ def stopped(directory: str) -> Iterator[None]:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
+        base, network = os.path.dirname(path), os.path.basename(path)[len("lightningd-") : -4]
+        where = f"--lightning-dir={shlex.quote(base)} --network={shlex.quote(network)}"
         raise ConfigError(
             f"lightningd is running in {directory}: it holds the lock on {path}.",
-            f"Run `lightning-cli --lightning-dir={shlex.quote(base)}"
-            f" --network={shlex.quote(network)} stop`, then try again.",
+            f"Run `lightning-cli {where} stop`, then try again.",
         ) from error
     try:
         yield
     finally:
         os.close(fd)
+
+
+def _is_listening(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(LISTENER_S)
+        try:
+            client.connect(path)
+        except (BlockingIOError, TimeoutError):
+            return True  # Its queue is full: lightningd waits for a plugin.
+        except OSError:
+            return False
+    return True
+
+
+def _processes_with(path: str) -> Iterator[int]:
+    """Ids of the other processes that have ``path`` open, or its WAL index, as far as seen."""
+    files = set()
+    for name in (path, f"{path}-shm"):
+        with contextlib.suppress(OSError):
+            found = os.stat(name)
+            files.add((found.st_dev, found.st_ino))
+    # Another user's lock can be seen, where his descriptors cannot.
+    pids = itertools.chain(_with_open(files), _with_lock(files))
+    return (pid for pid in pids if pid != os.getpid())
+
+
+def _with_open(files: set[tuple[int, int]]) -> Iterator[int]:
+    for directory in glob.iglob(f"{PROC}/[0-9]*/fd"):
+        with contextlib.suppress(OSError):  # Another user's, or gone.
+            for name in os.listdir(directory):
+                with contextlib.suppress(OSError):
+                    found = os.stat(f"{directory}/{name}")
+                    if (found.st_dev, found.st_ino) in files:
+                        yield int(directory.split("/")[-2])
+                        break
+
+
+def _with_lock(files: set[tuple[int, int]]) -> Iterator[int]:
+    with contextlib.suppress(OSError), open(f"{PROC}/locks") as locks:
+        for line in locks:
+            # "1: POSIX  ADVISORY  READ 4711 08:02:1837 124 124"; "->" before one that waits.
+            words = line.split()
+            major, minor, inode = words[-3].split(":")
+            if (os.makedev(int(major, 16), int(minor, 16)), int(inode)) in files:
+                yield int(words[-4])
+
+
+def _name_of(pid: int) -> str:
+    try:
+        with open(f"{PROC}/{pid}/comm", errors="replace") as file:
+            return f" ({file.read().strip()})"
+    except OSError:
+        return ""

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,10 +67,10 @@ def refusal(directory: Path, wallet: Path | str = "/nowhere") -> str:
 def test_the_lock_is_held_meanwhile(node_dir: Path) -> None:
     pid_file = node_dir.parent / f"lightningd-{node_dir.name}.pid"
     pid_file.touch()
-    locking = [sys.executable, "-c", LOCK.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB"), pid_file]
+    locking = [sys.executable, "-c", LOCK.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB")]
     with node.stopped(str(node_dir), "/nowhere"):
-        assert subprocess.run(locking, stderr=subprocess.DEVNULL).returncode == 1
-    assert subprocess.run(locking).returncode == 0
+        assert subprocess.run([*locking, pid_file], stderr=subprocess.DEVNULL).returncode == 1
+    assert subprocess.run([*locking, pid_file]).returncode == 0
 
 
 def test_lightningd_in_a_directory_that_is_a_link(node_dir: Path, tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_home_in_paths_that_no_shell_has_seen(node_dir: Path, url: str, tmp_path
     support.add_session(url, support.first_changes(3))
     home = tmp_path / "home"
     (home / "scratch").mkdir(parents=True)
-    options = {"env": dict(os.environ, HOME=str(home)), "cwd": tmp_path}
+    options: dict[str, Any] = {"env": dict(os.environ, HOME=str(home)), "cwd": tmp_path}
     run_cli("restore", url, "~/restored.sqlite3", **options)
     assert (home / "restored.sqlite3").exists()
     arguments = ["--against=~/restored.sqlite3", "--scratch=~/scratch"]
