@@ -34,6 +34,8 @@ NOBODY = bytes(16)
 TAG_SIZE = 8
 """Bytes of the owner with which every session begins."""
 FOREIGN_KEYS_OFF = "PRAGMA foreign_keys = OFF;"
+NOT_BUMPING = ([FOREIGN_KEYS_OFF], ["PRAGMA foreign_keys = ON;"])
+"""In every release all other changes end with the statement that raises data_version."""
 
 
 def chain_after(before: bytes, version: int, payload: bytes) -> bytes:
@@ -103,8 +105,13 @@ class Change:
         )
 
     @property
+    def is_known(self) -> bool:
+        """Whether it is of a form that a release of lightningd announces."""
+        return self.bumps or self.transaction in NOT_BUMPING
+
+    @property
     def base(self) -> int:
-        """The version that the database had before this change."""
+        """The version that the database had before this change; only if ``is_known``."""
         return self.version - 1 if self.bumps else self.version
 
 
@@ -453,10 +460,19 @@ class Session:
         """Store ``change``; returns when it is durable.
 
         Raises:
+            InvalidChange: it is of no known form, so that its base is not known either.
             OutOfDate, LostState: the change does not continue the backup.
             BackupError: it could not be stored.
         """
         backend = self._backend
+        if not change.is_known:
+            assert change.transaction
+            raise InvalidChange(
+                "This lightningd announces changes in a form that is not known: the one to version"
+                f" {change.version} ends with {change.transaction[-1][-100:]!r}.",
+                "Look for a newer release of this plugin; until then run the lightningd release"
+                " that ran before.",
+            )
         verdict = judge(change.base, backend.version, backend.rewindable, self._first)
         if self._first:
             log.info(

@@ -42,7 +42,6 @@ import struct
 from collections.abc import Iterator
 
 from backend import (
-    FOREIGN_KEYS_OFF,
     MAX_CHANGE_SIZE,
     MAX_CHUNK_SIZE,
     MAX_VERSION,
@@ -62,8 +61,6 @@ FIRST_ENTRY = 512
 ENTRY = struct.Struct("!IIB")
 TRANSACTION = 1
 SNAPSHOT = 2
-NOT_BUMPING = ([FOREIGN_KEYS_OFF], ["PRAGMA foreign_keys = ON;"])
-"""In every release all other changes end with the statement that raises data_version."""
 _BUMP = re.compile(re.escape(bump(1).removesuffix("0").encode()) + rb"([0-9]{1,10})")
 
 
@@ -166,7 +163,7 @@ class Layout1Reading(Reading):
             change = Change.decode(version, self._pread(self.position + ENTRY.size, length))
         except InvalidChange as error:
             return self._unreadable(version, TRANSACTION, length, error.problem.rstrip("."))
-        if not change.bumps and change.transaction not in NOT_BUMPING:
+        if not change.is_known:
             raise self._damaged(
                 f"the change to version {version} does not end with the statement that every"
                 " change ends with",

@@ -312,6 +312,20 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], object], Call, list[str]]] = {
         change(1, "CREATE TABLE vars (name, intval)"),
         ["seems to have lost some state", "The node is at version 0, the backup at version 5"],
     ),
+    "a form that is not known": (
+        lambda file, lock: None,
+        (6, ["INSERT INTO items VALUES (6, 'six')", "UPDATE vars SET version = 6"]),
+        [
+            "announces changes in a form that is not known",
+            "to version 6 ends with 'UPDATE vars SET version = 6'",
+            "newer release",
+        ],
+    ),
+    "a form that is not known, of the version before": (
+        lambda file, lock: None,
+        (5, ["PRAGMA user_version = 5;"]),
+        ["announces changes in a form that is not known", "'PRAGMA user_version = 5;'"],
+    ),
     "no statements": (lambda file, lock: None, (6, []), ["PostgreSQL"]),
     "a NUL byte": (
         lambda file, lock: None,
@@ -398,6 +412,8 @@ def test_refused_while_another_process_holds_the_backup(
         (change(6, "SELECT 1"), ["lost some state", "version 5, the backup at version 6"]),
         ((5, [OFF]), ["lost some state", "version 5, the backup at version 6"]),
         ((6, []), ["PostgreSQL"]),
+        ((7, ["SELECT 1"]), ["announces changes in a form that is not known"]),
+        ((6, ["SELECT 1"]), ["announces changes in a form that is not known"]),
     ],
 )
 def test_refused_in_mid_session(
