@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import enum
 import hashlib
 import logging
@@ -11,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from errors import BackupError, InvalidChange, LostState, OutOfDate
+from errors import CLI, BackupError, InvalidChange, LostState, OutOfDate
 
 RELEASE = "1.0.0"
 log = logging.getLogger("backup")
@@ -20,10 +21,18 @@ NOTICE = 25
 
 MAX_VERSION = 2**32 - 1
 """data_version is a u32 in the hook."""
-MAX_CHANGE_SIZE = 256 << 20
-"""Bytes of one change's payload. The largest seen on a node is 400 kB."""
+MAX_CHANGE_SIZE = 1 << 30
+"""Bytes of one change's payload.
+
+The largest seen in service is 400 kB, but a migration of lightningd's bookkeeper writes 385
+bytes for each of its events at once: 270 MB for a node with 350,000 forwards. The plugin takes
+3.3 times the size in memory, 5.3 times where an emoji is in it, 8.3 times where one is in each
+statement; so 8 GiB bear it.
+"""
 MAX_STATEMENTS = 1 << 22
-"""Statements of one change: each costs memory, however short it is."""
+"""Statements of one change: each costs some 60 bytes of memory more, however short it is."""
+JOINED_AT_ONCE = 1 << 12
+"""Statements that are made into one string."""
 MAX_CHUNK_SIZE = 1 << 20
 """Bytes of one piece of a snapshot."""
 CHAIN_SIZE = 16
@@ -75,7 +84,7 @@ class Change:
 
     def __post_init__(self) -> None:
         if type(self.version) is not int or not 0 <= self.version <= MAX_VERSION:
-            raise InvalidChange(f"{self.version!r} is no data_version between 0 and 2**32 - 1.")
+            raise InvalidChange(f"{self.version!r:.40} is no data_version between 0 and 2**32 - 1.")
         if (self.snapshot is None) == (self.transaction is None):
             raise InvalidChange("A change is either a piece of a snapshot or a transaction.")
         if self.snapshot is not None:
@@ -131,12 +140,13 @@ def payload_bumps(version: int, payload: bytes) -> bool:
     """
     if len(payload) >= MAX_STATEMENTS:  # A shorter one cannot hold too many.
         _check_count(version, payload.count(b"\0") + 1)
-    _text(version, payload)
+    if not payload.isascii():
+        _check_text(version, payload)
     _check_size(version, payload)
-    statements = payload.split(b"\0")
-    if b"" in statements:
+    if not payload or payload.startswith(b"\0") or payload.endswith(b"\0") or b"\0\0" in payload:
         raise _unexecutable(version)
-    return statements[-1] == bump(version).encode()
+    last = bump(version).encode()
+    return payload.endswith(b"\0" + last) or payload == last
 
 
 def _payload(version: int, statements: Sequence[str]) -> bytes:
@@ -149,7 +159,7 @@ def _payload(version: int, statements: Sequence[str]) -> bytes:
             "This plugin cannot back up such a node: use PostgreSQL's replication.",
         )
     try:
-        payload = "\0".join(statements).encode()
+        payload = _join(statements)
     except TypeError as error:
         raise InvalidChange(f"The change to version {version} is not a list of strings.") from error
     except UnicodeEncodeError as error:
@@ -161,12 +171,29 @@ def _payload(version: int, statements: Sequence[str]) -> bytes:
     return payload
 
 
+def _join(statements: Sequence[str]) -> bytes:
+    if len(statements) <= JOINED_AT_ONCE:
+        return "\0".join(statements).encode()
+    # In one string, a single emoji makes each character of all statements take four bytes.
+    starts = range(0, len(statements), JOINED_AT_ONCE)
+    return b"\0".join(["\0".join(statements[i : i + JOINED_AT_ONCE]).encode() for i in starts])
+
+
 def _check_size(version: int, payload: bytes) -> None:
     if len(payload) > MAX_CHANGE_SIZE:
-        raise InvalidChange(
+        raise too_large(
             f"The change to version {version} has {len(payload)} bytes;"
             f" the limit is {MAX_CHANGE_SIZE}."
         )
+
+
+def too_large(problem: str) -> InvalidChange:
+    """The refusal of a change that is too large, and the way out."""
+    return InvalidChange(
+        problem,
+        "If this is a start of the node, as with a migration of its database, start it this once"
+        f" without the plugin, stop it, and run `{CLI} resync --lightning-dir DIR`.",
+    )
 
 
 def _unexecutable(version: int) -> InvalidChange:
@@ -178,12 +205,26 @@ def _unexecutable(version: int) -> InvalidChange:
 
 def _check_count(version: int, statements: int) -> None:
     if statements > MAX_STATEMENTS:
-        raise InvalidChange(f"The change to version {version} has too many statements.")
+        raise too_large(
+            f"The change to version {version} has {statements} statements;"
+            f" the limit is {MAX_STATEMENTS}."
+        )
 
 
 def _text(version: int, payload: bytes) -> str:
     try:
         return payload.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidChange(f"The change to version {version} is not UTF-8.") from error
+
+
+def _check_text(version: int, payload: bytes) -> None:
+    """``_text`` in pieces: what it makes of a large payload would fill the memory."""
+    decoder, view = codecs.getincrementaldecoder("utf-8")(), memoryview(payload)
+    try:
+        for start in range(0, len(payload), MAX_CHUNK_SIZE):
+            decoder.decode(view[start : start + MAX_CHUNK_SIZE])
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise InvalidChange(f"The change to version {version} is not UTF-8.") from error
 

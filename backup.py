@@ -12,16 +12,17 @@ import environment
 
 environment.ensure("pyln.client")
 
-import inspect  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import signal  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
 from collections import deque  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
@@ -32,14 +33,16 @@ from pyln.client.plugin import Request, RpcException  # noqa: E402
 import compaction  # noqa: E402
 import destinations  # noqa: E402
 import node  # noqa: E402
-from backend import Backend, Change, Session, log  # noqa: E402
+from backend import Backend, Change, Session, log, too_large  # noqa: E402
 from compaction import Compactor, Housekeeper  # noqa: E402
-from errors import CLI, CLI_PATH, BackupError  # noqa: E402
+from errors import CLI, CLI_PATH, BackupBusy, BackupError, InvalidChange  # noqa: E402
 from filebackend import FileBackend  # noqa: E402
 from socketbackend import SocketBackend  # noqa: E402
 
 FIRST_NOTICE_S = 5.0
 """A hook that takes longer is announced, and again each time the wait has doubled."""
+BUSY_FOR_S = 30.0
+"""The longest wait at a start for another process that holds the backup."""
 LEAVE_AFTER_S = 20.0
 """The longest stay after ``shutdown``; lightningd kills plugins after 30 s."""
 LEAVE_BLIND_AFTER_S = 2.0
@@ -54,21 +57,43 @@ KEPT_DURATIONS = 10_000
 
 
 class Stdin:
-    """What lightningd sends, for ``Plugin.stdin``.
+    """What lightningd sends, for ``Plugin.stdin``; db_write is served here.
 
-    A message ends with an empty line, and pyln-client splits all that it has of one at
-    every piece it gets: so it gets no lines, and no piece from the middle of a line.
+    A message ends with an empty line. pyln-client splits all that it has of one at every piece
+    it gets, so it gets them whole; and it holds a message three times over while that is
+    served, which a large change has no memory for.
+
+    Args:
+        serve: takes each request db_write.
     """
+
+    def __init__(self, serve: Callable[[dict[str, Any]], None]) -> None:
+        self._serve = serve
+        self._held = bytearray()
 
     @property
     def buffer(self) -> Iterator[bytes]:
-        """What was read; each piece holds the end of a line."""
-        stdin, pieces = sys.stdin.fileno(), []
-        while piece := os.read(stdin, READ_SIZE):
-            pieces.append(piece)
-            if b"\n" in piece:
-                yield b"".join(pieces)
-                pieces.clear()
+        """All other messages."""
+        while text := self._read():
+            message = json.loads(text)
+            if isinstance(message, dict) and message.get("method") == "db_write":
+                text = ""  # It is as large as the change.
+                self._serve(message)
+            else:
+                yield text.encode()
+
+    def _read(self) -> str:
+        """The next message, or nothing at the end of stdin."""
+        stdin, searched = sys.stdin.fileno(), 0
+        while (end := self._held.find(b"\n\n", searched)) < 0:
+            searched = max(len(self._held) - 1, 0)
+            piece = os.read(stdin, READ_SIZE)
+            if not piece:
+                return ""
+            self._held += piece
+        found, self._held = self._held, self._held[end + 2 :]
+        del found[end + 2 :]
+        return found.decode()
 
 
 class LogHandler(logging.Handler):
@@ -100,23 +125,34 @@ class Hook:
         self._refusal: Exception | None = None
         self._busy_since: float | None = None
 
-    def take(self, writes: list[str], data_version: int) -> dict[str, str]:
-        """Store one commit. Raising makes lightningd abort without committing."""
+    def take(self, writes: Any, data_version: Any) -> dict[str, str]:
+        """Store one commit. Raising makes lightningd abort without committing.
+
+        Args:
+            writes: its statements, a list of strings, or whatever came in its place.
+            data_version: the version after it, or whatever came in its place.
+        """
         with self.lock:
             self.calls += 1
             began = self._busy_since = time.monotonic()
             try:
                 self._write(data_version, writes)
                 self._measure(time.monotonic() - began)
+            except MemoryError as error:
+                refusal = too_large("The memory does not suffice for a change this large.")
+                self._refuse(refusal)
+                raise refusal from error
             except Exception as error:
-                # Whatever went wrong, what the backup holds now is not known to fit.
-                self._refusal = error
-                known = isinstance(error, BackupError)
-                log.error(str(error) if known else f"Internal error: {error!r}")
+                self._refuse(error)
                 raise
             finally:
                 self._busy_since = None
         return {"result": "continue"}
+
+    def _refuse(self, error: Exception) -> None:
+        # Whatever went wrong, what the backup holds now is not known to fit.
+        self._refusal = error
+        log.error(str(error) if isinstance(error, BackupError) else f"Internal error: {error!r}")
 
     def _measure(self, duration_s: float) -> None:
         self.durations_s.append(duration_s)
@@ -134,9 +170,11 @@ class Hook:
             "last_error": str(self._refusal) if self._refusal else None,
         }
 
-    def _write(self, data_version: int, writes: list[str]) -> None:
+    def _write(self, data_version: Any, writes: Any) -> None:
         if self._refusal is not None:
             raise self._refusal
+        if writes is None:
+            raise InvalidChange("lightningd announced a change without a list of statements.")
         change = Change(data_version, None, writes)
         if self._session is None:
             # Not before the first write: lightningd also starts plugins for --help.
@@ -149,7 +187,7 @@ class Hook:
         lock_file = node.read_lock_file(directory)
         least = compaction.parse_least(lock_file.compact)
         backend = destinations.backend_for(lock_file.backend_url)
-        backend.open(lock_file.owner)
+        _open_patiently(backend, lock_file.owner)
         self.backend = backend
         if isinstance(backend, FileBackend):
             self.compactor = Compactor(backend, self.lock)
@@ -167,6 +205,21 @@ class Hook:
                 medium = self.backend.medium if self.backend else "the backup to open"
                 log.warning(f"waiting for {medium} for {time.monotonic() - since:.0f} s")
                 notice_s *= 2
+
+
+def _open_patiently(backend: Backend, owner: bytes) -> None:
+    """Open ``backend``; who holds it may be about to end: a compaction, the node before."""
+    deadline_s, said = time.monotonic() + BUSY_FOR_S, False
+    while True:
+        try:
+            return backend.open(owner)
+        except BackupBusy as error:
+            if time.monotonic() >= deadline_s:
+                raise
+            if not said:
+                log.warning(f"{error.problem} Waiting up to {BUSY_FOR_S:.0f} s for its end.")
+                said = True
+        time.sleep(POLL_S)
 
 
 def compact(hook: Hook, request: Request) -> dict[str, Any]:
@@ -206,13 +259,36 @@ def answer_later(request: Request, work: Callable[[], dict[str, Any]]) -> None:
 
 def other_plugins() -> list[int] | None:
     """Process ids of lightningd's other plugins that still run, or None if unknown."""
-    parent = os.getppid()
+    own, parent = os.getpid(), os.getppid()
+    while _is_wrapper(parent):
+        own, parent = parent, _parent_of(parent)
     try:
         with open(f"/proc/{parent}/task/{parent}/children") as file:
             children = [int(pid) for pid in file.read().split()]
     except OSError:
         return None
-    return [pid for pid in children if pid != os.getpid() and _is_plugin(pid)]
+    return [pid for pid in children if pid != own and _is_plugin(pid)]
+
+
+def _is_wrapper(pid: int) -> bool:
+    """Whether process ``pid`` stands between lightningd and this, as a script may do.
+
+    lightningd sets LIGHTNINGD_PLUGIN for its plugins, and was not started with it itself.
+    """
+    try:
+        with open(f"/proc/{pid}/comm") as name, open(f"/proc/{pid}/environ", "rb") as environment:
+            is_lightningd = name.read() == "lightningd\n"
+            return not is_lightningd and b"LIGHTNINGD_PLUGIN=1" in environment.read().split(b"\0")
+    except OSError:  # Also that of another user: as lightningd may be, but not its plugins.
+        return False
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _is_plugin(pid: int) -> bool:
@@ -245,27 +321,19 @@ def leave_last(hook: Hook) -> None:
 def main() -> None:
     """Run under lightningd until it closes stdin."""
     os.umask(0o077)  # SQLite creates its files for everybody.
+    # Ctrl-C in lightningd's terminal is for it: as a container's first process it stops in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not dynamic: a stop and a start in mid-run would leave commits without a backup.
     plugin = Plugin(dynamic=False)
-    plugin.stdin = Stdin()
     logging.getLogger().handlers.clear()
     log.addHandler(LogHandler(plugin))
     log.setLevel(logging.INFO)
     hook = Hook()
+    plugin.stdin = Stdin(lambda message: answer_db_write(plugin, hook, message))
     plugin.add_option("backup-destination", None, "Deprecated and ignored: see backup.lock.")
 
-    @plugin.async_hook("db_write")  # type: ignore[untyped-decorator]
-    def on_db_write(request: Request, writes: list[str], data_version: int, **_: object) -> None:
-        result = hook.take(writes, data_version)
-        # pyln-client formats its stack for every answer, and nobody reads it.
-        sys.tracebacklimit = 0
-        try:
-            request.set_result(result)
-        finally:
-            del sys.tracebacklimit
-
-    # pyln-client asks for it at every call, and to make it takes longer than a checksum.
-    on_db_write.__signature__ = inspect.signature(on_db_write)
+    # For the manifest: its requests never come to pyln-client.
+    plugin.add_hook("db_write", lambda **_: None)
 
     @plugin.init()  # type: ignore[untyped-decorator]
     def init(options: dict[str, Any], **_: object) -> None:
@@ -290,7 +358,44 @@ def main() -> None:
         # Handlers share one thread with the hook: return at once.
         threading.Thread(target=leave_last, args=(hook,), daemon=True).start()
 
-    plugin.run()
+    serve(plugin)
+
+
+def answer_db_write(plugin: Plugin, hook: Hook, message: dict[str, Any]) -> None:
+    """Serve the request ``message``."""
+    params = message.get("params")
+    given = params if isinstance(params, dict) else {}
+    request = Request(plugin, message.get("id"), "db_write", None)
+    try:
+        result = hook.take(given.get("writes"), given.get("data_version"))
+    except Exception as error:
+        if not isinstance(error, BackupError):
+            plugin.log(traceback.format_exc())
+        refusal = RpcException(str(error))
+    else:
+        # pyln-client formats its stack for every answer, and nobody reads it.
+        sys.tracebacklimit = 0
+        try:
+            request.set_result(result)
+        finally:
+            del sys.tracebacklimit
+        return
+    request.set_exception(refusal)
+
+
+def serve(plugin: Plugin) -> None:
+    """Serve lightningd until it closes stdin. What is no request ends the program: code 1."""
+    try:
+        plugin.run()
+    except OSError:  # lightningd is gone: nobody reads.
+        os._exit(1)
+    except MemoryError:
+        log.error(str(too_large("The memory does not suffice for what lightningd sent.")))
+        sys.exit(1)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        log.error(f"lightningd sent what is no request of its protocol ({reason}).")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

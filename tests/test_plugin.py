@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import backup
 import database
+from backend import bump
 from tests import support
 from tests.support import CLI, Call, PluginProcess, change, first_changes
 
@@ -153,6 +157,14 @@ def test_ends_when_stdin_does_in_mid_session(node_dir: Path, url: str, filled: P
         plugin.write(*change(6, "SELECT 1"))
         assert plugin.close() == 0
     support.add_session(url, [change(7, "SELECT 1")])  # The writer's place is free.
+
+
+def test_ctrl_c_is_for_lightningd(node_dir: Path, filled: Path) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*NEXT)
+        plugin.process.send_signal(signal.SIGINT)
+        plugin.write(*change(7, "SELECT 1"))
+        assert plugin.close() == 0
 
 
 def test_a_large_change_with_every_awkward_character(
@@ -373,14 +385,15 @@ def check_refused(plugin: PluginProcess, call: Call, expected: list[str]) -> Non
     assert "Internal error" not in line
 
 
+def plugin_with(settings: str) -> list[str]:
+    """The plugin with ``settings`` made before it starts; an argument list."""
+    program = f"import sys; sys.path.insert(0, {str(support.ROOT)!r})\nimport backup\n"
+    return [sys.executable, "-c", f"{program}{settings}\nbackup.main()"]
+
+
 def test_internal_error_is_refused_and_its_place_is_logged(node_dir: Path, filled: Path) -> None:
-    program = (
-        f"import sys; sys.path.insert(0, {str(support.ROOT)!r})\n"
-        "import backup, destinations\n"
-        "destinations.backend_for = lambda url: [].pop()\n"
-        "backup.main()\n"
-    )
-    with PluginProcess(node_dir, [sys.executable, "-c", program]) as plugin:
+    broken = plugin_with("backup.destinations.backend_for = lambda url: [].pop()")
+    with PluginProcess(node_dir, broken) as plugin:
         for _ in range(2):
             with pytest.raises(support.Refused, match="pop from empty list"):
                 plugin.write(*NEXT)
@@ -391,7 +404,8 @@ def test_internal_error_is_refused_and_its_place_is_logged(node_dir: Path, fille
 def test_refused_while_another_process_holds_the_backup(
     node_dir: Path, filled: Path, url: str, tmp_path: Path
 ) -> None:
-    with PluginProcess(node_dir) as holder, PluginProcess(node_dir) as plugin:
+    impatient = plugin_with("backup.BUSY_FOR_S = 0.0")
+    with PluginProcess(node_dir) as holder, PluginProcess(node_dir, impatient) as plugin:
         holder.write(*NEXT)
         before = support.contents(tmp_path)
         pid = f"(pid {holder.process.pid})"
@@ -403,6 +417,176 @@ def test_refused_while_another_process_holds_the_backup(
         with pytest.raises(support.Refused):
             plugin.write(*change(8, "SELECT 1"))
     assert restored_version(url, tmp_path) == 7
+
+
+def test_waits_at_a_start_for_another_process_that_holds_the_backup(
+    node_dir: Path, filled: Path, url: str, tmp_path: Path
+) -> None:
+    patient = plugin_with("backup.BUSY_FOR_S = 1e9")
+    with PluginProcess(node_dir) as holder, PluginProcess(node_dir, patient) as plugin:
+        holder.write(*NEXT)
+        data_version, writes = change(7, "SELECT 1")
+        number = plugin.send("db_write", {"data_version": data_version, "writes": writes})
+        wait_for(lambda: bool(plugin.log))
+        ((level, line),) = plugin.log
+        assert level == "warn"
+        assert f"Another process (pid {holder.process.pid}) holds the backup" in line
+        assert "Waiting up to" in line
+        assert not plugin.answered(number)
+        assert holder.close() == 0
+        assert plugin.answer(number) == {"result": "continue"}
+        assert plugin.errors() == []
+        assert plugin.close() == 0
+    assert restored_version(url, tmp_path) == 7
+
+
+# What is no request
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"writes": ["SELECT 1"]}, "None is no data_version"),
+        ({"data_version": 6}, "without a list of statements"),
+        ({"data_version": 6, "writes": "SELECT 1"}, "is not a list of strings"),
+        ({"data_version": 6, "writes": {"a": 1}}, "is not a list of strings"),
+        ({"data_version": 6, "writes": ["SELECT 1", 5]}, "is not a list of strings"),
+        ({"data_version": -1, "writes": ["SELECT 1"]}, "-1 is no data_version"),
+        ({"data_version": True, "writes": ["SELECT 1"]}, "True is no data_version"),
+        ({"data_version": 6.0, "writes": ["SELECT 1"]}, "6.0 is no data_version"),
+        ({"data_version": "6" * 999, "writes": ["SELECT 1"]}, "'666666666"),
+        ([6, ["SELECT 1"]], "without a list of statements"),
+        (None, "without a list of statements"),
+    ],
+)
+def test_wrong_parameters_are_refused(
+    params: Any, expected: str, node_dir: Path, filled: Path
+) -> None:
+    with PluginProcess(node_dir) as plugin:
+        with pytest.raises(support.Refused):
+            plugin.answer(plugin.send("db_write", params))
+        ((_, line),) = plugin.log
+        assert expected in line and len(line) < 300
+        with pytest.raises(support.Refused):
+            plugin.write(*NEXT)
+        assert not plugin.logged("Traceback")
+        assert plugin.close() == 0
+
+
+BROKEN = {
+    "no JSON": b'{"jsonrpc": "2.0", "method": "db_write", "par\n\n',
+    "no UTF-8": b'{"jsonrpc": "2.0", "id": 1, "method": "db_write", "params": "\xff"}\n\n',
+    "deep": b"[" * 100_000 + b"\n\n",
+    "a number of 5000 digits": b'{"id": 1, "method": "db_write", "params": '
+    + b"9" * 5000
+    + b"}\n\n",
+    "a list": b"[1, 2]\n\n",
+    "nothing": b"\n\n\n\n",
+    "no method": b'{"id": 1, "params": {}}\n\n',
+    "an unknown method": b'{"id": 1, "method": "nonsense", "params": {}}\n\n',
+    "an unknown notification": b'{"method": "nonsense", "params": {}}\n\n',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_request_ends_it_with_one_line(
+    name: str, node_dir: Path, filled: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*NEXT)
+        plugin.log.clear()
+        assert plugin.process.stdin is not None
+        plugin.process.stdin.write(BROKEN[name])
+        plugin.process.stdin.flush()
+        assert plugin.process.wait(timeout=support.ANSWER_S) == 1
+        wait_for(lambda: bool(plugin.log))
+        ((level, line),) = plugin.log
+        assert level == "error"
+        assert "lightningd sent what is no request" in line and len(line) < 300
+    assert capfd.readouterr().err == ""
+
+
+def test_lightningd_is_gone_when_the_answer_comes(
+    node_dir: Path, filled: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    data_version, writes = NEXT
+    params = {"data_version": data_version, "writes": writes}
+    message = {"jsonrpc": "2.0", "id": 1, "method": "db_write", "params": params}
+    done = subprocess.run(
+        [sys.executable, str(support.PLUGIN)],
+        cwd=node_dir,
+        env=dict(os.environ, LIGHTNINGD_PLUGIN="1"),
+        input=json.dumps(message).encode() + b"\n\n",
+        stdout=writing,
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert capfd.readouterr().err == ""
+
+
+# A change that is too large
+
+
+def test_a_change_over_the_limit_names_the_way_out(node_dir: Path, filled: Path) -> None:
+    small = plugin_with("import backend; backend.MAX_CHANGE_SIZE = 1000")
+    with PluginProcess(node_dir, small) as plugin:
+        says = ["bytes; the limit is 1000.", "without the plugin", f"`{CLI} resync --lightning-dir"]
+        check_refused(plugin, change(6, "x" * 1001), says)
+
+
+def limited(mib: int) -> list[str]:
+    """The plugin with memory for ``mib`` MiB more than it starts with."""
+    return plugin_with(
+        "import resource\n"
+        "with open('/proc/self/statm') as file: pages = int(file.read().split()[0])\n"
+        f"limit = pages * resource.getpagesize() + {mib << 20}\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))"
+    )
+
+
+HUGE = change(6, *["INSERT INTO items (body) VALUES ('" + "x" * 9_966 + "')"] * 3_000)
+"""30 MB."""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_memory_that_does_not_suffice_to_parse(node_dir: Path, filled: Path) -> None:
+    with PluginProcess(node_dir, limited(50)) as plugin:
+        with pytest.raises(support.Refused, match="the plugin is gone"):
+            plugin.write(*HUGE)
+        assert plugin.process.wait(timeout=support.ANSWER_S) == 1
+        (line,) = plugin.errors()
+        assert "memory does not suffice for what lightningd sent" in line
+        assert "without the plugin" in line and "resync" in line
+
+
+def test_memory_that_does_not_suffice_to_store(node_dir: Path, filled: Path) -> None:
+    broken = plugin_with(
+        "import records\ndef encode(head, payload): raise MemoryError\nrecords.encode = encode"
+    )
+    with PluginProcess(node_dir, broken) as plugin:
+        check_refused(plugin, NEXT, ["memory does not suffice", "without the plugin", "resync"])
+        with pytest.raises(support.Refused):
+            plugin.write(*NEXT)
+        assert not plugin.logged("Traceback")
+
+
+def peak(plugin: PluginProcess) -> int:
+    """The most memory that it held so far, in bytes."""
+    status = Path(f"/proc/{plugin.process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_memory_of_four_times_the_change_suffices(node_dir: Path, filled: Path) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*NEXT)
+        before = peak(plugin)
+        plugin.write(7, [*HUGE[1][:-1], bump(7)])
+        size = sum(map(len, HUGE[1]))
+        assert size < peak(plugin) - before < 4 * size
+        assert plugin.close() == 0
 
 
 @pytest.mark.parametrize(
@@ -434,7 +618,8 @@ def test_refused_in_mid_session(
 
 PARENT = """
 import os, subprocess, sys
-plugin = subprocess.Popen([sys.executable, sys.argv[1]])
+os.environ["LIGHTNINGD_PLUGIN"] = "1"
+plugin = subprocess.Popen([*{wrappers!r}, sys.executable, sys.argv[1]])
 children = [subprocess.Popen(command, stdin=0, stdout=2) for command in {children!r}]
 null = os.open(os.devnull, os.O_RDWR)
 os.dup2(null, 0), os.dup2(null, 1)
@@ -473,21 +658,31 @@ class Family:
     Args:
         names: program names of the other children.
         unreaped: how many dead ones come before them, which their parent leaves zombies.
+        wrappers: how many scripts that do not exec stand between lightningd and the plugin.
     """
 
     def __init__(
-        self, directory: Path, names: list[str], unreaped: int = 0, settings: str = NO_LIMIT
+        self,
+        directory: Path,
+        names: list[str],
+        unreaped: int = 0,
+        settings: str = NO_LIMIT,
+        wrappers: int = 0,
     ) -> None:
         self.directory = directory
         self._gate = directory / "gate"
         os.mkfifo(self._gate)
         commands = [[sys.executable, "-c", ""]] * unreaped
         commands += [[str(self._program(name))] for name in names]
-        (directory / "parent.py").write_text(PARENT.format(children=commands, unreaped=unreaped))
+        waiting = ["sh", "-c", '"$@"; exit $?', "sh"] * wrappers
+        parent = PARENT.format(children=commands, unreaped=unreaped, wrappers=waiting)
+        (directory / "parent.py").write_text(parent)
         (directory / "wrapper.py").write_text(
             WRAPPER.format(root=str(support.ROOT), plugin=str(support.PLUGIN), settings=settings)
         )
-        self.plugin = PluginProcess(directory, [sys.executable, "parent.py", "wrapper.py"])
+        # lightningd tells its plugins by this variable, and is not told so itself.
+        untold = ["env", "-u", "LIGHTNINGD_PLUGIN", sys.executable]
+        self.plugin = PluginProcess(directory, [*untold, "parent.py", "wrapper.py"])
         self._holding = open(self._gate, "r+b", buffering=0)  # noqa: SIM115
 
     def _program(self, name: str) -> Path:
@@ -521,9 +716,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def family(
-    directory: Path, names: list[str], unreaped: int = 0, settings: str = NO_LIMIT
+    directory: Path,
+    names: list[str],
+    unreaped: int = 0,
+    settings: str = NO_LIMIT,
+    wrappers: int = 0,
 ) -> Iterator[Family]:
-    found = Family(directory, names, unreaped, settings)
+    found = Family(directory, names, unreaped, settings, wrappers)
     with found.plugin:
         wait_for((directory / "ready").exists)
         found.plugin.manifest()
@@ -590,6 +789,21 @@ def test_a_plugin_named_like_lightningd_counts(node_dir: Path, filled: Path) -> 
         found.wait_for_looks(3)
         assert found.plugin.process.poll() is None
         assert "[]" not in found.looks()
+
+
+@pytest.mark.parametrize("wrappers", [1, 3])
+def test_shutdown_behind_wrappers_that_do_not_exec(
+    wrappers: int, node_dir: Path, filled: Path
+) -> None:
+    with family(node_dir, ["python_plugin"], wrappers=wrappers) as found:
+        found.plugin.send("shutdown", {}, notification=True)
+        found.wait_for_looks(3)
+        found.plugin.write(*change(7, "SELECT 1"))
+        assert all(len(look.split()) == 1 for look in found.looks())
+        assert "[]" not in found.looks()
+        found.release()
+        leaves(found)
+        assert found.looks()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
