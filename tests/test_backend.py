@@ -414,6 +414,40 @@ def test_look_at_a_payload_says_what_its_change_would(monkeypatch: pytest.Monkey
     assert len(found) > 5 and {True, False} < found
 
 
+def test_large_changes_are_handled_in_pieces() -> None:
+    many = [f"statement {number} é \U0001f600" for number in range(3 * backend.JOINED_AT_ONCE + 1)]
+    for statements in (
+        many,
+        many[: backend.JOINED_AT_ONCE],
+        [*many, bump(5)],
+        ["\U0001f600" * 2**19],
+    ):
+        found = of(*statements)
+        assert found.payload == "\0".join(statements).encode()
+        assert Change.decode(5, found.payload).transaction == statements
+        assert payload_bumps(5, found.payload) == found.bumps == (statements[-1] == bump(5))
+    for wrong in ("\ud800", "a\0b", ""):
+        for place in (0, backend.JOINED_AT_ONCE, len(many)):
+            with pytest.raises(InvalidChange):
+                of(*many[:place], wrong, *many[place:])
+    for shift in range(4):  # A character lies on the border of two pieces, or is cut off there.
+        text = b"x" * (MAX_CHUNK_SIZE - shift) + "\U0001f600".encode()
+        assert not payload_bumps(5, text)
+        for cut in (text[:-1], text[: MAX_CHUNK_SIZE - shift + 1] + b"x" * MAX_CHUNK_SIZE):
+            with pytest.raises(InvalidChange, match="not UTF-8"):
+                payload_bumps(5, cut)
+            with pytest.raises(InvalidChange, match="not UTF-8"):
+                Change.decode(5, cut)
+
+
+def test_known_forms() -> None:
+    for known in (["a", bump(5)], ["PRAGMA foreign_keys = OFF;"], ["PRAGMA foreign_keys = ON;"]):
+        assert of(*known).is_known
+    for unknown in (["a"], [bump(6)], ["PRAGMA foreign_keys = OFF"], ["PRAGMA a = 1;"]):
+        assert not of(*unknown).is_known
+    assert not of("PRAGMA foreign_keys = OFF;", "PRAGMA foreign_keys = ON;").is_known
+
+
 def test_bump_is_recognised_only_as_the_last_statement_and_word_for_word() -> None:
     # From the recorded traffic of a node.
     text = "UPDATE vars SET intval = intval + 1 WHERE name = 'data_version' AND intval = 4"
