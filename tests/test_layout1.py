@@ -13,7 +13,7 @@ import pytest
 
 import database
 import restore
-from backend import bump
+from backend import MAX_CHANGE_SIZE, bump
 from database import mend
 from errors import BackupError, BackupMissing, Damaged, DatabaseError, DiskError, UnsupportedLayout
 from filebackend import FileBackend
@@ -771,13 +771,13 @@ def test_a_huge_entry_costs_no_memory(old: Path) -> None:
     written(old, first_changes(2))
     with old.open("ab") as file:
         file.write(entry(3, b"", length=2**32 - 1))
-        file.truncate(file.tell() + 2**28 + 1)
+        file.truncate(file.tell() + MAX_CHANGE_SIZE + 1)
     count, what = with_little_memory(old)
     assert count == "2"
     assert "it ends inside an entry" in what
     with old.open("r+b") as file:
-        file.seek(-(2**28) - 1 - HEAD_SIZE, os.SEEK_END)
-        file.write(entry(3, b"", length=2**28 + 1))
+        file.seek(-(MAX_CHANGE_SIZE + 1) - HEAD_SIZE, os.SEEK_END)
+        file.write(entry(3, b"", length=MAX_CHANGE_SIZE + 1))
     count, what = with_little_memory(old)
     assert count == "2"
     assert "over the limit" in what
