@@ -973,7 +973,7 @@ def test_restore_delivers_what_sqlite_complains_of(
     ("call", "says"),
     [
         (change(6, "INSERT INTO nowhere VALUES (1)"), ["version 6 does not replay", "nowhere"]),
-        ((5, ["UPDATE vars SET intval = 50"]), ["data_version is 50", "the backup's is 5"]),
+        (change(6, "UPDATE vars SET intval = 50"), ["data_version is 50", "the backup's is 6"]),
     ],
 )
 def test_restore_that_does_not_come_out(
