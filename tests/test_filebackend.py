@@ -91,7 +91,7 @@ def put(path: Path, data: bytes | bytearray) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_log_that_becomes_smaller_while_it_is_read_is_damaged(url: str) -> None:
     """A cut at a record's end looks like the end of the log: nothing else would tell."""
-    path = support.make_backup(url, [(0, ["x" * 500_000])] * 8)
+    path = support.make_backup(url, [support.change(n, "x" * 500_000) for n in range(1, 9)])
     heads = [head for head, _ in support.records_of(path)]
     for cut in (0, heads[5].offset, heads[5].offset + 1000):
         content = path.read_bytes()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from backend import MAX_CHANGE_SIZE
 from database import compare
 from filebackend import FileBackend
 from tests import peers, support
@@ -494,8 +495,8 @@ def test_byte_a_time_is_too_slow(url: str, backup: Path) -> None:
 
 @pytest.mark.parametrize("acks", [False, True], ids=["silent", "only ACKs"])
 def test_restore_that_nobody_reads_ends(url: str, acks: bool) -> None:
-    big = [f"INSERT INTO items VALUES (1, '{random.randbytes(MIB).hex()}')"]
-    support.make_backup(url, [(0, big)] * 12)
+    big = f"INSERT INTO items VALUES (1, '{random.randbytes(MIB).hex()}')"
+    support.make_backup(url, [support.change(number, big) for number in range(1, 13)])
     with ServerProcess(url, patch="import server; server.SEND_TIMEOUT_S = 0.5") as server:
         with server.client() as lazy:
             lazy.send(RESTORE)
@@ -505,7 +506,7 @@ def test_restore_that_nobody_reads_ends(url: str, acks: bool) -> None:
                         lazy.send(ACK, bytes(4))
                 time.sleep(0.05)
         with server.client() as client:
-            assert client.metadata().version == 0
+            assert client.metadata().version == 12
 
 
 def test_length_of_4_gib_is_refused_at_once(server: ServerProcess) -> None:
@@ -529,7 +530,10 @@ def test_unknown_types_and_answers_end_the_connection(server: ServerProcess) -> 
 def test_bombs_are_refused_and_cost_no_memory(server: ServerProcess, backup: Path) -> None:
     before = support.contents(backup.parent)
     deflate = zlib.compressobj(9)
-    bomb = b"".join(deflate.compress(bytes(MIB)) for _ in range(260)) + deflate.flush()
+    first, again = (
+        deflate.compress(bytes(MIB)) + deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(2)
+    )
+    bomb = first + again * (MAX_CHANGE_SIZE // MIB + 4)
     for kind in (CHANGE, SNAPSHOT):
         with server.client() as client:
             client.send(kind, struct.pack("!I", 1) + bomb)
