@@ -62,7 +62,7 @@ def read_lock_file(directory: str) -> LockFile:
         owner = bytes.fromhex(content.get("owner", NOBODY.hex()))
         if len(owner) != len(NOBODY):
             raise ValueError("owner is not of 16 bytes")
-        url.encode()  # JSON can hold what is no text.
+        url.encode(errors="surrogateescape")  # JSON can hold what is no text, nor bytes.
     except FileNotFoundError as error:
         raise ConfigError(
             f"Could not find backup.lock in the lightning-dir {directory}.",

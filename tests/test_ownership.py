@@ -248,6 +248,7 @@ def test_every_file_is_its_owner_s_from_the_moment_it_exists(
         make_backup(url, first_changes(5 if command != "resync" else 3))
     if command != "init":
         (node_dir / "backup.lock").write_text(f'{{"backend_url": "{url}"}}')
+        (node_dir / "backup.lock").chmod(0o600)  # What replaces it keeps that.
     arguments: dict[str, list[object]] = {
         "init": ["--lightning-dir", node_dir, url],
         "resync": ["--yes", "--lightning-dir", node_dir],
