@@ -30,6 +30,7 @@ CHAIN_SIZE = 16
 EMPTY_CHAIN = bytes(CHAIN_SIZE)
 """The chain of a backup that holds nothing yet."""
 FOREIGN_KEYS_OFF = "PRAGMA foreign_keys = OFF;"
+FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
 
 
 def chain_after(before: bytes, version: int, payload: bytes) -> bytes:
