@@ -36,19 +36,21 @@ REPLAYING = frozenset({"foreign_keys", "quick_check", "table_info"})
 _PRAGMA, _FUNCTION = 19, 31
 _HARMLESS = frozenset(
     {
-        *(1, 2, 7),  # CREATE INDEX, TABLE, TRIGGER
         *(10, 11, 16),  # DROP INDEX, TABLE, TRIGGER
         *(9, 18, 20, 21, 23),  # DELETE, INSERT, READ, SELECT, UPDATE
         *(22, 26, 27, 28, 33),  # TRANSACTION, ALTER TABLE, REINDEX, ANALYZE, RECURSIVE
     }
 )
+_CREATING = frozenset({1, 2, 7})  # CREATE INDEX, TABLE, TRIGGER
 # Refuse the functions that reach out, not all that are unknown: a later lightningd may use
 # those, and its backup has to restore.
 _DANGEROUS = frozenset({"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"})
 _WORDS = MappingProxyType(
     {
-        **{3: "makes a temporary index", 4: "makes a temporary table", 8: "makes a view"},
-        **{5: "makes a temporary trigger", 6: "makes a temporary view"},
+        **dict.fromkeys((1, 3), "makes a temporary index"),
+        **dict.fromkeys((2, 4), "makes a temporary table"),
+        **dict.fromkeys((5, 7), "makes a temporary trigger"),
+        **{6: "makes a temporary view", 8: "makes a view"},
         **{24: "attaches another file", 25: "detaches a file", 29: "makes a virtual table"},
         **{30: "drops a virtual table", 32: "sets a savepoint"},
     }
@@ -109,8 +111,10 @@ class Confined(sqlite3.Connection):
         """Give what follows ``limit_s`` seconds of this thread's processor time."""
         self._limit_s, self._deadline = limit_s, time.thread_time() + limit_s
 
-    def _authorize(self, action: int, first: Any, second: Any, _in: Any, _by: Any) -> int:
+    def _authorize(self, action: int, first: Any, second: Any, where: Any, _by: Any) -> int:
         if action in _HARMLESS or self._released:
+            return sqlite3.SQLITE_OK
+        if action in _CREATING and where != "temp":
             return sqlite3.SQLITE_OK
         if action == _FUNCTION and str(second).lower() not in _DANGEROUS:
             return sqlite3.SQLITE_OK
