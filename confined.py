@@ -34,6 +34,7 @@ REPLAYING = frozenset({"foreign_keys", "quick_check", "table_info"})
 
 # Action codes of sqlite3_set_authorizer; Python 3.10 has names for a part of them only.
 _PRAGMA, _FUNCTION = 19, 31
+_OK = sqlite3.SQLITE_OK
 _HARMLESS = frozenset(
     {
         *(10, 11, 16),  # DROP INDEX, TABLE, TRIGGER
@@ -113,13 +114,13 @@ class Confined(sqlite3.Connection):
 
     def _authorize(self, action: int, first: Any, second: Any, where: Any, _by: Any) -> int:
         if action in _HARMLESS or self._released:
-            return sqlite3.SQLITE_OK
+            return _OK
         if action in _CREATING and where != "temp":
-            return sqlite3.SQLITE_OK
+            return _OK
         if action == _FUNCTION and str(second).lower() not in _DANGEROUS:
-            return sqlite3.SQLITE_OK
+            return _OK
         if action == _PRAGMA and str(first).lower() in self.pragmas:
-            return sqlite3.SQLITE_OK
+            return _OK
         self.refused = "it " + _WORDS.get(action, f"does what has the number {action}")
         if action == _FUNCTION:
             self.refused = f"it calls {second}"

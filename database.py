@@ -25,8 +25,8 @@ CACHED_STATEMENTS = 64
 LARGE_CHANGE = 256 << 10
 """Bytes of a change whose statements are not kept in the cache."""
 OTHER_ROWIDS = (
-    "the rows are the same, but not their rowids, which lightningd refers to; VACUUM may change them,"
-    " and no plugin hears of it: take a new snapshot with `backup-cli resync`"
+    "the rows are the same, but not their rowids, which lightningd refers to; VACUUM may change"
+    " them, and no plugin hears of it: take a new snapshot with `backup-cli resync`"
 )
 MAX_REPORTED = 10
 """Problems or differences named before the rest is only counted."""
