@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
+import socket
 import sqlite3
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
@@ -28,6 +32,8 @@ LIMIT_S = 3600.0
 256 MiB of SQL, takes less than a minute on a small machine."""
 PROGRESS_STEP = 1000
 """Steps of SQLite's virtual machine between two looks at the time and for Ctrl-C."""
+GRACE_S = 3.0
+"""How long a signal may take to end a command the usual way."""
 READING = frozenset({"foreign_key_check", "integrity_check", "table_info"})
 REPLAYING = frozenset({"foreign_keys", "quick_check", "table_info"})
 """PRAGMAs of a replay. SQLite itself uses quick_check inside ALTER TABLE."""
@@ -208,3 +214,40 @@ def connect(
         connection.close()
         raise
     return connection
+
+
+@contextlib.contextmanager
+def ending_on_signals(remove: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C end what runs meanwhile even in a step of SQLite that does not end.
+
+    The progress handler and Python's own signal handlers run between two steps only, and one
+    alone, instr() of two large values say, can take days.
+
+    Args:
+        remove: discards the scratch files. Where the main thread has not ended GRACE_S after
+            a signal, another one calls it and ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        if reader.recv(1) and not ended.wait(GRACE_S):
+            remove()
+            os.write(2, b"Aborted!\n")
+            os._exit(1)
+
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watcher.join()
+        reader.close()

@@ -62,7 +62,9 @@ def data_version(connection: sqlite3.Connection) -> int:
     ).fetchall()
     if kinds not in ([], [("table",)]):  # A view could run for ever.
         raise Refused("its vars is no table")
-    if "intval" not in (row[1] for row in connection.execute("PRAGMA table_info(vars)")):
+    # This does not list generated columns, which could compute anything.
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(vars)")}
+    if not {"name", "intval"} <= columns:
         return 0
     row = connection.execute("SELECT intval FROM vars WHERE name = 'data_version'").fetchone()
     if row is None or row[0] is None:

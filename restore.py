@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import confined
 import database
 import durable
 import node
@@ -197,8 +198,9 @@ def restore(
         reading = UpTo(reading, up_to)
     try:
         remove_database(beside, durable.remove)
-        version, changes = build(reading, beside, allow_damaged, progress)
-        problems = database.check(beside)
+        with confined.ending_on_signals(lambda: remove_database(beside)):
+            version, changes = build(reading, beside, allow_damaged, progress)
+            problems = database.check(beside)
         durable.publish(beside, path)
     except FileExistsError as error:
         raise BackupExists(path, "It appeared while the restore ran.") from error
@@ -232,20 +234,24 @@ def verify(
         BackupError: the backup is damaged or does not replay.
     """
     copy = f"{scratch}.against"
+
+    def discard() -> None:
+        remove_database(scratch)
+        remove_database(copy)
+
     try:
-        for stale in scratch, copy:
-            remove_database(stale, durable.remove)
-        version, _ = build(reading, scratch, False, progress)
-        problems = database.check(scratch)
-        if against is not None:
-            database.copy_files(against, copy)
-            problems += _compare(scratch, version, copy)
+        discard()
+        with confined.ending_on_signals(discard):
+            version, _ = build(reading, scratch, False, progress)
+            problems = database.check(scratch)
+            if against is not None:
+                database.copy_files(against, copy)
+                problems += _compare(scratch, version, copy)
         return version, problems
     except OSError as error:
         raise DiskError(scratch, error, "write") from error
     finally:
-        remove_database(scratch)
-        remove_database(copy)
+        discard()
 
 
 def _compare(backup: str, version: int, node_database: str) -> list[str]:
