@@ -29,7 +29,8 @@ READ_LIMIT_S = 60.0
 """Processor time for opening a database and reading its data_version."""
 LIMIT_S = 3600.0
 """Processor time for one change, or one check of a whole database. The longest change of a node,
-256 MiB of SQL, takes less than a minute on a small machine."""
+a migration of 256 MiB of SQL, takes some seconds; a DROP TABLE that looks for rows of other tables
+without an index takes as long here as on the node, which nobody waits an hour for."""
 PROGRESS_STEP = 1000
 """Steps of SQLite's virtual machine between two looks at the time and for Ctrl-C."""
 GRACE_S = 3.0
@@ -151,14 +152,15 @@ class Confined(sqlite3.Connection):
         # An exception of a signal handler inside our two callbacks stops SQLite but is lost.
         if not refused and str(error).endswith(("interrupted", "not authorized", "prohibited")):
             raise KeyboardInterrupt from error
-        return refused or str(error)
+        # What sqlite3 makes of SQLITE_NOMEM, which is also the answer to a program over VDBE_OP.
+        return refused or ("no memory" if isinstance(error, MemoryError) else str(error))
 
     @contextlib.contextmanager
     def explaining(self, path: str) -> Iterator[None]:
         """sqlite3.Error leaves as the DatabaseError of ``path``."""
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, MemoryError) as error:
             says = "" if self.refused or isinstance(error, Refused) else "SQLite says: "
             raise DatabaseError(path, says + self.reason(error)) from error
 

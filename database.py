@@ -199,7 +199,7 @@ class Replayer:
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
                 self._off = False
-        except (sqlite3.Error, sqlite3.Warning) as error:
+        except (sqlite3.Error, sqlite3.Warning, MemoryError) as error:
             reason = self._connection.reason(error)
             raise DoesNotReplay(
                 self.path, change.version, change.base, reason, statement

@@ -133,6 +133,13 @@ def test_endless(statements: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     assert "it takes more than 0.1 seconds of processor time" in text
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="sqlite3 cannot set limits")
+def test_a_program_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confined, "_LIMITS", {5: 500})
+    statement = f"INSERT INTO items (body) VALUES {','.join(['(1)'] * 1000)}"
+    assert "does not replay: no memory, in 'INSERT" in refused(tmp_path / "there", statement)
+
+
 def test_the_time_is_each_change_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confined, "LIMIT_S", 0.3)
     count = FOREVER + "SELECT 1 FROM n WHERE i > 50000 LIMIT 1"
