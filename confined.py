@@ -237,10 +237,11 @@ def ending_on_signals(remove: Callable[[], None]) -> Iterator[None]:
     ended = threading.Event()
 
     def watch() -> None:
-        if reader.recv(1) and not ended.wait(GRACE_S):
+        number = reader.recv(1)  # Nothing once the other end is closed.
+        if number and not ended.wait(GRACE_S):
             remove()
-            os.write(2, b"Aborted!\n")
-            os._exit(1)
+            os.write(2, f"Stopped by {signal.Signals(number[0]).name}.\n".encode())
+            os._exit(128 + number[0])
 
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, daemon=True)
