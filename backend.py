@@ -43,7 +43,8 @@ NOBODY = bytes(16)
 TAG_SIZE = 8
 """Bytes of the owner with which every session begins."""
 FOREIGN_KEYS_OFF = "PRAGMA foreign_keys = OFF;"
-NOT_BUMPING = (FOREIGN_KEYS_OFF.encode(), b"PRAGMA foreign_keys = ON;")
+FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
+NOT_BUMPING = (FOREIGN_KEYS_OFF.encode(), FOREIGN_KEYS_ON.encode())
 """Payloads. In every release all other changes end with the statement that raises data_version."""
 
 

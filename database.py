@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from urllib.parse import quote
 
+import confined
 import durable
-from backend import FOREIGN_KEYS_OFF, Change, Snapshot
-from errors import DatabaseError, DiskError
+from backend import FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON, MAX_VERSION, Change, Snapshot
+from confined import Confined, Refused
+from errors import DatabaseError, DiskError, DoesNotReplay
 
 COPY_PAGES = 1024
 """Pages that SQLite's backup API moves at a time."""
@@ -22,6 +24,10 @@ CACHED_STATEMENTS = 64
 """More than half of a node's statements come again soon: BEGIN, COMMIT and many UPDATEs."""
 LARGE_CHANGE = 256 << 10
 """Bytes of a change whose statements are not kept in the cache."""
+OTHER_ROWIDS = (
+    "the rows are the same, but not their rowids, which lightningd refers to; VACUUM may change"
+    " them, and no plugin hears of it: take a new snapshot with `backup-cli resync`"
+)
 MAX_REPORTED = 10
 """Problems or differences named before the rest is only counted."""
 SIDE_FILES = ("-journal", "-wal", "-shm")
@@ -33,36 +39,47 @@ Rank = tuple[int, Any, bool]
 
 
 @contextlib.contextmanager
-def opened(path: str, mode: str = "rw") -> Iterator[sqlite3.Connection]:
-    """The existing database ``path``; sqlite3.Error leaves as DatabaseError.
+def opened(path: str, mode: str = "rw", settings: Sequence[str] = ()) -> Iterator[Confined]:
+    """The existing database ``path``, confined; sqlite3.Error leaves as DatabaseError.
 
     Args:
         mode: "rw", so that SQLite can roll a hot journal back, or "ro".
+        settings: PRAGMAs that the connection begins with.
     """
-    try:
-        connection = sqlite3.connect(
-            f"file:{quote(os.fsencode(path))}?mode={mode}", uri=True, isolation_level=None
-        )
-        with contextlib.closing(connection):
-            yield connection
-    except sqlite3.Error as error:
-        raise DatabaseError(path, f"SQLite says: {error}") from error
+    connecting = confined.connect(path, mode, confined.READING, settings)
+    with contextlib.closing(connecting) as connection, connection.explaining(path):
+        yield connection
 
 
 def data_version(connection: sqlite3.Connection) -> int:
-    """The node's data_version; 0 where an old release has not stored one yet."""
-    columns = connection.execute("SELECT 1 FROM pragma_table_info('vars') WHERE name = 'intval'")
-    if columns.fetchone() is None:
+    """The node's data_version; 0 where an old release has not stored one yet.
+
+    Raises:
+        Refused: ``vars`` is no table, or what it holds is no data_version.
+    """
+    kinds = connection.execute(
+        "SELECT type FROM sqlite_master WHERE lower(name) = 'vars' AND type IN ('table', 'view')"
+    ).fetchall()
+    if kinds not in ([], [("table",)]):  # A view could run for ever.
+        raise Refused("its vars is no table")
+    # This does not list generated columns, which could compute anything.
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(vars)")}
+    if not {"name", "intval"} <= columns:
         return 0
     row = connection.execute("SELECT intval FROM vars WHERE name = 'data_version'").fetchone()
-    return int(row[0]) if row and row[0] is not None else 0
+    if row is None or row[0] is None:
+        return 0
+    if not isinstance(row[0], int) or not 0 <= row[0] <= MAX_VERSION:
+        raise Refused(f"its data_version is {_short(row[0])}, which is none")
+    return row[0]
 
 
 def version_of(path: str) -> int:
-    """data_version of the stopped node's database ``path``; 0 if there is no such file."""
+    """data_version of the database ``path``; 0 if there is no such file."""
     if not os.path.exists(path):
         return 0
     with opened(path) as connection:
+        connection.allow(confined.READ_LIMIT_S)
         return data_version(connection)
 
 
@@ -70,29 +87,46 @@ def copy(source: str, target: str, progress: Progress | None = None) -> Snapshot
     """Copy a database with SQLite's backup API: a hot journal or a WAL is included.
 
     Args:
-        source: the node's database, of a stopped node.
+        source: the node's database.
         target: path of the copy, which must not exist.
+
+    Returns:
+        The copy, and the version that it has itself: a writer may have gone on meanwhile.
+
+    Raises:
+        DatabaseError: it cannot be copied, or integrity_check complains of the copy.
     """
 
     def report(_status: int, remaining: int, total: int) -> None:
         if progress is not None:
             progress(total - remaining, total)
 
-    try:
-        os.close(durable.create(target))
-    except OSError as error:
-        raise DiskError(target, error, "create") from error
-    with opened(source) as node, opened(target) as snapshot:
+    with opened(source) as node:
+        _create(target)
         # The copy is thrown away after a crash: nothing of it needs to be durable.
-        snapshot.execute("PRAGMA synchronous = OFF")
-        try:
-            node.backup(snapshot, pages=COPY_PAGES, progress=report, sleep=0)
-        except sqlite3.Error as error:
-            is_full = "full" in str(error)
-            problem = f"SQLite says: {error}, copying {source} to {target}"
-            raise DatabaseError(target if is_full else source, problem) from error
-        version = data_version(node)
-    return Snapshot(target, version)
+        with opened(target, settings=["synchronous = OFF"]) as snapshot:
+            try:
+                node.backup(snapshot, pages=COPY_PAGES, progress=report, sleep=0)
+            except sqlite3.Error as error:
+                is_full = "full" in str(error)
+                problem = f"SQLite says: {error}, copying {source} to {target}"
+                raise DatabaseError(target if is_full else source, problem) from error
+    problems = integrity_problems(target)
+    if problems:
+        raise DatabaseError(
+            source,
+            f"it is not sound: {problems[0]}",
+            "Nothing was stored. If there is a backup, it may be the better copy.",
+        )
+    return Snapshot(target, version_of(target))
+
+
+def _create(path: str) -> None:
+    """Create ``path`` empty and for its owner only; SQLite and shutil keep its mode."""
+    try:
+        os.close(durable.create(path))
+    except OSError as error:
+        raise DiskError(path, error, "create") from error
 
 
 _MISSING_SPACE = re.compile(
@@ -120,68 +154,77 @@ def copy_files(source: str, target: str) -> None:
         raise DatabaseError(source, "there is no such file")
     for suffix in ("", *SIDE_FILES):
         if os.path.exists(source + suffix):
+            _create(target + suffix)
             shutil.copyfile(source + suffix, target + suffix)
 
 
 class Replayer:
     """Applies changes to the database file ``path``, as the node's own connection did.
 
+    It keeps no journal, or one UPDATE of a large table would take as much memory: after an
+    error the file is garbage.
+
     Raises:
-        DatabaseError: a change does not replay.
+        DoesNotReplay: a change does not replay.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._connection = sqlite3.connect(
-            path, isolation_level=None, cached_statements=CACHED_STATEMENTS
+        settings = (
+            "journal_mode = OFF",
+            "synchronous = OFF",
+            "locking_mode = EXCLUSIVE",
+            "cache_size = -16000",
+            "foreign_keys = ON",
+            _temporary_files_beside(path),
+        )
+        self._connection = confined.connect(
+            path, "rwc", confined.REPLAYING, settings, CACHED_STATEMENTS
         )
         self._execute = self._connection.cursor().execute
         self._off = False
-        try:
-            self._was_wal = self._execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-            for pragma in (
-                "journal_mode = MEMORY",
-                "synchronous = OFF",
-                "locking_mode = EXCLUSIVE",
-                "cache_size = -16000",
-                "foreign_keys = ON",
-            ):
-                self._execute(f"PRAGMA {pragma}")
-        except sqlite3.Error as error:
-            self._connection.close()
-            raise DatabaseError(path, f"SQLite says: {error}") from error
 
     def apply(self, change: Change) -> None:
         """Execute one transaction. A PRAGMA call runs outside of any, as on the node."""
         assert change.transaction is not None
+        self._connection.allow(confined.LIMIT_S)
         statement = ""
         try:
             if change.is_pragma:
                 for statement in change.transaction:
+                    if statement not in (FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON):
+                        raise Refused("it is no PRAGMA that lightningd announces")
                     self._execute(statement)
                 self._off = change.transaction == [FOREIGN_KEYS_OFF]
                 return
             self._execute("BEGIN")
             for statement in change.transaction:
-                try:
-                    self._execute(statement)
-                except sqlite3.OperationalError:
-                    mended = mend(statement)
-                    if mended == statement:
-                        raise
-                    self._execute(mended)
+                self._execute_one(statement)
             self._execute("COMMIT")
             if len(change.payload) > LARGE_CHANGE:
                 self._forget_statements()
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
                 self._off = False
-        except (sqlite3.Error, sqlite3.Warning) as error:
-            raise DatabaseError(
-                self.path,
-                f"the change to version {change.version} does not replay: {error},"
-                f" in {statement[:100]!r}",
+        except (sqlite3.Error, sqlite3.Warning, MemoryError) as error:
+            reason = self._connection.reason(error)
+            raise DoesNotReplay(
+                self.path, change.version, change.base, reason, statement
             ) from error
+
+    def _execute_one(self, statement: str) -> None:
+        try:
+            self._execute(statement)
+        except sqlite3.OperationalError as error:
+            # Only what failed before it did anything can be tried again.
+            if not str(error).startswith("unrecognized token"):
+                raise
+            mended = mend(statement)
+            if mended == statement:
+                raise
+            self._execute(mended)
+        if not self._connection.in_transaction:
+            raise Refused("it ends the transaction that it is in")
 
     def _forget_statements(self) -> None:
         """Push large statements out of the statement cache, or they fill the memory."""
@@ -191,13 +234,14 @@ class Replayer:
     def finish(self) -> int:
         """Close the database in the journal mode it had; its data_version."""
         try:
-            version = data_version(self._connection)
-            if self._was_wal:
-                self._execute("PRAGMA locking_mode = NORMAL")
-                self._execute("PRAGMA journal_mode = WAL")
-            return version
-        except sqlite3.Error as error:
-            raise DatabaseError(self.path, f"SQLite says: {error}") from error
+            with self._connection.explaining(self.path):
+                self._connection.allow(confined.READ_LIMIT_S)
+                version = data_version(self._connection)
+                self._connection.release()
+                if self._connection.journal_mode == "wal":
+                    self._execute("PRAGMA locking_mode = NORMAL")
+                    self._execute("PRAGMA journal_mode = WAL")
+                return version
         finally:
             self.close()
 
@@ -206,12 +250,24 @@ class Replayer:
         self._connection.close()
 
 
+def _temporary_files_beside(path: str) -> str:
+    """The PRAGMA that makes SQLite sort beside ``path``, not in /var/tmp, in this process."""
+    directory = os.path.dirname(os.path.realpath(path)).replace("'", "''")
+    return f"temp_store_directory = '{directory}'"
+
+
 def check(path: str) -> list[str]:
     """What integrity_check and foreign_key_check say of ``path``: empty if it is sound."""
-    problems = integrity_problems(path)
-    with opened(path) as connection:
-        rows = connection.execute("PRAGMA foreign_key_check").fetchmany(MAX_REPORTED)
-    return problems + [
+    return integrity_problems(path) + _foreign_key_problems(path)
+
+
+def _foreign_key_problems(path: str) -> list[str]:
+    try:
+        with opened(path) as connection:
+            rows = connection.execute("PRAGMA foreign_key_check").fetchmany(MAX_REPORTED)
+    except DatabaseError as error:  # The schema itself may be one that it cannot check.
+        return [f"foreign_key_check: {error}"]
+    return [
         f"foreign_key_check: row {row} of {table} points to no row of {parent}"
         for table, row, parent, _ in rows
     ]
@@ -236,15 +292,54 @@ def compare(
         first_name: what ``left`` is called.
         second_name: what ``right`` is called.
     """
-    with opened(left) as first, opened(right) as second:
+    sorting = _temporary_files_beside(left)
+    with opened(left, settings=[sorting]) as first, opened(right) as second:
         for connection in first, second:
+            connection.allow(math.inf)  # Reading tables ends; it takes as long as they are large.
             connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
         differences = list(_compare_schema(first, second, first_name, second_name))
         for table in sorted(_tables(first) & _tables(second)):
             if len(differences) < MAX_REPORTED:
                 walk = _TableWalk(first, second, table, first_name, second_name)
-                differences += itertools.islice(walk.differences(), MAX_REPORTED)
+                differences += _compare_table(walk, first, second, table)
     return differences
+
+
+def _compare_table(
+    walk: _TableWalk, first: sqlite3.Connection, second: sqlite3.Connection, table: str
+) -> list[str]:
+    other_rowids = []
+    with contextlib.suppress(sqlite3.OperationalError):  # Other columns, which is named already.
+        if _same_rows(first, second, table):
+            return []
+        other_rowids = [f"table {table}: {OTHER_ROWIDS}"]
+    return [*itertools.islice(walk.differences(), MAX_REPORTED)] or other_rowids
+
+
+def _same_rows(first: sqlite3.Connection, second: sqlite3.Connection, table: str) -> bool:
+    """Whether the rows and their rowids are the same, in the order that they are stored in."""
+    query = rows_as_stored(first, table)
+    one, two = first.execute(query), second.execute(query)
+    return all(
+        a == b and [*map(type, a)] == [*map(type, b)]
+        for a, b in itertools.zip_longest(one, two, fillvalue=())
+    )
+
+
+def rows_as_stored(connection: sqlite3.Connection, table: str) -> str:
+    """The query for all rows of ``table``, with their rowid, that needs no sorting."""
+    info = connection.execute(f"PRAGMA table_info({_quoted(table)})").fetchall()
+    columns = [f"{_quoted(table)}.{_quoted(column[1])}" for column in info]
+    taken = {str(column[1]).lower() for column in info}
+    for rowid in {"rowid", "_rowid_", "oid"} - taken:
+        with contextlib.suppress(sqlite3.OperationalError):  # It is WITHOUT ROWID.
+            query = f"SELECT {rowid}, {', '.join(columns)} FROM {_quoted(table)} ORDER BY {rowid}"
+            connection.execute(f"EXPLAIN {query}").close()
+            return query
+    # By the primary key, and in its own collation.
+    key = [place for _, place in sorted((column[5], column[0]) for column in info if column[5])]
+    order = ", ".join(columns[place] for place in key or range(len(columns)))
+    return f"SELECT {', '.join(columns)} FROM {_quoted(table)} ORDER BY {order}"
 
 
 def _schema(connection: sqlite3.Connection) -> dict[tuple[str, str], str | None]:
@@ -285,10 +380,7 @@ class _TableWalk:
         self._columns = [str(column[1]) for column in info]
         key = [i for _, i in sorted((column[5], i) for i, column in enumerate(info) if column[5])]
         self._key = key or list(range(len(self._columns)))
-        try:
-            self._rows = self._sorted(first), self._sorted(second)
-        except sqlite3.OperationalError:  # Other columns: the schema's difference was named.
-            self._rows = iter(()), iter(())
+        self._connections = first, second
 
     def _sorted(self, connection: sqlite3.Connection) -> Iterator[Row]:
         # Behind the key all columns, so that even NULLs in a key leave one order.
@@ -302,7 +394,10 @@ class _TableWalk:
 
     def differences(self) -> Iterator[str]:
         """Each row that is missing or different, in words."""
-        first, second = self._rows
+        try:
+            first, second = map(self._sorted, self._connections)
+        except sqlite3.OperationalError:  # Other columns: the schema's difference was named.
+            return
         one, two = next(first, None), next(second, None)
         while one is not None or two is not None:
             if two is None or (one is not None and self._place(one) < self._place(two)):

@@ -15,6 +15,7 @@
     ├── OutOfDate              the node is ahead of the backup
     ├── LostState              the backup is ahead of the node
     └── DatabaseError          SQLite could not read, replay or copy a database
+        └── DoesNotReplay      a change cannot be executed
 
 ``str(error)`` is one plain line: what happened, then what to do next.
 """
@@ -242,3 +243,26 @@ class DatabaseError(BackupError):
     def __init__(self, path: str, reason: str, next_step: str = "") -> None:
         self.path = path
         super().__init__(f"{path}: {reason}.", next_step)
+
+
+class DoesNotReplay(DatabaseError):
+    """A change that SQLite refuses, that tries what no node does, or that does not end.
+
+    Attributes:
+        version: the data_version that it leads to.
+        base: the one before it, which ``restore --up-to`` still reaches.
+    """
+
+    def __init__(self, path: str, version: int, base: int, reason: str, statement: str) -> None:
+        self.version = version
+        self.base = base
+        super().__init__(
+            path,
+            f"the change to version {version} does not replay: {reason}, in {statement[:100]!r}",
+            self.way_out("URL", "DEST"),
+        )
+
+    def way_out(self, url: str, dest: str) -> str:
+        """The command that restores what stands before the change, from ``url`` to ``dest``."""
+        words = [CLI, "restore", "--up-to", str(self.base), url, dest]
+        return f"What stands before it: `{shlex.join(words)}`." if self.base else ""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import confined
 import database
 import durable
 import node
 import scratch
 import space
-from backend import Reading
+from backend import Change, Reading
 from errors import BackupError, BackupExists, ConfigError, DatabaseError, DiskError
 
 
@@ -46,6 +47,57 @@ class NothingToRestore(BackupError):
         super().__init__("The backup holds no change yet: there is nothing to restore.")
 
 
+class VersionNotHeld(BackupError):
+    """The backup never was at the version that was asked for."""
+
+    def __init__(self, version: int, held: str) -> None:
+        super().__init__(f"The backup has no version {version}: {held}.")
+
+
+class UpTo(Reading):
+    """The part of ``reading`` that leads to ``version``, whatever stands behind it.
+
+    Iterating it raises VersionNotHeld, or the damage before that version.
+    """
+
+    def __init__(self, reading: Reading, version: int) -> None:
+        self._reading = reading
+        self.version = version
+        self.total = reading.total
+        self.snapshot_size = reading.snapshot_size
+
+    def __iter__(self) -> Iterator[Change]:
+        first: int | None = None
+        last: Change | None = None
+        for change in self._reading:
+            self.position = self._reading.position
+            is_snapshot = change.snapshot is not None
+            if is_snapshot and change.version > self.version:
+                if last is None or last.snapshot is not None:
+                    raise VersionNotHeld(self.version, f"it begins with version {change.version}")
+                break
+            # A PRAGMA call at this version is for what comes next.
+            if not is_snapshot and change.base >= self.version:
+                break
+            first = change.version if first is None or is_snapshot else first
+            yield change
+            last = change
+        else:
+            damage = self._reading.damage
+            # A snapshot may not be complete.
+            if damage and (
+                last is None or last.snapshot is not None or last.version < self.version
+            ):
+                raise damage
+        if last is None or last.version != self.version:
+            held = f"it holds versions {first} to {last.version}" if last else "it begins later"
+            raise VersionNotHeld(self.version, held)
+
+    def close(self) -> None:
+        """See Reading."""
+        self._reading.close()
+
+
 def destination(dest: str) -> str:
     """The file that a restore to ``dest`` creates; refuses what is in the way.
 
@@ -73,21 +125,33 @@ def destination(dest: str) -> str:
 
 
 def build(
-    reading: Reading, beside: str, allow_damaged: bool, progress: Callable[[], None]
+    reading: Reading,
+    beside: str,
+    allow_damaged: bool,
+    progress: Callable[[], None],
+    up_to: int | None = None,
 ) -> tuple[int, int]:
     """Write the database that ``reading`` leads to into the new file ``beside``.
+
+    After an error that file is garbage. What stands before a change that does not replay takes
+    another pass, up to its base.
 
     Args:
         allow_damaged: deliver what stands before damage, too.
         progress: called after every change.
+        up_to: stop at this data_version.
 
     Returns:
         The data_version reached, and the number of changes replayed.
 
     Raises:
-        BackupError: damage, a change that does not replay, another data_version than the
-            backup's, or a backup that holds nothing.
+        DoesNotReplay: a change cannot be executed.
+        VersionNotHeld: the backup never was at ``up_to``.
+        BackupError: damage, another data_version than the backup's, or a backup that holds
+            nothing.
     """
+    if up_to is not None:
+        reading = UpTo(reading, up_to)
     replayer: database.Replayer | None = None
     changes = pieces = 0
     fd = durable.create(beside)
@@ -129,7 +193,11 @@ def build(
 
 
 def restore(
-    reading: Reading, dest: str, allow_damaged: bool, progress: Callable[[], None]
+    reading: Reading,
+    dest: str,
+    allow_damaged: bool,
+    progress: Callable[[], None],
+    up_to: int | None = None,
 ) -> Restored:
     """Restore to ``dest`` (see destination), which is complete once it has its name.
 
@@ -137,12 +205,15 @@ def restore(
         BackupError: as build does, or the destination is taken or cannot be written.
     """
     path = destination(dest)
+    if up_to is not None:
+        reading = UpTo(reading, up_to)
     remove_database(f"{path}.restoring")  # As release 1.0 called it.
     with scratch.held(f"{path}.restoring-") as prefix:
         beside = f"{prefix}.sqlite3"
         try:
-            version, changes = build(reading, beside, allow_damaged, progress)
-            problems = database.check(beside)
+            with confined.ending_on_signals(lambda: remove_database(beside)):
+                version, changes = build(reading, beside, allow_damaged, progress)
+                problems = database.check(beside)
             durable.publish(beside, path)
         except FileExistsError as error:
             raise BackupExists(path, "It appeared while the restore ran.") from error
@@ -182,21 +253,25 @@ def verify(
         leave_room()
         progress()
 
+    def discard() -> None:
+        remove_database(scratch)
+        remove_database(copy)
+
     try:
         needed = database.size_with_side_files(against) if against is not None else 0
         leave_room(reading.snapshot_size + needed)
-        version, _ = build(reading, scratch, False, report)
-        problems = database.check(scratch)
-        if against is not None:
-            leave_room(needed)
-            database.copy_files(against, copy)
-            problems += _compare(scratch, version, copy)
+        with confined.ending_on_signals(discard):
+            version, _ = build(reading, scratch, False, report)
+            problems = database.check(scratch)
+            if against is not None:
+                leave_room(needed)
+                database.copy_files(against, copy)
+                problems += _compare(scratch, version, copy)
         return version, problems
     except OSError as error:
         raise DiskError(scratch, error, "write") from error
     finally:
-        remove_database(scratch)
-        remove_database(copy)
+        discard()
 
 
 def _compare(backup: str, version: int, node_database: str) -> list[str]:

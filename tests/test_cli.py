@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 
 import database
+from backend import Snapshot
 from errors import BackupError, DiskError
 from filebackend import FileBackend
 from tests import support
+from tests.peers import ServerProcess
 from tests.support import Call, add_session, change, contents, first_changes, make_backup, run_cli
 
 COMMANDS = ["init", "resync", "attach", "restore", "status"]
@@ -256,7 +258,7 @@ def test_init_with_a_wal_that_was_never_written_back(
     assert "data_version 4\n" in run_cli("init", "--lightning-dir", node_dir, url).stdout
     target = tmp_path / "restored.sqlite3"
     assert restored_rows(url, target) == expected_rows(4)
-    with database.opened(str(target)) as connection:
+    with contextlib.closing(sqlite3.connect(target)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
@@ -617,7 +619,7 @@ def test_resync_refuses_an_unsound_database(outdated: Path, node_dir: Path, tmp_
     path = node_dir / "lightningd.sqlite3"
     support.apply_calls(path, [(5, ["CREATE INDEX by_body ON items (body)"])])
     break_index(path, "by_body")
-    says = ["is not sound: integrity_check", "The backup is left as it is"]
+    says = ["is not sound: integrity_check", "Nothing was stored"]
     refused(tmp_path, "resync", "--yes", "--lightning-dir", node_dir, says=says)
 
 
@@ -938,6 +940,118 @@ def test_restore_with_nothing_before_the_damage(url: str, tmp_path: Path) -> Non
         refused(tmp_path, "restore", *options, url, tmp_path / "there.sqlite3", says=says)
 
 
+# restore --up-to
+
+
+OFF, ON = (["PRAGMA foreign_keys = OFF;"], ["PRAGMA foreign_keys = ON;"])
+BAD: dict[str, Call] = {
+    "fails": change(6, "INSERT INTO nowhere VALUES (1)"),
+    "fails half-way": change(6, "DELETE FROM items", "INSERT INTO nowhere VALUES (1)"),
+    "does not bump": (5, ["DELETE FROM items", "INSERT INTO nowhere VALUES (1)"]),
+    "a PRAGMA": (5, ["PRAGMA writable_schema = ON;"]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_change_that_does_not_replay_leaves_what_stands_before(
+    bad: str, url: str, tmp_path: Path
+) -> None:
+    """Named by verify and restore; --up-to, or --allow-damaged, deliver what stands before."""
+    url += " ;'x"
+    calls = [*first_changes(5), BAD[bad], change(6, "SELECT 1"), change(7, "SELECT 1")]
+    make_backup(url, calls if BAD[bad][0] == 5 else [*calls[:6], *calls[7:]])
+    there = tmp_path / "the re.sqlite3"
+    step = f"`{shlex.join([str(support.CLI), 'restore', '--up-to', '5', url, str(there)])}`"
+    refused(tmp_path, "restore", url, there, says=["does not replay", step])
+    verified = step.replace(shlex.quote(str(there)), "DEST")
+    refused(tmp_path, "verify", url, says=["does not replay", verified])
+    support.apply_calls(tmp_path / "node", first_changes(5))
+    for options in (["--up-to", "5"], ["--allow-damaged"], ["--allow-damaged", "--up-to", "5"]):
+        done = run_cli("restore", *options, url, there, check=3)
+        assert f"Restored version 5 to {there}\n" in done.stdout
+        assert "OLD state" in done.stderr and "attach" not in done.stdout
+        what = "as you asked" if "--up-to" in options else "does not replay"
+        assert what in done.stderr.splitlines()[0]
+        assert database.compare(str(tmp_path / "node"), str(there)) == []
+        there.unlink()
+
+
+def test_restore_up_to_each_version(url: str, tmp_path: Path) -> None:
+    """The node's own state at that version, whatever PRAGMA calls stand there."""
+    calls = [
+        change(
+            4, "CREATE TABLE parents (id INTEGER PRIMARY KEY)", "INSERT INTO parents VALUES (1)"
+        ),
+        change(5, "CREATE TABLE children (p REFERENCES parents ON DELETE CASCADE)"),
+        change(6, "INSERT INTO children VALUES (1)"),
+        (6, OFF),
+        change(7, "DROP TABLE parents", "CREATE TABLE parents (id INTEGER PRIMARY KEY)"),
+        (7, ON),
+        change(8, "INSERT INTO parents VALUES (1)"),
+    ]
+    support.apply_calls(tmp_path / "node", first_changes(3))
+    FileBackend(url).create(database.copy(str(tmp_path / "node"), str(tmp_path / "copy")))
+    add_session(url, calls)
+    for version in range(3, 9):
+        done = run_cli("restore", "--up-to", version, url, tmp_path / f"{version}.sqlite3", check=3)
+        assert f"Restored version {version} " in done.stdout
+        node = tmp_path / f"node{version}"
+        shutil.copyfile(tmp_path / "node", node)
+        support.apply_calls(node, [call for call in calls if call[0] <= version])
+        assert database.compare(str(node), str(tmp_path / f"{version}.sqlite3")) == []
+    for version, says in [
+        (2, "has no version 2: it begins with version 3"),
+        (9, "has no version 9: it holds versions 3 to 8"),
+        (4294967296, "has no version 4294967296: it holds"),
+    ]:
+        refused(
+            tmp_path, "restore", "--up-to", version, url, tmp_path / "there.sqlite3", says=[says]
+        )
+    run_cli("restore", "--up-to", 0, url, tmp_path / "there.sqlite3", check=2)
+
+
+def test_restore_up_to_from_a_server(url: str, tmp_path: Path) -> None:
+    make_backup(url, first_changes(300))
+    with ServerProcess(url) as server:
+        for version in (1, 299, 300):
+            run_cli(
+                "restore", "--up-to", version, server.url, tmp_path / f"{version}.sqlite3", check=3
+            )
+            assert database.version_of(str(tmp_path / f"{version}.sqlite3")) == version
+        arguments = ["restore", "--up-to", 301, server.url, tmp_path / "there.sqlite3"]
+        refused(tmp_path, *arguments, says=["it holds versions 1 to 300"])
+
+
+def test_restore_up_to_beside_damage(url: str, tmp_path: Path) -> None:
+    """Before it all is well; behind it nothing can be had."""
+    path = make_backup(url, first_changes(9))
+    support.flip(path, support.records_of(path)[5][0].offset + 130)
+    for version in (3, 5):
+        run_cli("restore", "--up-to", version, url, tmp_path / f"{version}.sqlite3", check=3)
+        support.apply_calls(tmp_path / f"node{version}", first_changes(version))
+        paths = str(tmp_path / f"node{version}"), str(tmp_path / f"{version}.sqlite3")
+        assert database.compare(*paths) == []
+    for options in ([], ["--allow-damaged"]):
+        arguments = ["restore", *options, "--up-to", 7, url, tmp_path / "there"]
+        refused(tmp_path, *arguments, says=["good up to version 5"])
+
+
+def test_restore_with_nothing_before_what_does_not_replay(url: str, tmp_path: Path) -> None:
+    make_backup(url, [change(1, "INSERT INTO nowhere VALUES (1)")])
+    for options in ([], ["--allow-damaged"]):
+        done = run_cli("restore", *options, url, tmp_path / "there.sqlite3", check=1)
+        assert "version 1 does not replay" in done.stderr and "--up-to" not in done.stderr
+    refused(
+        tmp_path,
+        "restore",
+        "--up-to",
+        1,
+        url,
+        tmp_path / "there.sqlite3",
+        says=["version 1 does not"],
+    )
+
+
 ORPHAN = [
     *("PRAGMA foreign_keys = OFF", "CREATE TABLE parents (id INTEGER PRIMARY KEY)"),
     "CREATE TABLE children (id INTEGER PRIMARY KEY, parent REFERENCES parents (id))",
@@ -957,7 +1071,7 @@ def test_restore_delivers_what_sqlite_complains_of(
         with contextlib.closing(sqlite3.connect(source, isolation_level=None)) as connection:
             for statement in ORPHAN:
                 connection.execute(statement)
-    run_cli("init", "--lightning-dir", node_dir, url)
+    FileBackend(url).create(Snapshot(str(source), 5))
     done = run_cli("restore", url, tmp_path / "there.sqlite3", check=3)
     assert "Restored version 5" in done.stdout
     assert "attach" in done.stdout

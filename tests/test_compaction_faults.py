@@ -447,11 +447,14 @@ SPOIL = (
 
 
 def spoil(backend: FileBackend) -> None:
-    """Append changes after which SQLite's integrity_check complains."""
-    version = backend.version
-    for statements in ([*UNSOUND, bump(version + 1)], ["PRAGMA writable_schema = ON"]):
-        backend.add_change(Change(version + 1, None, statements))
-    backend.add_change(Change(version + 2, None, [SPOIL, bump(version + 2)]))
+    """Append a change after which SQLite's integrity_check complains."""
+    statements = [
+        # Holds while it is replayed, on a connection that has inserted a row, and never again.
+        "CREATE TABLE spoilt (a CHECK (a = 0 OR last_insert_rowid() = 7))",
+        *("INSERT INTO spoilt (rowid, a) VALUES (7, 0)", "INSERT INTO spoilt (a) VALUES (1)"),
+    ]
+    version = backend.version + 1
+    backend.add_change(Change(version, None, [*statements, bump(version)]))
 
 
 def test_snapshot_that_is_not_sound_while_the_old_one_was(backend: FileBackend) -> None:
