@@ -435,11 +435,14 @@ class Backend(ABC):
         """Raise BackupExists, or what else stands in the way of ``create``."""
 
     @abstractmethod
-    def create(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> None:
+    def create(
+        self, snapshot: Snapshot | None, owner: bytes = NOBODY, changes: Sequence[Change] = ()
+    ) -> None:
         """Make a new backup, empty or of a snapshot; BackupExists if one is there.
 
         Args:
             owner: who may write to it, 16 bytes.
+            changes: what follows the snapshot, so that the last of it can be rewound.
         """
 
     @abstractmethod

@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
+import unwind
 from backend import MAX_CHANGE_SIZE
 from errors import DatabaseError
 
@@ -146,12 +147,12 @@ class Confined(sqlite3.Connection):
         """Why ``error`` came, in words without a full stop.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C stopped the statement.
+            SystemExit: Ctrl-C or another signal stopped the statement.
         """
         refused, self.refused = self.refused, ""
         # An exception of a signal handler inside our two callbacks stops SQLite but is lost.
         if not refused and str(error).endswith(("interrupted", "not authorized", "prohibited")):
-            raise KeyboardInterrupt from error
+            raise SystemExit(unwind.exit_code(130)) from error
         # What sqlite3 makes of SQLITE_NOMEM, which is also the answer to a program over VDBE_OP.
         return refused or ("no memory" if isinstance(error, MemoryError) else str(error))
 

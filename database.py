@@ -57,6 +57,16 @@ def data_version(connection: sqlite3.Connection) -> int:
     Raises:
         Refused: ``vars`` is no table, or what it holds is no data_version.
     """
+    found = _variable(connection, "data_version", "intval")
+    if found is None:
+        return 0
+    if not isinstance(found, int) or not 0 <= found <= MAX_VERSION:
+        raise Refused(f"its data_version is {_short(found)}, which is none")
+    return found
+
+
+def _variable(connection: sqlite3.Connection, name: str, column: str) -> Any:
+    """What ``vars`` holds under ``name``; None if it does not."""
     kinds = connection.execute(
         "SELECT type FROM sqlite_master WHERE lower(name) = 'vars' AND type IN ('table', 'view')"
     ).fetchall()
@@ -64,14 +74,18 @@ def data_version(connection: sqlite3.Connection) -> int:
         raise Refused("its vars is no table")
     # This does not list generated columns, which could compute anything.
     columns = {row[1] for row in connection.execute("PRAGMA table_info(vars)")}
-    if not {"name", "intval"} <= columns:
-        return 0
-    row = connection.execute("SELECT intval FROM vars WHERE name = 'data_version'").fetchone()
-    if row is None or row[0] is None:
-        return 0
-    if not isinstance(row[0], int) or not 0 <= row[0] <= MAX_VERSION:
-        raise Refused(f"its data_version is {_short(row[0])}, which is none")
-    return row[0]
+    if not {"name", column} <= columns:
+        return None
+    row = connection.execute(f"SELECT {column} FROM vars WHERE name = ?", (name,)).fetchone()
+    return row and row[0]
+
+
+def node_id_of(path: str) -> str | None:
+    """Which node the database ``path`` belongs to, in hex; None in those of old releases."""
+    with opened(path) as connection:
+        connection.allow(confined.READ_LIMIT_S)
+        found = _variable(connection, "node_id", "blobval")
+    return found.hex() if isinstance(found, bytes) else None
 
 
 def version_of(path: str) -> int:
@@ -253,6 +267,10 @@ class Replayer:
 def _temporary_files_beside(path: str) -> str:
     """The PRAGMA that makes SQLite sort beside ``path``, not in /var/tmp, in this process."""
     directory = os.path.dirname(os.path.realpath(path)).replace("'", "''")
+    try:
+        directory.encode()
+    except UnicodeEncodeError:  # SQL is UTF-8: such a path cannot be named in it.
+        return "temp_store = DEFAULT"
     return f"temp_store_directory = '{directory}'"
 
 

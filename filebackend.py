@@ -126,12 +126,14 @@ class FileBackend(Backend):
         if os.path.lexists(self.path):
             raise BackupExists(self.path, self._what_is_there())
 
-    def create(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> None:
+    def create(
+        self, snapshot: Snapshot | None, owner: bytes = NOBODY, changes: Sequence[Change] = ()
+    ) -> None:
         """See Backend."""
         self.require_absent()
         with self._locked():
             try:
-                durable.publish(self._build(snapshot, owner), self.path)
+                durable.publish(self._build(snapshot, owner, changes), self.path)
             except BaseException as error:
                 durable.discard(f"{self.scratch_prefix}log")
                 durable.discard(f"{self.path}.writer")

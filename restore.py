@@ -211,7 +211,7 @@ def restore(
     with scratch.held(f"{path}.restoring-") as prefix:
         beside = f"{prefix}.sqlite3"
         try:
-            with confined.ending_on_signals(lambda: remove_database(beside)):
+            with confined.ending_on_signals(lambda: scratch.remove(prefix)):
                 version, changes = build(reading, beside, allow_damaged, progress)
                 problems = database.check(beside)
             durable.publish(beside, path)
@@ -231,12 +231,18 @@ def restore(
 
 
 def verify(
-    reading: Reading, scratch: str, against: str | None, progress: Callable[[], None]
+    reading: Reading,
+    prefix: str,
+    against: str | None,
+    progress: Callable[[], None],
+    up_to: int | None = None,
 ) -> tuple[int, list[str]]:
-    """Replay the whole backup into the scratch database ``scratch`` and check it.
+    """Replay the backup into a scratch database and check it.
 
     Args:
+        prefix: how the names of the scratch files begin (see scratch.held).
         against: a stopped node's database that must be the same, or None.
+        up_to: compare at this data_version only, without SQLite's own checks.
 
     Returns:
         The version reached, and every problem found, in words.
@@ -244,37 +250,37 @@ def verify(
     Raises:
         BackupError: the backup is damaged or does not replay.
     """
-    copy = f"{scratch}.against"
+    path, copy = f"{prefix}.sqlite3", f"{prefix}.against"
 
     def leave_room(needed: int = 0) -> None:
-        space.require(scratch, needed, "Or verify on another disk: add --scratch DIR.")
+        space.require(path, needed, "Or do it on another disk: add --scratch DIR.")
 
     def report() -> None:
         leave_room()
         progress()
 
-    def discard() -> None:
-        remove_database(scratch)
-        remove_database(copy)
-
     try:
         needed = database.size_with_side_files(against) if against is not None else 0
         leave_room(reading.snapshot_size + needed)
-        with confined.ending_on_signals(discard):
-            version, _ = build(reading, scratch, False, report)
-            problems = database.check(scratch)
+        with confined.ending_on_signals(lambda: scratch.remove(prefix)):
+            version, _ = build(reading, path, False, report, up_to)
+            problems = database.check(path) if up_to is None else []
             if against is not None:
                 leave_room(needed)
                 database.copy_files(against, copy)
-                problems += _compare(scratch, version, copy)
+                problems += _compare(path, version, copy)
         return version, problems
     except OSError as error:
-        raise DiskError(scratch, error, "write") from error
+        raise DiskError(path, error, "write") from error
     finally:
-        discard()
+        remove_database(path)
+        remove_database(copy)
 
 
 def _compare(backup: str, version: int, node_database: str) -> list[str]:
+    ids = database.node_id_of(backup), database.node_id_of(node_database)
+    if None not in ids and ids[0] != ids[1]:
+        return ["the backup is of node {}, the database of node {}".format(*ids)]
     found = database.version_of(node_database)
     problems = []
     if found != version:

@@ -42,7 +42,7 @@ def held(prefix: str) -> Iterator[str]:
         yield base
     finally:
         try:
-            _remove(base)
+            remove(base)
         finally:
             os.close(lock)
 
@@ -84,12 +84,13 @@ def _remove_unless_held(base: str) -> None:
         lock = os.open(base + HELD, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(base)
+            remove(base)
         finally:
             os.close(lock)
 
 
-def _remove(base: str) -> None:
+def remove(base: str) -> None:
+    """Remove the whole set that begins with ``base``, which ``held`` gave."""
     for name in _named(base):
         if name != base + HELD:
             durable.discard(name)

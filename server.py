@@ -676,6 +676,9 @@ class Server:
         for number in unwind.SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: self._stop(0))
+        # A signal that comes just before select() sleeps would not end that sleep.
+        os.set_blocking(self._wake_write, False)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._housekeeper.start()
         with selectors.DefaultSelector() as selector:
             for listener in self._listeners:
@@ -687,6 +690,7 @@ class Server:
                         self._accept(key.data)
         for listener in self._listeners:
             listener.close()
+        signal.set_wakeup_fd(-1)
         with self._stopping:  # Whoever stopped it may not have written yet.
             os.close(self._wake_read)
             os.close(self._wake_write)

@@ -14,7 +14,7 @@ import tempfile
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -418,7 +418,9 @@ class SocketBackend(Backend):
                 f"To go on with it run `{CLI} attach`; else let the server keep another file.",
             )
 
-    def create(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> None:
+    def create(
+        self, snapshot: Snapshot | None, owner: bytes = NOBODY, changes: Sequence[Change] = ()
+    ) -> None:
         """See Backend. The server was started on an empty backup; it gets the snapshot."""
         link, found = self._once()
         try:
@@ -427,12 +429,12 @@ class SocketBackend(Backend):
                 self._send_snapshot(link, snapshot, owner)
         finally:
             link.close()
-        if snapshot is None and owner != NOBODY:
+        with contextlib.closing(self):
             self.open()
-            try:
+            if snapshot is None and owner != NOBODY:
                 self.take_over(owner)
-            finally:
-                self.close()
+            for change in changes:
+                self.add_change(change)
 
     def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""

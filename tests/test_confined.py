@@ -211,9 +211,9 @@ def test_schema(name: str, tmp_path: Path) -> None:
         reason = "its data_version is 0, but the backup's is 3"
     url = f"file://{tmp_path}/node.bkp"
     FileBackend(url).create(snapshot)
-    for arguments in (["verify", url], ["restore", url, tmp_path / "restored"]):
+    for arguments in (["verify", url], ["restore", url, tmp_path / "restored.sqlite3"]):
         assert reason in run_cli(*arguments, check=1).stderr
-    assert not (tmp_path / "restored").exists()
+    assert not (tmp_path / "restored.sqlite3").exists()
 
 
 def test_schema_that_arrives_at_a_server(tmp_path: Path) -> None:
@@ -257,11 +257,12 @@ def test_command(command: str, tmp_path: Path) -> None:
     attack = [statement.format(victim=victim) for statement in ATTACKS]
     make_backup(url, [*first_changes(4), (5, attack), change(6, "SELECT 1"), change(7, "SELECT 1")])
     before = contents(tmp_path)
-    dest = [tmp_path / "restored"] if command == "restore" else []
+    dest = [tmp_path / "restored.sqlite3"] if command == "restore" else []
     done = run_cli(command, url, *dest, check=1)
     assert "the change to version 5 does not replay: it attaches another file" in done.stderr
     assert "in \"ATTACH '" in done.stderr
     assert "restore --up-to 4 " in done.stderr
+    (tmp_path / "backup/node.bkp.proof").unlink(missing_ok=True)  # What a compaction found.
     assert contents(tmp_path) == before
 
 
@@ -302,6 +303,6 @@ def test_ctrl_c_in_an_endless_statement(command: str, statement: str, tmp_path: 
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=support.ANSWER_S)
-    assert process.returncode in (1, 128 + signal.SIGINT)
-    assert errors.strip() in ("Aborted!", "Stopped by SIGINT.")
+    assert process.returncode == 128 + signal.SIGINT
+    assert errors.strip() == "Stopped by SIGINT."
     assert contents(tmp_path) == before

@@ -436,6 +436,7 @@ class CutSocket:
 def in_this_process(patch: pytest.MonkeyPatch) -> None:
     """Let a server, its compactions and an impatient client run in this process."""
     patch.setattr(signal, "signal", lambda *_: None)  # A thread may set none.
+    patch.setattr(signal, "set_wakeup_fd", lambda *_, **__: -1)
     patch.setattr(socketbackend, "FIRST_PAUSE_S", 0.001)
     patch.setattr(
         compaction.Compactor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -253,3 +254,109 @@ def test_a_lost_writer_file_lets_nobody_else_in(url: str) -> None:
     backend.add_change(Change(4, None, [bump(4)]))
     backend.close()
     assert FileBackend(url).status(check=True).version == 4
+
+
+# Whose backup it is: attach compares content
+
+
+NODE_IDS = "ALTER TABLE vars ADD COLUMN blobval BLOB"
+
+
+def other_node(directory: Path, version: int, *extra: str) -> None:
+    """A node at ``version`` whose rows are not those of first_changes."""
+    path = directory / "lightningd.sqlite3"
+    path.unlink(missing_ok=True)
+    calls = first_changes(version)
+    last = calls[-1][1]
+    support.apply_calls(path, [*calls[:-1], (version, [*last[:-1], *extra, last[-1]])])
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_attach_refuses_other_content_of_the_same_version(
+    ahead: int, node_dir: Path, place: str
+) -> None:
+    for call in first_changes(5 + ahead):
+        backend = backend_at(place)
+        backend.open()
+        backend.add_change(Change(call[0], None, call[1]))
+        backend.close()
+    other_node(node_dir, 5, "UPDATE items SET body = 'mine' WHERE id = 3")
+    done = run_cli("attach", "--lightning-dir", node_dir, place, check=1)
+    assert "is not a backup of" in done.stderr and "id = 3" in done.stderr
+    assert not (node_dir / "backup.lock").exists()
+    assert backend_at(place).status().owner == NOBODY[:8].hex()
+    done = run_cli("attach", "--no-compare", "--lightning-dir", node_dir, place)
+    assert "Only the versions were compared: 5" in done.stdout
+
+
+def test_attach_names_another_nodes_backup(node_dir: Path, url: str) -> None:
+    mine, theirs = f"x'02{'aa' * 32}'", f"x'03{'bb' * 32}'"
+    insert = "INSERT INTO vars (name, blobval) VALUES ('node_id', {})"
+    calls = first_changes(4)
+    calls[-1][1][:0] = [NODE_IDS, insert.format(theirs)]
+    support.make_backup(url, calls)
+    other_node(node_dir, 4, NODE_IDS, insert.format(mine))
+    done = run_cli("attach", "--lightning-dir", node_dir, url, check=1)
+    assert f"of node 03{'bb' * 32}, the database of node 02{'aa' * 32}" in done.stderr
+
+
+# move
+
+
+def test_move_between_any_two_places(node_dir: Path, url: str, tmp_path: Path) -> None:
+    """To a file, a server, a file; the node goes on at each, and rewinds its last change."""
+    node_at(node_dir, 3)
+    run_cli("init", "--lightning-dir", node_dir, url)
+    (tmp_path / "served").mkdir()
+    served = f"file://{tmp_path}/served/node.bkp"
+    support.make_backup(served)
+    with ServerProcess(served) as server:
+        places = [url, f"file://{tmp_path}/second.bkp", server.url, f"file://{tmp_path}/third.bkp"]
+        for version, (old, new) in enumerate(itertools.pairwise(places), 4):
+            with PluginProcess(node_dir) as plugin:
+                plugin.write(*first_changes(version)[-1])
+                assert plugin.close() == 0
+            node_at(node_dir, version - 1)  # Announced, and not committed.
+            done = run_cli("move", "--lightning-dir", node_dir, old, new)
+            assert f"the node goes on with {new}" in done.stdout.replace("The node", "the node")
+            with PluginProcess(node_dir) as plugin:
+                plugin.write(*first_changes(version)[-1])
+                assert plugin.logged("rewinding non-committed")
+                assert plugin.close() == 0
+            node_at(node_dir, version)
+            assert "belongs to another" in refusal(old, new) or "nobody" in refusal(old, new)
+        run_cli("verify", places[-1], "--against", node_dir / "lightningd.sqlite3")
+    assert not list(tmp_path.rglob("*scratch*"))
+
+
+def refusal(old: str, new: str) -> str:
+    """What the owner of ``new`` is told at ``old``."""
+    tag = bytes.fromhex(backend_at(new).status().owner or "")
+    with pytest.raises(BackupError) as refused:
+        backend_at(old).open(tag + bytes(8))
+    return str(refused.value)
+
+
+def test_move_of_a_servers_file_keeps_the_owner(url: str, tmp_path: Path) -> None:
+    path = support.make_backup(url, first_changes(3))
+    claim(url, ME)
+    new = f"file://{tmp_path}/new.bkp"
+    backend = FileBackend(url)
+    backend.open()
+    assert "holds the backup" in run_cli("move", url, new, check=1).stderr
+    backend.close()
+    run_cli("move", url, new)
+    write(new, ME, 4)
+    assert path.exists() and FileBackend(new).status().version == 4
+    assert "exists already" in run_cli("move", url, new, check=1).stderr
+
+
+def test_move_refuses_what_is_not_sound(node_dir: Path, url: str, tmp_path: Path) -> None:
+    path = support.make_backup(url, first_changes(5))
+    support.flip(path, support.records_of(path)[2][0].offset + 130)
+    new = tmp_path / "new.bkp"
+    assert "is damaged" in run_cli("move", url, f"file://{new}", check=1).stderr
+    assert not new.exists()
+    (node_dir / "backup.lock").write_text(json.dumps({"backend_url": "file:///elsewhere"}))
+    done = run_cli("move", "--lightning-dir", node_dir, url, f"file://{new}", check=1)
+    assert "is file:///elsewhere, not" in done.stderr

@@ -586,3 +586,11 @@ def test_scratch_database_is_flushed_in_steps(url: str, monkeypatch: pytest.Monk
     )
     assert scrub.scrub(path, f"{path}.scratch-scrub-1", PROVE) == {"sound": 20}
     assert len(flushed) >= 5 and set(flushed) == {f"{path}.scratch-scrub-1.sqlite3"}
+
+
+def test_only_one_check_at_a_time(url: str) -> None:
+    path = support.make_backup(url, support.first_changes(3))
+    with proof.checking(str(path)):
+        assert "Another check of" in support.run_cli("status", "--check", url, check=1).stderr
+        support.run_cli("status", url, check=None)
+    assert support.run_cli("status", "--check", url, check=None).returncode in (0, 4)
