@@ -1,4 +1,4 @@
-"""From the earlier plugin to this one, under a real lightningd, step by step as in docs/switching.md."""
+"""From the earlier plugin to this one, under a real lightningd, as in docs/switching.md."""
 
 from __future__ import annotations
 
