@@ -132,7 +132,8 @@ def copy(source: str, target: str, progress: Progress | None = None) -> Snapshot
             f"it is not sound: {problems[0]}",
             "Nothing was stored. If there is a backup, it may be the better copy.",
         )
-    return Snapshot(target, version_of(target))
+    with opened(target) as snapshot, snapshot.explaining(source):
+        return Snapshot(target, data_version(snapshot))
 
 
 def _create(path: str) -> None:

@@ -102,17 +102,14 @@ def destination(dest: str) -> str:
     """The file that a restore to ``dest`` creates; refuses what is in the way.
 
     Args:
-        dest: a file, whose name has a suffix, or an existing directory.
+        dest: a file that is not there, or an existing directory.
     """
     if os.path.isdir(dest):
         dest = os.path.join(dest, node.DATABASE_NAME)
-    elif not os.path.splitext(os.path.basename(dest))[1] and not os.path.lexists(dest):
+    elif not os.path.lexists(dest) and _is_named_like_directory(dest):
         # ~/.lightning/bitcoin before its mkdir, say: no database is to have that name.
-        named = shlex.quote(f"{dest.rstrip('/')}.sqlite3")
         raise ConfigError(
-            f"There is no directory {dest}.",
-            f"If it should be one, run `mkdir -p {shlex.quote(dest)}` first. For a file, give"
-            f" its name a suffix: {named}.",
+            f"There is no directory {dest}.", f"Run `mkdir -p {shlex.quote(dest)}` first."
         )
     path = os.path.realpath(dest)
     if not os.path.isdir(os.path.dirname(path)):
@@ -122,6 +119,12 @@ def destination(dest: str) -> str:
             # SQLite would apply a journal found beside the new database to it.
             raise BackupExists(taken, "Move it away, with its -wal and -journal files.")
     return path
+
+
+def _is_named_like_directory(dest: str) -> bool:
+    base, name = os.path.split(dest)
+    is_network = name in node.NETWORKS or os.path.basename(base) == ".lightning"
+    return not name or name.startswith(".") or is_network
 
 
 def build(

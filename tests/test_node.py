@@ -204,7 +204,7 @@ def test_a_database_whose_version_is_none(
     with contextlib.closing(sqlite3.connect(wallet)) as connection, connection:
         connection.execute("UPDATE vars SET intval = ?", (version,))
     done = run_cli("init", "--lightning-dir", node_dir, url, check=1)
-    assert f"data_version {version}, which is not between 0 and 2**32 - 1" in done.stderr
+    assert f"{wallet}: its data_version is {version}, which is none" in done.stderr
     assert not list((tmp_path / "disk2").iterdir())
     assert [path.name for path in node_dir.iterdir()] == [wallet.name]
 

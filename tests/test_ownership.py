@@ -220,7 +220,7 @@ def watch(event, arguments):
         for directory in places:
             for name in os.listdir(directory):
                 mode = os.stat(os.path.join(directory, name)).st_mode & 0o777
-                if mode & 0o077 and name not in ('lightningd.sqlite3', 'backup.lock'):
+                if mode & 0o077 and not name.startswith('lightningd.sqlite3'):  # The node's.
                     sys.stderr.write(f'OPEN {name} {mode:o}\\n')
 sys.addaudithook(watch)
 program = sys.argv[2]

@@ -284,7 +284,6 @@ def test_database_that_sqlite_complains_of(url: str, log_lines: pytest.LogCaptur
         support.change(
             4,
             "CREATE TABLE children (id INTEGER, item INTEGER REFERENCES items(id))",
-            "PRAGMA defer_foreign_keys = ON",
         )
     )
     support.make_backup(url, calls)
