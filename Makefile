@@ -22,7 +22,7 @@ test: .venv/installed-dev
 lint: .venv/installed-dev
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
-	$(VENV)/mypy *.py backup-cli tests bench
+	$(VENV)/mypy *.py commands filelog wallet upkeep backup-cli tests bench
 
 bench: .venv/installed-dev
 	$(VENV)/python -m bench

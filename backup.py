@@ -30,14 +30,14 @@ from typing import Any  # noqa: E402
 from pyln.client import Plugin  # noqa: E402
 from pyln.client.plugin import Request, RpcException  # noqa: E402
 
-import compaction  # noqa: E402
 import destinations  # noqa: E402
-import node  # noqa: E402
 from backend import Backend, Change, Session, log, too_large  # noqa: E402
-from compaction import Compactor, Housekeeper  # noqa: E402
 from errors import CLI, CLI_PATH, BackupBusy, BackupError, InvalidChange  # noqa: E402
 from filebackend import FileBackend  # noqa: E402
 from socketbackend import SocketBackend  # noqa: E402
+from upkeep import compaction  # noqa: E402
+from upkeep.compaction import Compactor, Housekeeper  # noqa: E402
+from wallet import node  # noqa: E402
 
 FIRST_NOTICE_S = 5.0
 """A hook that takes longer is announced, and again each time the wait has doubled."""

@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import database
 from tests.support import CLI, Call, PluginProcess, network_dir, trace_database, trace_sessions
+from wallet import database
 
 TRACE = "payer"
 

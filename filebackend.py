@@ -1,4 +1,4 @@
-"""A backup in a local file of layout 2 (records.py): create, append, rewind, replace."""
+"""A backup in a local file of layout 2 (filelog/layout2.py): create, append, rewind, replace."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 import durable
-import layout1
-import proof
-import records
 import scratch
 from backend import (
     NOBODY,
@@ -39,9 +36,10 @@ from errors import (
     DiskError,
     OtherOwner,
 )
-from logreader import FileReading, LogReader, is_foreign_keys_off
-from logwriter import LogWriter, check_log
-from records import BEFORE_FIRST, Head, Kind, Tail, TailKind
+from filelog import layout1, layout2, proof
+from filelog.layout2 import BEFORE_FIRST, Head, Kind, Tail, TailKind
+from filelog.reader import FileReading, LogReader, is_foreign_keys_off
+from filelog.writer import LogWriter, check_log
 
 RETRY_FOR_S = 60.0
 """How long a failing write is tried again before the change is refused."""
@@ -86,7 +84,7 @@ def write_log(
             )
             writer.add_snapshot(snapshot.path, begin)
         if owner != NOBODY:
-            writer.add_owner(owner, records.encode_owner(time.time_ns(), machine))
+            writer.add_owner(owner, layout2.encode_owner(time.time_ns(), machine))
         writer.finish()
     finally:
         writer.close()
@@ -110,9 +108,9 @@ class FileBackend(Backend):
         self.home: str | None = None
         self._lock: durable.WriterLock | None = None
         self._file: durable.LogFile | None = None
-        self._log_start = records.FIRST_RECORD
+        self._log_start = layout2.FIRST_RECORD
         self._newest = BEFORE_FIRST
-        self._end = records.FIRST_RECORD
+        self._end = layout2.FIRST_RECORD
         self._session = new_session(NOBODY)
         self._failed: DiskError | None = None
 
@@ -276,7 +274,7 @@ class FileBackend(Backend):
         reader = LogReader(self.path)
         try:
             newest, tail = reader.newest()
-            if reader.rules != records.RULES:
+            if reader.rules != layout2.RULES:
                 raise reader.of_old_rules()
             if tail.kind is TailKind.DAMAGED:
                 reader.last = newest
@@ -311,7 +309,7 @@ class FileBackend(Backend):
     def _settle(self, newest: Head) -> None:
         self._newest = newest
         self.version, self.rewindable = newest.version, newest.rewindable
-        self.version_count = newest.changes + (self._log_start > records.FIRST_RECORD)
+        self.version_count = newest.changes + (self._log_start > layout2.FIRST_RECORD)
 
     def add_change(self, change: Change) -> None:
         """See Backend."""
@@ -319,7 +317,7 @@ class FileBackend(Backend):
         self._append(
             change.payload,
             kind=Kind.CHANGE,
-            flags=records.BUMPS if change.bumps else 0,
+            flags=layout2.BUMPS if change.bumps else 0,
             version=change.version,
             time_ns=time.time_ns(),
             session=self._session,
@@ -341,11 +339,11 @@ class FileBackend(Backend):
 
     def take_over(self, owner: bytes) -> None:
         """See Backend."""
-        self.add_owner(owner, records.encode_owner(time.time_ns(), platform.node()))
+        self.add_owner(owner, layout2.encode_owner(time.time_ns(), platform.node()))
 
     def add_owner(self, owner: bytes, payload: bytes) -> None:
-        """``take_over`` with the payload of the record (see records.encode_owner)."""
-        self._put(records.owner_behind(self._newest, owner, payload), payload)
+        """``take_over`` with the payload of the record (see layout2.encode_owner)."""
+        self._put(layout2.owner_behind(self._newest, owner, payload), payload)
         self.begin_session()
 
     def add_record(self, head: Head, payload: bytes) -> None:
@@ -368,7 +366,7 @@ class FileBackend(Backend):
 
     @property
     def newest(self) -> Head:
-        """Head of the last record; records.BEFORE_FIRST if there is none."""
+        """Head of the last record; layout2.BEFORE_FIRST if there is none."""
         return self._newest
 
     @property
@@ -425,7 +423,7 @@ class FileBackend(Backend):
         if self._failed is not None:
             raise self._failed
         try:
-            self._store(records.encode(head, payload))
+            self._store(layout2.encode(head, payload))
         except OSError as error:
             # The record may be there or not: only the next open can tell.
             self._failed = DiskError(self.path, error, "write to")
@@ -465,13 +463,13 @@ class FileBackend(Backend):
     def _is_ours(self, fd: int) -> bool:
         newest = self._newest
         try:
-            backup_id, _, _ = records.decode_header(os.pread(fd, records.FIRST_RECORD, 0))
-        except records.HeaderError:
+            backup_id, _, _ = layout2.decode_header(os.pread(fd, layout2.FIRST_RECORD, 0))
+        except layout2.HeaderError:
             return False
         if newest.sequence == 0:
             return backup_id == newest.backup_id
-        found = os.pread(fd, records.HEAD.size, newest.offset)
-        head = records.decode_head(found, newest.offset, newest.backup_id)
+        found = os.pread(fd, layout2.HEAD.size, newest.offset)
+        head = layout2.decode_head(found, newest.offset, newest.backup_id)
         return head is not None and (head.sequence, head.chain) == (newest.sequence, newest.chain)
 
     @property
@@ -482,7 +480,7 @@ class FileBackend(Backend):
     @property
     def snapshot_size(self) -> int:
         """Bytes of the SQLite file that the log starts with."""
-        return records.snapshot_size(self._log_start)
+        return layout2.snapshot_size(self._log_start)
 
     def statistics(self) -> dict[str, int]:
         """What existing tools know of a backup's size, in bytes and entries."""
@@ -538,8 +536,8 @@ class FileBackend(Backend):
         old.start_after(head)
         data = bytearray()
         for head, payload in old:
-            counterpart = records.moved(head, counterpart)
-            data += records.encode(counterpart, payload)
+            counterpart = layout2.moved(head, counterpart)
+            data += layout2.encode(counterpart, payload)
         if counterpart.chain != self._newest.chain or old.damage is not None:
             raise BackupError(f"{path} does not end like {self.path}.")
         file = durable.LogFile(path)
@@ -566,7 +564,7 @@ class FileBackend(Backend):
         if layout1.is_layout_1(self.path):
             return True
         with contextlib.closing(LogReader(self.path)) as reader:
-            return reader.rules != records.RULES
+            return reader.rules != layout2.RULES
 
     def read(self) -> Reading:
         """See Backend."""
@@ -581,17 +579,17 @@ class FileBackend(Backend):
         reader = LogReader(self.path)
         try:
             last, tail, damage = _checked(reader) if check else _seen(reader)
-            log_start = reader.log_start or records.FIRST_RECORD
+            log_start = reader.log_start or layout2.FIRST_RECORD
             known = proof.read(self.path, reader.backup_id)
             return Status(
                 url=self.url,
-                layout=f"file layout {records.LAYOUT}",
+                layout=f"file layout {layout2.LAYOUT}",
                 backup_id=(reader.backup_id or b"").hex(),
                 version=last.version,
                 prev_version=last.version - 1 if last.rewindable else None,
-                version_count=last.changes + (log_start > records.FIRST_RECORD),
+                version_count=last.changes + (log_start > layout2.FIRST_RECORD),
                 changes=last.changes,
-                snapshot_size=records.snapshot_size(log_start),
+                snapshot_size=layout2.snapshot_size(log_start),
                 size=tail.offset,
                 allocated=reader.allocated,
                 last_change_ns=last.time_ns or None,

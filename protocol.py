@@ -45,7 +45,7 @@ server answers NACK. From then on, in place of CHANGE, SNAPSHOT and REWIND:
                             time u64 (ns), size of the log u64, the server's name and
                             version in UTF-8
 
-A record is what file layout 2 (records.py) stores, and its fields mean the same but for
+A record is what file layout 2 (filelog/layout2.py) stores, and its fields mean the same but for
 the crc:
 
     offset  size  field         meaning
@@ -80,7 +80,7 @@ from typing import NamedTuple
 
 from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, Change, chain_after
 from errors import BackupError
-from records import MAX_LENGTH, Head, Kind
+from filelog.layout2 import MAX_LENGTH, Head, Kind
 
 NEWEST = 2
 """The newest protocol spoken here."""

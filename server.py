@@ -23,11 +23,8 @@ import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
 
-import database
 import durable
 import protocol
-import records
-import restore
 import space
 import unwind
 from backend import (
@@ -44,14 +41,16 @@ from backend import (
     payload_bumps,
     taken_over,
 )
-from compaction import Compactor, Housekeeper
 from errors import BackupError, ConfigError, DiskError, InvalidChange
 from filebackend import FileBackend
-from logreader import LogReader
+from filelog import layout2
+from filelog.layout2 import Head, Kind
+from filelog.reader import LogReader
 from protocol import Details, Metadata, Nack, NackCode, PacketType, ProtocolError, SnapshotPart
-from records import Head, Kind
 from socketbackend import parse_host_port
 from stream import Stream
+from upkeep.compaction import Compactor, Housekeeper
+from wallet import database, restore
 
 SERVER_NAME = f"backup-cli server {RELEASE}"
 MAX_CONNECTIONS = 16
@@ -237,7 +236,7 @@ class Keeper:
             fits = newest.rewindable and head.session != newest.session
             fits = fits and (head.version, head.chain) == (newest.version - 1, newest.chain_before)
             return None if fits else (NackCode.INVALID, "the last change cannot be taken back")
-        base = head.version - (1 if head.flags & records.BUMPS else 0)
+        base = head.version - (1 if head.flags & layout2.BUMPS else 0)
         verdict = judge(base, newest.version, newest.rewindable, first=False)
         if verdict is Verdict.APPEND:
             return None
@@ -480,7 +479,7 @@ class Connection:
                 bumps = payload_bumps(head.version, payload)
             except InvalidChange as error:
                 return self.refuse(str(error), NackCode.INVALID)
-            if head.flags != (records.BUMPS if bumps else 0):
+            if head.flags != (layout2.BUMPS if bumps else 0):
                 what = f"the change to version {head.version}: its flags do not fit"
                 return self.refuse(what, NackCode.INVALID)
         self._server.guard(lambda: self._keeper.record(self, head, payload))
@@ -531,7 +530,7 @@ class Connection:
             self._begin_snapshot(head.version, head.chain, head.session)
         if self._spool is not None:
             self._spool.add(payload)
-        if head.flags & records.FINAL:
+        if head.flags & layout2.FINAL:
             self._end_snapshot(head.version)
 
     def _begin_snapshot(self, version: int, chain: bytes | None, owner: bytes | None) -> None:

@@ -19,7 +19,6 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import parse_qsl
 
 import protocol
-import records
 from backend import (
     EMPTY_CHAIN,
     MAX_CHUNK_SIZE,
@@ -37,7 +36,9 @@ from backend import (
     taken_over,
 )
 from errors import CLI, BackupError, BackupExists, ConfigError
-from logreader import effective
+from filelog import layout2
+from filelog.layout2 import BEFORE_FIRST, Head, Kind
+from filelog.reader import effective
 from protocol import (
     Details,
     Metadata,
@@ -48,7 +49,6 @@ from protocol import (
     ProtocolError,
     SnapshotPart,
 )
-from records import BEFORE_FIRST, Head, Kind
 from stream import Stream
 
 DEFAULT_RETRY_FOR_S = 120.0
@@ -524,13 +524,13 @@ class SocketBackend(Backend):
         """See Backend. A server of protocol 1 keeps no owner."""
         details = self._known.details
         if details is not None:
-            payload = records.encode_owner(time.time_ns(), platform.node())
+            payload = layout2.encode_owner(time.time_ns(), platform.node())
             head = Head(
                 kind=Kind.OWNER,
                 version=self.version,
                 time_ns=details.time_ns,
                 session=owner,
-                flags=records.BUMPS if self.rewindable else 0,
+                flags=layout2.BUMPS if self.rewindable else 0,
                 length=len(payload),
                 chain_before=details.chain_before,
                 chain=details.chain,
@@ -556,7 +556,7 @@ class SocketBackend(Backend):
             version=change.version,
             time_ns=time.time_ns(),
             session=self._session,
-            flags=records.BUMPS if change.bumps else 0,
+            flags=layout2.BUMPS if change.bumps else 0,
             length=len(change.payload),
             chain_before=chain,
             chain=chain_after(chain, change.version, change.payload),
@@ -606,7 +606,7 @@ class SocketBackend(Backend):
                 session=head.session,
                 time_ns=head.time_ns,
             )
-        step = records.CHANGES_STEP[head.kind]
+        step = layout2.CHANGES_STEP[head.kind]
         return Metadata(
             known.protocol,
             head.version,
@@ -728,7 +728,7 @@ class SocketBackend(Backend):
 def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:
     size = os.fstat(source.fileno()).st_size
     while piece := source.read(MAX_CHUNK_SIZE):
-        flags = records.FINAL if source.tell() == size else 0
+        flags = layout2.FINAL if source.tell() == size else 0
         link.send_record(head._replace(flags=flags, length=len(piece)), piece)
 
 
@@ -822,7 +822,7 @@ class SocketReading(Reading):
                 yield self._checked(*self._link.record(packet))
             elif packet.type is PacketType.COMING:
                 self.total = protocol.decode_coming(packet.payload)
-                self.position = records.FIRST_RECORD
+                self.position = layout2.FIRST_RECORD
             elif packet.type is PacketType.NACK:
                 raise Refused(protocol.decode_nack(packet.payload))
             elif packet.type is PacketType.DONE:
@@ -833,12 +833,12 @@ class SocketReading(Reading):
     def _checked(self, head: Head, payload: bytes) -> tuple[Head, bytes]:
         last = self._last or BEFORE_FIRST
         if head.kind != Kind.SNAPSHOT:
-            head = records.moved(head, last)
-        problem = records.follows(self._last, head, records.log_start_by(head))
+            head = layout2.moved(head, last)
+        problem = layout2.follows(self._last, head, layout2.log_start_by(head))
         if problem:
             raise ProtocolError(f"Version {head.version} came out of order: {problem}.")
         self._last, self.version, self.last_change_ns = head, head.version, head.time_ns
-        self.position += records.OVERHEAD + len(payload)
+        self.position += layout2.OVERHEAD + len(payload)
         return head, payload
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import protocol
-import records
 from backend import CHAIN_SIZE, Change, chain_after
 from bench.common import (
     CLI,
@@ -27,6 +26,7 @@ from bench.common import (
 from bench.hook import Times, in_turn, over_traces, start
 from bench.remote import MAX_CHANGES, our_server
 from filebackend import FileBackend
+from filelog import layout2
 from tests.peers import free_port
 
 BYTES_TARGET = 0.5
@@ -50,9 +50,9 @@ def sent(calls: Sequence[Call]) -> tuple[int, int]:
     for version, statements in calls:
         change = Change(version, None, statements)
         before, chain = chain, chain_after(chain, version, change.payload)
-        head = records.BEFORE_FIRST._replace(
-            kind=records.Kind.CHANGE,
-            flags=records.BUMPS if change.bumps else 0,
+        head = layout2.BEFORE_FIRST._replace(
+            kind=layout2.Kind.CHANGE,
+            flags=layout2.BUMPS if change.bumps else 0,
             version=version,
             time_ns=time.time_ns(),
             session=session,

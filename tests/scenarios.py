@@ -23,21 +23,19 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
 
-import compaction
 import durable
 import filebackend
-import layout1
-import logreader
-import logwriter
-import records
-import restore
 import server
-import upgrade
 from backend import FOREIGN_KEYS_OFF, NOBODY, Change, Session, Snapshot, bump
 from errors import BackupError, BackupMissing, LostState, OutOfDate, UnsupportedLayout
 from filebackend import FileBackend
-from records import Tail, TailKind
+from filelog import layout1, layout2
+from filelog import reader as logreader
+from filelog import writer as logwriter
+from filelog.layout2 import Tail, TailKind
 from tests.disk import Disk, Fault, Files, Killed, Model, standing_in
+from upkeep import compaction, upgrade
+from wallet import restore
 
 FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
 LOG = "node.bkp"
@@ -803,14 +801,14 @@ class Life:
 def tail_of(data: bytes) -> Tail | None:
     """What stands behind the newest record of the log ``data``; None if it is no log."""
     try:
-        backup_id, log_start, rules = records.decode_header(data)
-    except records.HeaderError:
+        backup_id, log_start, rules = layout2.decode_header(data)
+    except layout2.HeaderError:
         return None
 
     def pread(offset: int, size: int) -> bytes:
         return data[offset : offset + size]
 
-    return records.find_newest(pread, len(data), backup_id, log_start, rules)[1]
+    return layout2.find_newest(pread, len(data), backup_id, log_start, rules)[1]
 
 
 def is_torn(data: bytes) -> bool:

@@ -20,13 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import child
-import compaction
 import durable
 import filebackend
-import logwriter
-import restore
 from backend import log
+from filelog import writer as logwriter
+from upkeep import child, compaction
+from wallet import restore
 
 ROOT = Path(__file__).resolve().parent.parent
 

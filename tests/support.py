@@ -23,8 +23,8 @@ from typing import Any
 
 from backend import Change, Session, bump
 from filebackend import FileBackend
-from logreader import LogReader
-from records import Head
+from filelog.layout2 import Head
+from filelog.reader import LogReader
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"

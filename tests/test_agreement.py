@@ -21,13 +21,11 @@ from pathlib import Path
 import pytest
 
 import protocol
-import restore
 import socketbackend
 from backend import EMPTY_CHAIN, FOREIGN_KEYS_OFF, Change, Session, Snapshot, bump, chain_after
-from database import compare
 from filebackend import FileBackend
+from filelog.layout2 import BEFORE_FIRST, BUMPS, FINAL, Head, Kind
 from protocol import NackCode
-from records import BEFORE_FIRST, BUMPS, FINAL, Head, Kind
 from socketbackend import Diverged, Link, Refused, SocketBackend, Unreachable
 from tests import peers, support
 from tests.cutproxy import DOWN, UP, CutProxy
@@ -35,6 +33,8 @@ from tests.peers import OldClient, ServerProcess
 from tests.stopping import eventually
 from tests.support import Call, PluginProcess, change
 from tests.test_model import CutSocket, ServerThread, compact_in_process, in_this_process
+from wallet import restore
+from wallet.database import compare
 
 OFF: Call = (0, [FOREIGN_KEYS_OFF])
 ON: Call = (0, ["PRAGMA foreign_keys = ON;"])

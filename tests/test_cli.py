@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 
-import database
 from backend import Change, Snapshot
 from errors import BackupError, DiskError
 from filebackend import FileBackend
 from tests import support
 from tests.peers import ServerProcess
 from tests.support import Call, add_session, change, contents, first_changes, make_backup, run_cli
+from wallet import database
 
 COMMANDS = ["init", "resync", "attach", "restore", "status"]
 

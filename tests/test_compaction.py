@@ -21,25 +21,22 @@ from pathlib import Path
 
 import pytest
 
-import child
-import compaction
-import database
 import durable
-import node
 import protocol
-import restore
 from backend import FOREIGN_KEYS_OFF, Change, Session, Snapshot, bump
-from child import NICE
-from compaction import Compactor, Housekeeper, parse_least
 from errors import BackupBusy, BackupError, ConfigError
 from filebackend import FileBackend
-from logwriter import check_log
+from filelog.writer import check_log
 from protocol import Decoder, Packet, PacketType
 from socketbackend import SocketBackend
 from tests import support
 from tests.peers import free_port
 from tests.stopping import Stops, compacting, eventually, is_running
 from tests.support import ROOT, PluginProcess, Refused
+from upkeep import child, compaction
+from upkeep.child import NICE
+from upkeep.compaction import Compactor, Housekeeper, parse_least
+from wallet import database, node, restore
 
 FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
 Statistics = dict[str, dict[str, int]]
@@ -689,12 +686,15 @@ def test_child_ends_by_itself_without_a_sound(url: str, tmp_path: Path) -> None:
     for number in range(2):
         command = [
             sys.executable,
-            str(ROOT / "compaction.py"),
+            str(ROOT / "upkeep" / "compaction.py"),
             str(path),
             f"{path}.scratch-{number}",
         ]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as child:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(
+            command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe
+        ) as child:
             assert child.wait(timeout=support.ANSWER_S) == 0
             assert child.stdout is not None and child.stderr is not None
             assert set(json.loads(child.stdout.read())) == {"copied", "last", "sound"}

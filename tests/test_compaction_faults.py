@@ -16,17 +16,15 @@ from pathlib import Path
 
 import pytest
 
-import database
 import durable
-import node
-import restore
 from backend import Change, Session, Snapshot, bump
-from compaction import Compactor
 from errors import BackupError, DiskError
 from filebackend import FileBackend
 from tests import support
 from tests.stopping import CHILD_STEPS, WRITER_STEPS, Stops, compacting, eventually, is_running
 from tests.support import PluginProcess, Refused
+from upkeep.compaction import Compactor
+from wallet import database, node, restore
 
 FIRST = 30
 """Changes before anything happens."""

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import confined
-import database
 from backend import Change, Snapshot, bump
 from errors import BackupError, DatabaseError, DoesNotReplay
 from filebackend import FileBackend
@@ -22,6 +20,7 @@ from socketbackend import SocketBackend
 from tests import support
 from tests.peers import ServerProcess
 from tests.support import CLI, change, contents, first_changes, make_backup, run_cli
+from wallet import confined, database
 
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
 ENDLESS = f"INSERT INTO items (body) {FOREVER}SELECT 'x' FROM n WHERE i < 0"

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import database
-import restore
 from backend import FOREIGN_KEYS_OFF, Change, Session, bump
 from filebackend import FileBackend
 from tests import support
 from tests.support import Call
+from wallet import database, restore
 
 PAYER = support.trace_sessions("payer")[0][:40]
 """A fresh node: the schema, its migrations with their PRAGMA calls, and the first commits."""

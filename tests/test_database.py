@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import database
 from backend import Change, bump
-from database import Replayer
 from errors import DatabaseError
 from filebackend import FileBackend
 from tests import support
 from tests.support import run_cli
+from wallet import database
+from wallet.database import Replayer
 
 OFF = ["PRAGMA foreign_keys = OFF;"]
 ON = ["PRAGMA foreign_keys = ON;"]
@@ -195,7 +195,7 @@ def test_copies_are_for_their_owner_only(tmp_path: Path) -> None:
 def test_replay_of_one_update_needs_no_memory_for_the_table(tmp_path: Path) -> None:
     program = f"""
 import resource, sys
-import database
+from wallet import database
 from backend import Change
 replayer = database.Replayer({str(tmp_path / "there")!r})
 count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 15000)"

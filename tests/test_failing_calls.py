@@ -17,20 +17,19 @@ from pathlib import Path
 
 import pytest
 
-import database
 import durable
-import logreader
-import logwriter
-import restore
 import server
-import upgrade
 from backend import NOBODY, Change, Snapshot, bump
 from errors import BackupError, DiskError
 from filebackend import FileBackend
+from filelog import reader as logreader
+from filelog import writer as logwriter
 from tests import support
 from tests.disk import Disk, Fault, Killed, standing_in
 from tests.layout1_files import EarlierPlugin
 from tests.scenarios import LOG, SCENARIOS, Bed, Life, prepared
+from upkeep import upgrade
+from wallet import database, restore
 
 ONE_BYTE, HALF = -1, -2
 POWER_CUTS = {errno.EIO: 4}

@@ -22,10 +22,10 @@ import pytest
 
 import durable
 import filebackend
-import logreader
 from backend import FOREIGN_KEYS_OFF, Change, Snapshot
 from errors import BackupError, BackupExists, DiskError
 from filebackend import FileBackend
+from filelog import reader as logreader
 from tests import support
 from tests.support import Call
 

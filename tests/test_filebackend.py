@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 
 import durable
-import logreader
-import records
 from backend import Change, Snapshot
 from errors import (
     BackupBusy,
@@ -31,8 +29,10 @@ from errors import (
     UnsupportedLayout,
 )
 from filebackend import FileBackend, space_wanted
-from logreader import LogReader
-from records import HEAD, OVERHEAD, SECTOR
+from filelog import layout2
+from filelog import reader as logreader
+from filelog.layout2 import HEAD, OVERHEAD, SECTOR
+from filelog.reader import LogReader
 from tests import support
 from tests.support import Call
 
@@ -437,7 +437,7 @@ def test_sound_record_that_does_not_continue_the_one_before_is_damage(field: str
     other: dict[str, Any] = {field: bytes(16) if "chain" in field else getattr(head, field) + 1}
     with path.open("r+b") as file:
         file.seek(head.offset)
-        file.write(records.encode(head._replace(**other), payload))
+        file.write(layout2.encode(head._replace(**other), payload))
     calls, _, damage, _ = stored(url)
     assert calls == CALLS[:-1]
     assert isinstance(damage, Damaged) and damage.offset == head.offset
@@ -451,22 +451,22 @@ def test_reader_beside_a_growing_tail(url: str, monkeypatch: pytest.MonkeyPatch)
     path = support.make_backup(url, CALLS)
     whole, last = path.read_bytes(), support.records_of(path)[-1][0]
     path.write_bytes(whole[: last.offset + 150].ljust(len(whole), b"\0"))
-    judge, judged = records.judge_tail, []
+    judge, judged = layout2.judge_tail, []
 
     def judge_and_let_it_grow(
-        pread: records.Pread, offset: int, size: int, backup_id: bytes | None, rules: int
-    ) -> records.Tail:
+        pread: layout2.Pread, offset: int, size: int, backup_id: bytes | None, rules: int
+    ) -> layout2.Tail:
         judged.append(judge(pread, offset, size, backup_id, rules).kind)
         path.write_bytes(whole)
         return (
             judge(pread, offset, size, backup_id, rules)
             if len(judged) > 1
-            else records.Tail(judged[0], offset)
+            else layout2.Tail(judged[0], offset)
         )
 
-    monkeypatch.setattr(records, "judge_tail", judge_and_let_it_grow)
+    monkeypatch.setattr(layout2, "judge_tail", judge_and_let_it_grow)
     assert stored(url) == (CALLS, b"", None, False)
-    assert judged[0] is records.TailKind.TORN
+    assert judged[0] is layout2.TailKind.TORN
 
 
 def test_reader_beside_a_writer_sees_a_beginning(url: str) -> None:

@@ -31,7 +31,7 @@ def stay(*arguments):
     os.write(1, b"here\\n")
     while True: time.sleep(60)
 """
-AT_CHECKS = STAY + "import database; database.check = stay"
+AT_CHECKS = STAY + "from wallet import database; database.check = stay"
 AT_COPY = STAY + "import filebackend; filebackend.check_log = stay"
 
 
@@ -158,7 +158,7 @@ def test_nohup_is_respected(url: str) -> None:
     """SIGHUP was ignored before the command began."""
     make_backup(url, first_changes(3))
     patch = [
-        "import database, os, sys",
+        "import os, sys; from wallet import database",
         "database.check = lambda path: [] if os.write(1, b'here\\n') and os.read(0, 1) else ['?']",
     ]
     code = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
@@ -193,7 +193,7 @@ def test_signal_inside_sqlite_is_a_signal_still(url: str) -> None:
     """What is raised while SQLite calls us becomes an error of SQLite."""
     make_backup(url, first_changes(3))
     patch = [
-        "import errors, os, restore, signal",
+        "import errors, os, signal; from wallet import restore",
         "def verify(*_):",
         "    try: os.kill(os.getpid(), signal.SIGTERM)",
         "    except SystemExit: raise errors.DatabaseError('x', 'SQLite says: interrupted')",
@@ -210,7 +210,7 @@ def test_signal_inside_sqlite_is_a_signal_still(url: str) -> None:
 def test_init_killed_with_the_backup_there(node_dir: Path, url: str) -> None:
     """Between the two names: `attach` goes on, as `init` says."""
     node_at(node_dir, 3)
-    patch = STAY + "import node; node._publish = stay"
+    patch = STAY + "from wallet import node; node._publish = stay"
     with staying(patch, "init", "--lightning-dir", node_dir, url) as process:
         end(process, signal.SIGKILL)
     assert not (node_dir / "backup.lock").exists()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import database
 from tests import support
+from wallet import database
 
 MIB = 1 << 20
 DATABASE_SIZE = 300 * MIB

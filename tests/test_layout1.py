@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import database
-import restore
 from backend import MAX_CHANGE_SIZE, bump
-from database import mend
 from errors import BackupError, BackupMissing, Damaged, DatabaseError, DiskError, UnsupportedLayout
 from filebackend import FileBackend
-from layout1 import Layout1Reading, header_version, is_layout_1
+from filelog.layout1 import Layout1Reading, header_version, is_layout_1
 from tests import support
 from tests.layout1_files import (
     FIRST_ENTRY,
@@ -30,6 +27,8 @@ from tests.layout1_files import (
     written,
 )
 from tests.support import ROOT, Call, apply_calls, change, first_changes
+from wallet import database, restore
+from wallet.database import mend
 
 OFF, ON = "PRAGMA foreign_keys = OFF;", "PRAGMA foreign_keys = ON;"
 ABANDONED = change(5, "INSERT INTO items VALUES (90, 'this never happened')")
@@ -725,7 +724,8 @@ PROGRAM = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 from errors import BackupError
-import layout1, restore
+from filelog import layout1
+from wallet import restore
 reading = layout1.Layout1Reading(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if len(sys.argv) == 4:

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-import database
 from tests import support
 from tests.peers import free_port
 from tests.support import run_cli
+from wallet import database
 
 NEEDED = ["lightningd", "lightning-cli", "bitcoind", "bitcoin-cli"]
 MISSING = [name for name in NEEDED if shutil.which(name) is None]

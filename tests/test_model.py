@@ -34,11 +34,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-import compaction
-import database
 import durable
 import filebackend
-import restore
 import server
 import socketbackend
 from backend import FOREIGN_KEYS_OFF, Backend, Change, Session, Snapshot, bump
@@ -46,6 +43,8 @@ from errors import BackupError, DiskError, LostState, OutOfDate
 from filebackend import FileBackend
 from socketbackend import SocketBackend
 from tests import peers, support
+from upkeep import compaction
+from wallet import database, restore
 
 State = tuple[int, tuple[Any, ...]]
 """data_version of a database and all of its rows."""

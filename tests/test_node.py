@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-import node
 from errors import ConfigError
 from tests import support
 from tests.support import run_cli
+from wallet import node
 
 LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import records
 from backend import NOBODY, Change, bump
 from errors import BackupError, OtherOwner
 from filebackend import FileBackend
-from records import Kind
+from filelog import layout2
+from filelog.layout2 import Kind
 from socketbackend import Refused, SocketBackend
 from tests import support
 from tests.peers import ServerProcess
@@ -80,7 +80,7 @@ def test_a_take_over_repeats_what_it_stands_behind(url: str) -> None:
     claim(url, ME)
     owner, payload = support.records_of(path)[-1]
     assert owner.kind == Kind.OWNER and owner.session == ME and owner.rewindable
-    assert records.decode_owner(payload)[1] == os.uname().nodename
+    assert layout2.decode_owner(payload)[1] == os.uname().nodename
     for name in ("version", "changes", "time_ns", "chain_before", "chain"):
         assert getattr(owner, name) == getattr(before, name)
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 import backup
-import database
 from backend import bump
 from tests import support
 from tests.support import CLI, Call, PluginProcess, change, first_changes
+from wallet import database
 
 OFF = "PRAGMA foreign_keys = OFF;"
 
@@ -563,7 +563,9 @@ def test_memory_that_does_not_suffice_to_parse(node_dir: Path, filled: Path) -> 
 
 def test_memory_that_does_not_suffice_to_store(node_dir: Path, filled: Path) -> None:
     broken = plugin_with(
-        "import records\ndef encode(head, payload): raise MemoryError\nrecords.encode = encode"
+        "from filelog import layout2\n"
+        "def encode(head, payload): raise MemoryError\n"
+        "layout2.encode = encode"
     )
     with PluginProcess(node_dir, broken) as plugin:
         check_refused(plugin, NEXT, ["memory does not suffice", "without the plugin", "resync"])

@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 
 import durable
-import restore
 from backend import FOREIGN_KEYS_OFF
 from filebackend import FileBackend
 from tests import scenarios, support
 from tests.disk import SECTOR, Disk, Fault, Inode, Killed, Model, Op, standing_in
 from tests.scenarios import SCENARIOS
+from wallet import restore
 
 IN_TEST = 50_000
 IN_SOAK = 1_000_000

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import protocol
 from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, Change, bump, chain_after
+from filelog.layout2 import BUMPS, FINAL, MAX_LENGTH, Head, Kind
 from protocol import (
     Decoder,
     Details,
@@ -28,7 +29,6 @@ from protocol import (
     RecordPacker,
     RecordUnpacker,
 )
-from records import BUMPS, FINAL, MAX_LENGTH, Head, Kind
 from tests import support
 
 GOLDEN: list[dict[str, Any]] = json.loads((support.DATA / "golden/protocol2.json").read_text())

@@ -7,8 +7,6 @@ A fenced block ``sh`` runs, by itself, on a machine of its own (``Machine``); in
 from __future__ import annotations
 
 import ast
-import importlib.machinery
-import importlib.util
 import json
 import os
 import re
@@ -24,6 +22,7 @@ from typing import Any
 import click
 import pytest
 
+from commands import main
 from tests import support
 from tests.layout1_files import EarlierPlugin
 from tests.peers import ServerProcess
@@ -139,12 +138,7 @@ def test_a_block_runs(page: Path, script: str, tmp_path: Path) -> None:
 
 def commands() -> dict[str, click.Command]:
     """The commands of backup-cli by name."""
-    loader = importlib.machinery.SourceFileLoader("backup_cli", str(support.CLI))
-    spec = importlib.util.spec_from_loader("backup_cli", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    found: dict[str, click.Command] = module.main.commands
+    found = dict(main.commands)
     return found
 
 

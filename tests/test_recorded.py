@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import database
 from tests import support
+from wallet import database
 
 
 @pytest.mark.parametrize("name", ["payer", "router", "crash"])

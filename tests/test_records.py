@@ -12,15 +12,24 @@ from typing import Any
 
 import pytest
 
-import database
-import records
-import restore
 from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, bump
 from errors import UnsupportedLayout
 from filebackend import FileBackend
-from logreader import FileReading, LogReader
-from records import BEFORE_FIRST, FIRST_RECORD, HEAD, OVERHEAD, SECTOR, Head, Kind, Tail, TailKind
+from filelog import layout2
+from filelog.layout2 import (
+    BEFORE_FIRST,
+    FIRST_RECORD,
+    HEAD,
+    OVERHEAD,
+    SECTOR,
+    Head,
+    Kind,
+    Tail,
+    TailKind,
+)
+from filelog.reader import FileReading, LogReader
 from tests import support
+from wallet import database, restore
 
 # The golden file: a compacted backup of a small node. Read here without records.py.
 
@@ -104,12 +113,12 @@ def golden_chains(
 def golden_again() -> bytes:
     """The golden file, encoded anew from its inputs."""
     snapshot = golden_snapshot()
-    parts = [records.encode_header(ID, CREATED_NS, len(snapshot))]
+    parts = [layout2.encode_header(ID, CREATED_NS, len(snapshot))]
     head = BEFORE_FIRST._replace(
         kind=1, flags=2, backup_id=ID, sequence=41, offset=64, version=5, time_ns=CREATED_NS,
         length=len(snapshot), session=OWNER, chain=SNAPSHOT_CHAIN,
     )  # fmt: skip
-    parts.append(records.encode(head, snapshot))
+    parts.append(layout2.encode(head, snapshot))
     for kind, flags, sequence, version, changes, session, payload in GOLDEN_RECORDS:
         before, after, time_ns = golden_chains(
             head.chain_before, head.chain, kind, version, payload
@@ -119,7 +128,7 @@ def golden_again() -> bytes:
             changes=changes, time_ns=head.time_ns + time_ns, session=session, length=len(payload),
             chain_before=before, chain=after,
         )  # fmt: skip
-        parts.append(records.encode(head, payload))
+        parts.append(layout2.encode(head, payload))
     return b"".join(parts).ljust(4096, b"\0")
 
 
@@ -175,7 +184,7 @@ def test_golden_records_field_by_field() -> None:
 
 
 def test_documented_tables_are_the_ones_tested() -> None:
-    documented = re.findall(r"^ +(\d+) +(\d+)  (\w+(?: \w+)?)  ", records.__doc__ or "", re.M)
+    documented = re.findall(r"^ +(\d+) +(\d+)  (\w+(?: \w+)?)  ", layout2.__doc__ or "", re.M)
     tables = [(*place, name) for t in (HEADER_FIELDS, HEAD_FIELDS) for name, place in t.items()]
     tables.insert(6, (56, 4, "reserved"))
     assert [(int(offset), int(size), name) for offset, size, name in documented] == tables
@@ -190,7 +199,7 @@ def test_golden_file_is_read() -> None:
     assert [head.kind for head in heads] == [1, 4, 2, 2, 2, 4, 3, 2]
     assert heads[-1].session == SECOND
     assert [payload for _, payload in found[1:]] == [row[-1] for row in GOLDEN_RECORDS]
-    assert records.snapshot_size(reader.log_start or 0) == len(golden_snapshot())
+    assert layout2.snapshot_size(reader.log_start or 0) == len(golden_snapshot())
 
 
 @pytest.mark.parametrize("path", [GOLDEN, OLD_GOLDEN], ids=["rules 1", "rules 0"])
@@ -234,23 +243,23 @@ def test_file_of_rules_0_is_read_and_upgraded_but_not_written(tmp_path: Path) ->
 
 
 def test_every_bit_of_a_file_header_counts() -> None:
-    header = records.encode_header(ID, CREATED_NS, 5)
-    assert records.decode_header(header + b"more") == (ID, 64 + OVERHEAD + 5, 1)
+    header = layout2.encode_header(ID, CREATED_NS, 5)
+    assert layout2.decode_header(header + b"more") == (ID, 64 + OVERHEAD + 5, 1)
     for bit in range(len(header) * 8):
-        with pytest.raises(records.HeaderError):
-            records.decode_header(turned(header, bit))
+        with pytest.raises(layout2.HeaderError):
+            layout2.decode_header(turned(header, bit))
     for size in range(len(header)):
-        with pytest.raises(records.HeaderError, match="cut off"):
-            records.decode_header(header[:size])
+        with pytest.raises(layout2.HeaderError, match="cut off"):
+            layout2.decode_header(header[:size])
 
 
 @pytest.mark.parametrize("field", [(0, b"\x89CLN backuq\r\n\x1a\n\0"), (16, struct.pack("!I", 3))])
 def test_header_of_another_layout_is_named(field: tuple[int, bytes]) -> None:
-    header = bytearray(records.encode_header(ID, CREATED_NS, 0))
+    header = bytearray(layout2.encode_header(ID, CREATED_NS, 0))
     header[field[0] : field[0] + len(field[1])] = field[1]
     header[60:] = struct.pack("!I", zlib.crc32(header[:60]))
-    with pytest.raises(records.HeaderError, match="names layout"):
-        records.decode_header(bytes(header))
+    with pytest.raises(layout2.HeaderError, match="names layout"):
+        layout2.decode_header(bytes(header))
 
 
 @pytest.mark.parametrize(
@@ -258,8 +267,8 @@ def test_header_of_another_layout_is_named(field: tuple[int, bytes]) -> None:
     [0, 1, MAX_CHUNK_SIZE - 1, MAX_CHUNK_SIZE, MAX_CHUNK_SIZE + 1, 5 * MAX_CHUNK_SIZE + 7, 6 << 30],
 )
 def test_size_of_the_snapshot_follows_from_log_start(size: int) -> None:
-    _, log_start, _ = records.decode_header(records.encode_header(ID, CREATED_NS, size))
-    assert records.snapshot_size(log_start) == size
+    _, log_start, _ = layout2.decode_header(layout2.encode_header(ID, CREATED_NS, size))
+    assert layout2.snapshot_size(log_start) == size
 
 
 def turned(data: bytes, bit: int) -> bytes:
@@ -272,34 +281,34 @@ def turned(data: bytes, bit: int) -> bytes:
 def a_head(**changes: Any) -> Head:
     """The head of a change at offset 1000, with ``changes``."""
     head = BEFORE_FIRST._replace(
-        kind=Kind.CHANGE, flags=records.BUMPS, backup_id=ID, sequence=3, offset=1000, version=8,
+        kind=Kind.CHANGE, flags=layout2.BUMPS, backup_id=ID, sequence=3, offset=1000, version=8,
         session=FIRST,
     )  # fmt: skip
     return head._replace(**changes)
 
 
 def test_a_head_comes_back() -> None:
-    data = records.encode(a_head(length=5), b"hello")
-    head = records.decode_head(data, 1000, ID)
+    data = layout2.encode(a_head(length=5), b"hello")
+    head = layout2.decode_head(data, 1000, ID)
     assert head is not None
     assert head == a_head(length=5, payload_crc=zlib.crc32(b"hello"), crc=head.crc)
-    assert records.decode_head(data[: HEAD.size], 1000, None) == head
+    assert layout2.decode_head(data[: HEAD.size], 1000, None) == head
     assert data[HEAD.size :] == b"hello\0\x03\xe8\n"
 
 
 def test_every_bit_of_a_head_counts() -> None:
-    data = records.encode(a_head(length=5), b"hello")
+    data = layout2.encode(a_head(length=5), b"hello")
     for bit in range(HEAD.size * 8):
-        assert records.decode_head(turned(data, bit), 1000, ID) is None
+        assert layout2.decode_head(turned(data, bit), 1000, ID) is None
     for size in range(HEAD.size):
-        assert records.decode_head(data[:size], 1000, ID) is None
+        assert layout2.decode_head(data[:size], 1000, ID) is None
 
 
 def test_head_of_another_place_or_file_is_refused() -> None:
-    data = records.encode(a_head(), b"")
-    assert records.decode_head(data, 1000, ID) is not None
-    assert records.decode_head(data, 1001, ID) is None
-    assert records.decode_head(data, 1000, bytes(16)) is None
+    data = layout2.encode(a_head(), b"")
+    assert layout2.decode_head(data, 1000, ID) is not None
+    assert layout2.decode_head(data, 1001, ID) is None
+    assert layout2.decode_head(data, 1000, bytes(16)) is None
 
 
 @pytest.mark.parametrize(
@@ -317,7 +326,7 @@ def test_head_of_another_place_or_file_is_refused() -> None:
 def test_length_over_its_limit_is_refused(kind: int, limit: int) -> None:
     for length in {0, max(limit, 0), limit + 1, 2**64 - 1}:
         body = HEAD.pack(*a_head(kind=kind, length=length))[:-4]
-        head = records.decode_head(body + struct.pack("!I", zlib.crc32(body)), 1000, ID)
+        head = layout2.decode_head(body + struct.pack("!I", zlib.crc32(body)), 1000, ID)
         assert (head is not None) == (length <= limit), length
 
 
@@ -342,40 +351,40 @@ def test_what_may_follow() -> None:
         ),
     }  # fmt: skip
     for head in good.values():
-        assert records.follows(before, head, 1000) == ""
+        assert layout2.follows(before, head, 1000) == ""
         for name in ("version", "changes", "sequence"):
             for step in (-1, 1):
                 wrong = head._replace(**{name: getattr(head, name) + step})
-                assert "does not continue" in records.follows(before, wrong, 1000), (head, name)
-        assert records.follows(before, head._replace(chain_before=b"x" * 16), 1000)
-        assert "snapshot" in records.follows(before, head, 3000)
-    assert records.follows(before, good["rewind"]._replace(chain=b"x" * 16), 1000)
+                assert "does not continue" in layout2.follows(before, wrong, 1000), (head, name)
+        assert layout2.follows(before, head._replace(chain_before=b"x" * 16), 1000)
+        assert "snapshot" in layout2.follows(before, head, 3000)
+    assert layout2.follows(before, good["rewind"]._replace(chain=b"x" * 16), 1000)
     for last in (
         before._replace(flags=0),
         before._replace(kind=Kind.REWIND),
-        before._replace(kind=Kind.SNAPSHOT, flags=records.FINAL),
+        before._replace(kind=Kind.SNAPSHOT, flags=layout2.FINAL),
     ):
-        assert records.follows(last, good["change"], 1000) == ""
-        assert records.follows(last, good["rewind"], 1000), "cannot be rewound"
+        assert layout2.follows(last, good["change"], 1000) == ""
+        assert layout2.follows(last, good["rewind"], 1000), "cannot be rewound"
 
 
 def test_what_may_come_first() -> None:
     first = a_head(offset=64, version=1, changes=1, sequence=1, chain=CHAIN)
-    assert records.follows(None, first, 64) == ""
-    assert records.follows(None, first._replace(version=2), 64)
-    assert records.follows(None, first._replace(sequence=2), 64)
-    assert records.follows(None, first._replace(kind=Kind.REWIND, version=0), 64)
+    assert layout2.follows(None, first, 64) == ""
+    assert layout2.follows(None, first._replace(version=2), 64)
+    assert layout2.follows(None, first._replace(sequence=2), 64)
+    assert layout2.follows(None, first._replace(kind=Kind.REWIND, version=0), 64)
     piece = first._replace(kind=Kind.SNAPSHOT, flags=0, version=7, length=10)
-    assert records.follows(None, piece, piece.end + 1) == ""
-    assert records.follows(None, piece, piece.end), "the last piece is flagged"
-    assert records.follows(None, piece._replace(flags=records.FINAL), piece.end) == ""
-    assert records.follows(None, piece._replace(flags=records.FINAL), piece.end + 1)
-    second = piece._replace(offset=piece.end, flags=records.FINAL)
-    assert records.follows(piece, second, second.end) == ""
+    assert layout2.follows(None, piece, piece.end + 1) == ""
+    assert layout2.follows(None, piece, piece.end), "the last piece is flagged"
+    assert layout2.follows(None, piece._replace(flags=layout2.FINAL), piece.end) == ""
+    assert layout2.follows(None, piece._replace(flags=layout2.FINAL), piece.end + 1)
+    second = piece._replace(offset=piece.end, flags=layout2.FINAL)
+    assert layout2.follows(piece, second, second.end) == ""
     wrongs: list[dict[str, Any]] = [{"version": 8}, {"chain": EMPTY_CHAIN}, {"sequence": 2}]
     for wrong in wrongs:
-        assert records.follows(piece, second._replace(**wrong), second.end)
-    assert records.follows(piece, second, piece.end), "a snapshot behind the beginning"
+        assert layout2.follows(piece, second._replace(**wrong), second.end)
+    assert layout2.follows(piece, second, piece.end), "a snapshot behind the beginning"
 
 
 # Finding the end.
@@ -386,12 +395,12 @@ class Image:
 
     def __init__(self, sizes: list[int], zeros: int = 0) -> None:
         self.heads: list[Head] = []
-        data = records.encode_header(ID, CREATED_NS, 0)
+        data = layout2.encode_header(ID, CREATED_NS, 0)
         for number, size in enumerate(sizes, 1):
-            payload = (records.MARKER + b"payload ") * (size // 12 + 1)
+            payload = (layout2.MARKER + b"payload ") * (size // 12 + 1)
             head = a_head(offset=len(data), sequence=number, version=number, length=size)
-            data += records.encode(head, payload[:size])
-            found = records.decode_head(data[head.offset :], head.offset, ID)
+            data += layout2.encode(head, payload[:size])
+            found = layout2.decode_head(data[head.offset :], head.offset, ID)
             assert found is not None
             self.heads.append(found)
         self.end = len(data)
@@ -402,55 +411,55 @@ class Image:
         return bytes(self.data[offset : offset + size])
 
     def last(self) -> Head | None:
-        return records.find_last(self.pread, FIRST_RECORD, len(self.data), ID)
+        return layout2.find_last(self.pread, FIRST_RECORD, len(self.data), ID)
 
     def newest(self, rules: int = 1) -> tuple[Head | None, Tail]:
-        return records.find_newest(self.pread, len(self.data), ID, FIRST_RECORD, rules)
+        return layout2.find_newest(self.pread, len(self.data), ID, FIRST_RECORD, rules)
 
     def tail(self, rules: int = 1) -> Tail:
         """What stands at the last record, were it not valid."""
-        return records.judge_tail(self.pread, self.heads[-1].offset, len(self.data), ID, rules)
+        return layout2.judge_tail(self.pread, self.heads[-1].offset, len(self.data), ID, rules)
 
 
 @pytest.mark.parametrize("window", [125, 127, 128, 130, 200, 256, 511, 1000])
 def test_records_are_found_across_window_borders(
     window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "WINDOW", window)
+    monkeypatch.setattr(layout2, "WINDOW", window)
     image = Image([0, 3, 50, 200, 1, 0, 0, 431, 12], zeros=300)
     starts = [head.offset for head in image.heads]
     for border in range(FIRST_RECORD, len(image.data) + 1):
         below = [head for head in image.heads if head.offset < border]
-        found = records.find_last(image.pread, FIRST_RECORD, border, ID)
+        found = layout2.find_last(image.pread, FIRST_RECORD, border, ID)
         assert found == (below[-1] if below else None)
         above = [head for head in image.heads if head.offset >= border]
-        found = records.find_next(image.pread, border, len(image.data), ID)
+        found = layout2.find_next(image.pread, border, len(image.data), ID)
         assert found == (above[0] if above else None)
     # The other end holds, too.
     for index, start in enumerate(starts):
         for end in range(start + 1, start + 500, 7):
             within = [head for head in image.heads if start < head.offset < end]
-            found = records.find_next(image.pread, start + 1, end, ID)
+            found = layout2.find_next(image.pread, start + 1, end, ID)
             assert found == (within[0] if within else None)
-        assert records.find_last(image.pread, start + 1, len(image.data), ID) == (
+        assert layout2.find_last(image.pread, start + 1, len(image.data), ID) == (
             image.heads[-1] if index + 1 < len(starts) else None
         )
-        assert records.find_next(image.pread, FIRST_RECORD, start, ID) == (
+        assert layout2.find_next(image.pread, FIRST_RECORD, start, ID) == (
             image.heads[0] if index else None
         )
 
 
 def test_heads_of_other_files_are_passed_over() -> None:
     image = Image([10, 10, 300])
-    foreign = records.encode(a_head(offset=image.heads[2].offset + HEAD.size), b"")
+    foreign = layout2.encode(a_head(offset=image.heads[2].offset + HEAD.size), b"")
     at = image.heads[2].offset + HEAD.size
     # A head with the right offset but another id, then a right head at another offset.
-    other = records.encode(a_head(offset=at, backup_id=bytes(16)), b"")
-    for intruder in (other, foreign.replace(ID, bytes(16)), records.encode(a_head(), b"")):
+    other = layout2.encode(a_head(offset=at, backup_id=bytes(16)), b"")
+    for intruder in (other, foreign.replace(ID, bytes(16)), layout2.encode(a_head(), b"")):
         image.data[at : at + len(intruder)] = intruder
         assert image.last() == image.heads[2]
-        assert records.find_next(image.pread, at, len(image.data), ID) is None
-    assert records.find_last(image.pread, 64, len(image.data), None) is not None
+        assert layout2.find_next(image.pread, at, len(image.data), ID) is None
+    assert layout2.find_last(image.pread, 64, len(image.data), None) is not None
 
 
 def test_end_of_an_empty_file() -> None:
@@ -458,12 +467,12 @@ def test_end_of_an_empty_file() -> None:
         image = Image([], zeros)
         assert image.newest() == (None, Tail(TailKind.CLEAN, FIRST_RECORD))
     assert Image([]).newest(rules=0) == (None, Tail(TailKind.CLEAN, FIRST_RECORD))
-    assert Image([]).newest() == (None, Tail(TailKind.DAMAGED, FIRST_RECORD, records.CUT_OFF))
+    assert Image([]).newest() == (None, Tail(TailKind.DAMAGED, FIRST_RECORD, layout2.CUT_OFF))
 
 
 def test_snapshot_that_is_missing_is_damage() -> None:
     image = Image([], zeros=5000)
-    _, tail = records.find_newest(image.pread, len(image.data), ID, FIRST_RECORD + 1000)
+    _, tail = layout2.find_newest(image.pread, len(image.data), ID, FIRST_RECORD + 1000)
     assert (tail.kind, tail.offset) == (TailKind.DAMAGED, FIRST_RECORD)
 
 
@@ -482,7 +491,7 @@ def test_copy_that_was_cut_off_anywhere_is_damage() -> None:
         if size > image.end:
             assert (newest, tail.kind) == (image.heads[-1], TailKind.CLEAN)
         else:
-            assert (tail.kind, tail.reason) == (TailKind.DAMAGED, records.CUT_OFF), size
+            assert (tail.kind, tail.reason) == (TailKind.DAMAGED, layout2.CUT_OFF), size
 
 
 # Judging a tail.
@@ -532,7 +541,7 @@ def test_head_that_reaches_into_a_sector_by_zero_bytes_is_no_torn_one() -> None:
     """The last bytes of a head may be zero, alone of the head in the next sector."""
     for tries in range(2000):
         at = SECTOR - HEAD.size + 1  # One byte of the head stands in the second sector.
-        data = records.encode(a_head(offset=at, time_ns=tries, length=100), b"x" * 100)
+        data = layout2.encode(a_head(offset=at, time_ns=tries, length=100), b"x" * 100)
         if data[HEAD.size - 1] == 0:
             break
     else:
@@ -540,16 +549,16 @@ def test_head_that_reaches_into_a_sector_by_zero_bytes_is_no_torn_one() -> None:
     image = Image([])
     image.data[:] = bytes(at) + data + bytes(2000)
     pread, size = image.pread, len(image.data)
-    assert records.decode_head(pread(at, 200), at, ID) is not None
+    assert layout2.decode_head(pread(at, 200), at, ID) is not None
     for offset in range(at, at + HEAD.size - 1):
         image.data[offset] ^= 0xFF
-        assert records.judge_tail(pread, at, size, ID).kind is TailKind.DAMAGED, offset
+        assert layout2.judge_tail(pread, at, size, ID).kind is TailKind.DAMAGED, offset
         image.data[offset] ^= 0xFF
     # While a head whose second sector was never written is one.
     image.data[SECTOR : 2 * SECTOR] = bytes(SECTOR)
     image.data[2 * SECTOR : 2 * SECTOR + 50] = b"y" * 50
     image.data[at + 50] ^= 0xFF
-    assert records.judge_tail(pread, at, size, ID).kind is TailKind.TORN
+    assert layout2.judge_tail(pread, at, size, ID).kind is TailKind.TORN
 
 
 @pytest.mark.parametrize("length", [SECTOR, 4096])
@@ -568,7 +577,7 @@ def test_broken_record_with_a_valid_one_behind_is_damage() -> None:
     image = Image([20, 1500, 20])
     broken = image.heads[1]
     image.data[broken.offset : broken.offset + 600] = bytes(600)
-    tail = records.judge_tail(image.pread, broken.offset, len(image.data), ID)
+    tail = layout2.judge_tail(image.pread, broken.offset, len(image.data), ID)
     assert (tail.kind, tail.offset) == (TailKind.DAMAGED, broken.offset)
     assert "others behind it" in tail.reason
 
@@ -576,13 +585,13 @@ def test_broken_record_with_a_valid_one_behind_is_damage() -> None:
 def test_piece_of_a_snapshot_is_never_torn() -> None:
     payload = bytes(2000)  # An SQLite file has zero sectors.
     head = a_head(kind=Kind.SNAPSHOT, offset=FIRST_RECORD, length=2000)
-    data = records.encode_header(ID, CREATED_NS, 2000) + records.encode(head, payload)
+    data = layout2.encode_header(ID, CREATED_NS, 2000) + layout2.encode(head, payload)
     broken = data.replace(bytes(2000), bytes(1000) + b"\1" + bytes(999))
 
     def pread(offset: int, size: int) -> bytes:
         return broken[offset : offset + size]
 
-    assert records.judge_tail(pread, FIRST_RECORD, len(data), ID).kind is TailKind.DAMAGED
+    assert layout2.judge_tail(pread, FIRST_RECORD, len(data), ID).kind is TailKind.DAMAGED
 
 
 def test_last_two_records_broken_is_damage() -> None:
@@ -618,9 +627,9 @@ def test_random_tails_lose_no_acknowledged_record() -> None:
 def test_payload_is_checked_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image([1000])
     for window in (1, 7, 999, 1000, 1001):
-        monkeypatch.setattr(records, "WINDOW", window)
-        assert records.payload_checks(image.pread, image.heads[0])
+        monkeypatch.setattr(layout2, "WINDOW", window)
+        assert layout2.payload_checks(image.pread, image.heads[0])
     image.data[FIRST_RECORD + HEAD.size + 999] ^= 1
-    assert not records.payload_checks(image.pread, image.heads[0])
+    assert not layout2.payload_checks(image.pread, image.heads[0])
     del image.data[FIRST_RECORD + HEAD.size + 500 :]
-    assert not records.payload_checks(image.pread, image.heads[0])
+    assert not layout2.payload_checks(image.pread, image.heads[0])

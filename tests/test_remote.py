@@ -17,13 +17,13 @@ import pytest
 
 import socketbackend
 from backend import Change, Session
-from database import compare, version_of
 from filebackend import FileBackend
 from socketbackend import Diverged, SocketBackend
 from tests import peers, support
 from tests.cutproxy import DOWN, UP, CutProxy
 from tests.peers import ServerProcess
 from tests.test_server import eventually
+from wallet.database import compare, version_of
 
 PROTOCOL_1 = "import protocol; protocol.NEWEST = 1"
 PATCHES = {"protocol 1": PROTOCOL_1, "protocol 2": ""}

@@ -20,25 +20,26 @@ from types import SimpleNamespace
 
 import pytest
 
-import child
-import compaction
 import durable
-import logreader
-import proof
-import scrub
 from backend import Change, bump
-from compaction import Compactor, Housekeeper
 from errors import BackupError, CheckRunning, Damaged, DatabaseError, DiskError
 from filebackend import FileBackend
-from proof import Proof
-from scrub import CHECK, CHECK_AFTER_NS, PROVE, PROVE_AFTER_NS, Scrubber
+from filelog import proof
+from filelog import reader as logreader
+from filelog.proof import Proof
 from tests import support
 from tests.stopping import eventually, is_running
 from tests.support import ROOT
+from upkeep import child, compaction, scrub
+from upkeep.compaction import Compactor, Housekeeper
+from upkeep.scrub import CHECK, CHECK_AFTER_NS, PROVE, PROVE_AFTER_NS, Scrubber
 
 Usage = namedtuple("Usage", "total used free")
 NOW = 1_700_000_000 * 10**9
-SLOW = "import sys, scrub; scrub.WORK_S, scrub.REST = 0.0, 1e6; scrub.main(*sys.argv[1:])"
+SLOW = (
+    "import sys; from upkeep import scrub; scrub.WORK_S, scrub.REST = 0.0, 1e6;"
+    " scrub.main(*sys.argv[1:])"
+)
 """A scrub that rests for ever after its first step."""
 
 
@@ -374,7 +375,7 @@ def test_not_enough_space_for_a_proof_is_said_once(
 def test_only_one_checks_at_a_time(url: str, log_lines: pytest.LogCaptureFixture) -> None:
     path = FileBackend(small(url)).path
     program = (
-        "import sys, proof\n"
+        "import sys; from filelog import proof\n"
         "with proof.checking(sys.argv[1]):\n"
         "    print('ready', flush=True)\n"
         "    sys.stdin.read()\n"
@@ -526,7 +527,7 @@ def test_plugin_that_ends_takes_its_scrub_along(url: str, node_dir: Path, tmp_pa
     program = tmp_path / "plugin.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import backup, compaction, scrub\n"
+        "import backup; from upkeep import compaction, scrub\n"
         "compaction.FIRST_AFTER_S = compaction.PAUSE_S = 0.01\n"
         f"scrub.__file__ = {str(tmp_path / 'slow.py')!r}\n"
         "backup.main()\n"

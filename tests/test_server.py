@@ -21,7 +21,6 @@ from pathlib import Path
 import pytest
 
 from backend import MAX_CHANGE_SIZE
-from database import compare
 from filebackend import FileBackend
 from tests import peers, support
 from tests.peers import (
@@ -39,6 +38,7 @@ from tests.peers import (
 )
 from tests.test_model import ServerThread, in_this_process
 from tests.test_protocol import PACKETS, mutate
+from wallet.database import compare
 
 OFF = ["PRAGMA foreign_keys = OFF;"]
 MIB = 1 << 20

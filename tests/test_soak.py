@@ -23,12 +23,12 @@ from typing import NamedTuple
 import pytest
 
 from backend import FOREIGN_KEYS_OFF
-from database import compare
 from socketbackend import SocketBackend
 from tests import support
 from tests.cutproxy import DOWN, UP, CutProxy
 from tests.peers import ServerProcess
 from tests.support import Call, PluginProcess, change
+from wallet.database import compare
 
 CHECKS = 6
 """How often the backup is restored and compared on the way."""

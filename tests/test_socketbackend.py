@@ -15,7 +15,6 @@ import pytest
 
 import socketbackend
 from backend import Change, Session, bump
-from database import compare
 from errors import BackupError, BackupExists, ConfigError
 from protocol import Metadata, ProtocolError
 from socketbackend import (
@@ -46,6 +45,7 @@ from tests.peers import (
     OldServer,
     ServerProcess,
 )
+from wallet.database import compare
 
 OFF = ["PRAGMA foreign_keys = OFF;"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layout1 import is_layout_1
+from filelog.layout1 import is_layout_1
 from tests import support
 from tests.layout1_files import EarlierPlugin
 from tests.support import run_cli

@@ -20,13 +20,10 @@ from typing import Any
 
 import pytest
 
-import database
 import durable
-import restore
-import upgrade
 from backend import NOBODY, Change, Session, Snapshot
 from filebackend import FileBackend
-from layout1 import is_layout_1
+from filelog.layout1 import is_layout_1
 from tests import support
 from tests.layout1_files import EarlierPlugin, change_entry, written
 from tests.peers import ACK, NACK, ServerProcess
@@ -42,6 +39,8 @@ from tests.support import (
     run_cli,
 )
 from tests.test_faults import KEEPS, Disk, PowerCut
+from upkeep import upgrade
+from wallet import database, restore
 
 OFF, ON = "PRAGMA foreign_keys = OFF;", "PRAGMA foreign_keys = ON;"
 ABANDONED = change(6, "INSERT INTO items VALUES (90, 'this never happened')")

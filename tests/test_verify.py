@@ -17,10 +17,9 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner, Result
 
-import database
-import logreader
 from backend import Snapshot
 from filebackend import FileBackend
+from filelog import reader as logreader
 from tests import peers, support
 from tests.layout1_files import written
 from tests.peers import ACK, OldServer, ServerProcess
@@ -35,6 +34,7 @@ from tests.support import (
     make_backup,
     run_cli,
 )
+from wallet import database
 
 CALLS = [
     *first_changes(4),

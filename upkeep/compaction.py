@@ -29,20 +29,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import child
-import database
 import durable
-import records
-import restore
 import space
 from backend import Change, Reading, log
-from child import Child, Message
 from errors import BackupError, ConfigError, Unsound
 from filebackend import COMPACTION_FACTOR, FileBackend, disk_warnings
-from logreader import LogReader, effective, is_foreign_keys_off
-from logwriter import SMALL_FLUSH_STEP, LogWriter
-from records import Head, Kind
-from scrub import Scrubber
+from filelog import layout2
+from filelog.layout2 import Head, Kind
+from filelog.reader import LogReader, effective, is_foreign_keys_off
+from filelog.writer import SMALL_FLUSH_STEP, LogWriter
+from upkeep import child
+from upkeep.child import Child, Message
+from upkeep.scrub import Scrubber
+from wallet import database, restore
 
 REPORT_STEP = 1 << 20
 """Bytes of log between two progress messages."""
@@ -248,8 +247,8 @@ def boundary(reader: LogReader) -> Head | None:
     head, _ = reader.newest()
 
     def before(head: Head) -> Head | None:
-        start = records.FIRST_RECORD
-        return records.find_last(reader.pread, start, head.offset, reader.backup_id)
+        start = layout2.FIRST_RECORD
+        return layout2.find_last(reader.pread, start, head.offset, reader.backup_id)
 
     if head is not None and head.rewindable:
         while head is not None and head.kind == Kind.OWNER:
@@ -259,7 +258,7 @@ def boundary(reader: LogReader) -> Head | None:
         head = before(head)
     if head is None or _ends_snapshot(head, before):
         return None
-    is_empty = not head.changes and reader.log_start == records.FIRST_RECORD
+    is_empty = not head.changes and reader.log_start == layout2.FIRST_RECORD
     return None if is_empty else head
 
 
@@ -316,7 +315,7 @@ def build(path: str, prefix: str) -> Message:
         scratch = f"{prefix}-new.sqlite3"
         fold = Fold(reader, entries, last)
         assert reader.log_start is not None
-        space.require(scratch, COMPACTION_FACTOR * records.snapshot_size(reader.log_start))
+        space.require(scratch, COMPACTION_FACTOR * layout2.snapshot_size(reader.log_start))
         with contextlib.suppress(restore.NothingToRestore):
             restore.build(fold, scratch, False, reporter(fold, last, scratch))
         if not os.path.getsize(scratch):  # PRAGMA calls alone: a snapshot has at least a page.
@@ -360,7 +359,7 @@ def check_sound(scratch: str, path: str, prefix: str) -> bool:
         return True
     old = f"{prefix}-old.sqlite3"
     reader = LogReader(path)
-    space.require(old, records.snapshot_size(reader.log_start or records.FIRST_RECORD))
+    space.require(old, layout2.snapshot_size(reader.log_start or layout2.FIRST_RECORD))
     pieces = itertools.takewhile(lambda entry: entry[0].kind == Kind.SNAPSHOT, reader)
     with open(durable.create(old), "wb") as file:
         for _, piece in pieces:

@@ -7,14 +7,12 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import confined
-import database
 import durable
-import node
 import scratch
 import space
 from backend import Change, Reading
 from errors import BackupError, BackupExists, ConfigError, DatabaseError, DiskError
+from wallet import confined, database, node
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,10 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 
-import layout1
-import records
 from backend import FOREIGN_KEYS_OFF, Change, Reading, chain_after, utc
 from errors import CLI, BackupError, BackupMissing, Damaged, DiskError, UnsupportedLayout
-from records import Head, Kind, Tail, TailKind
+from filelog import layout1, layout2
+from filelog.layout2 import Head, Kind, Tail, TailKind
 
 GROWING_TAIL_S = 1.0
 """How long a reader waits for an append in flight before it judges the tail."""
@@ -30,7 +29,7 @@ class LogReader:
     Attributes:
         allocated: size of the file in bytes.
         backup_id, log_start: from the file header; None where that is damaged.
-        rules: from the file header, see records.py.
+        rules: from the file header, see filelog/layout2.py.
         last: head of the last valid record seen, or None.
         position: offset of the next record.
         tail: what stands behind the last record, known after the iteration.
@@ -51,9 +50,9 @@ class LogReader:
             raise DiskError(path, error, "open") from error
         self.backup_id: bytes | None = None
         self.log_start: int | None = None
-        self.rules = records.RULES
+        self.rules = layout2.RULES
         self.last: Head | None = None
-        self.position = records.FIRST_RECORD
+        self.position = layout2.FIRST_RECORD
         self.tail = Tail(TailKind.CLEAN, self.position)
         self.damage: Damaged | None = None
         self._buffer, self._buffer_at = b"", 0
@@ -65,7 +64,7 @@ class LogReader:
             raise
 
     def _read_header(self) -> None:
-        header = self.pread(0, records.FIRST_RECORD)
+        header = self.pread(0, layout2.FIRST_RECORD)
         if header.startswith(layout1.START):
             raise UnsupportedLayout(
                 self.path,
@@ -74,8 +73,8 @@ class LogReader:
                 f" file run `{CLI} upgrade {shlex.quote(f'file://{self.path}')}`.",
             )
         try:
-            self.backup_id, self.log_start, self.rules = records.decode_header(header)
-        except records.HeaderError as error:
+            self.backup_id, self.log_start, self.rules = layout2.decode_header(header)
+        except layout2.HeaderError as error:
             if self._newest_anywhere() is None:
                 found = f"not a backup: {error}"
                 raise UnsupportedLayout(self.path, found, "Check the URL.") from error
@@ -92,12 +91,12 @@ class LogReader:
 
     def taken_over(self) -> str:
         """When and by which machine the backup was taken over, in words; "" if never."""
-        start = self.log_start or records.FIRST_RECORD
-        head = records.find_last(self.pread, start, self.allocated, self.backup_id, Kind.OWNER)
+        start = self.log_start or layout2.FIRST_RECORD
+        head = layout2.find_last(self.pread, start, self.allocated, self.backup_id, Kind.OWNER)
         if head is None:
             return ""
-        payload = self.pread(head.offset + records.HEAD.size, head.length)
-        time_ns, machine = records.decode_owner(payload)
+        payload = self.pread(head.offset + layout2.HEAD.size, head.length)
+        time_ns, machine = layout2.decode_owner(payload)
         return f"{machine} took it over at {utc(time_ns)}"
 
     def start_after(self, head: Head) -> None:
@@ -106,7 +105,7 @@ class LogReader:
 
     def head_at(self, offset: int) -> Head:
         """The head of the record at ``offset``; Damaged if there is none."""
-        head = records.decode_head(self.pread(offset, records.HEAD.size), offset, self.backup_id)
+        head = layout2.decode_head(self.pread(offset, layout2.HEAD.size), offset, self.backup_id)
         if head is None:
             raise self.as_damage(offset, "no record stands where one should")
         return head
@@ -133,7 +132,7 @@ class LogReader:
         if self.damage is not None:
             raise self.damage
         assert self.backup_id is not None and self.log_start is not None
-        return records.find_newest(
+        return layout2.find_newest(
             self.pread, self.allocated, self.backup_id, self.log_start, self.rules
         )
 
@@ -151,8 +150,8 @@ class LogReader:
         while (record := self._next()) is not None:
             head, payload = record
             # Without the file header each record is taken at its own word.
-            log_start = self.log_start or records.log_start_by(head)
-            problem = records.follows(self.last, head, log_start)
+            log_start = self.log_start or layout2.log_start_by(head)
+            problem = layout2.follows(self.last, head, log_start)
             if head.kind == Kind.CHANGE and not problem:
                 chain = chain_after(head.chain_before, head.version, payload)
                 problem = "" if chain == head.chain else "its content does not match its chain"
@@ -179,7 +178,7 @@ class LogReader:
                 reason = "the file was cut while it was read"
                 self.tail = Tail(TailKind.DAMAGED, self.position, reason)
                 return None
-            self.tail = records.judge_tail(
+            self.tail = layout2.judge_tail(
                 self.pread, self.position, self.allocated, self.backup_id, self.rules
             )
             if self.tail.kind is TailKind.CLEAN or time.monotonic() > deadline:
@@ -187,10 +186,10 @@ class LogReader:
             time.sleep(LOOK_AGAIN_S)
 
     def _record_at(self, offset: int) -> tuple[Head, bytes] | None:
-        head = records.decode_head(self._peek(offset, records.HEAD.size), offset, self.backup_id)
+        head = layout2.decode_head(self._peek(offset, layout2.HEAD.size), offset, self.backup_id)
         if head is None:
             return None
-        payload = self._peek(offset + records.HEAD.size, head.length)
+        payload = self._peek(offset + layout2.HEAD.size, head.length)
         if len(payload) != head.length or zlib.crc32(payload) != head.payload_crc:
             return None
         return head, payload
@@ -198,7 +197,7 @@ class LogReader:
     def _peek(self, offset: int, size: int) -> bytes:
         at = offset - self._buffer_at
         if at < 0 or at + size > len(self._buffer):
-            self._buffer = self.pread(offset, max(size, records.WINDOW))
+            self._buffer = self.pread(offset, max(size, layout2.WINDOW))
             self._buffer_at, at = offset, 0
         return self._buffer[at : at + size]
 
@@ -213,8 +212,8 @@ class LogReader:
         return Damaged(self.path, offset, reason, good, lost, newest.version if newest else None)
 
     def _newest_anywhere(self) -> Head | None:
-        start = records.FIRST_RECORD
-        return records.find_last(self.pread, start, self.allocated, self.backup_id)
+        start = layout2.FIRST_RECORD
+        return layout2.find_last(self.pread, start, self.allocated, self.backup_id)
 
     def close(self) -> None:
         """Close the file."""
@@ -281,7 +280,7 @@ class FileReading(Reading):
     def __init__(self, path: str) -> None:
         self._reader = LogReader(path)
         self.total = self._reader.allocated
-        self.snapshot_size = records.snapshot_size(self._reader.log_start or records.FIRST_RECORD)
+        self.snapshot_size = layout2.snapshot_size(self._reader.log_start or layout2.FIRST_RECORD)
 
     def __iter__(self) -> Iterator[Change]:
         try:

@@ -6,11 +6,11 @@ import os
 import time
 
 import durable
-import records
 from backend import MAX_CHUNK_SIZE
 from errors import ConfigError
-from logreader import LogReader
-from records import BEFORE_FIRST, Head, Kind, TailKind
+from filelog import layout2
+from filelog.layout2 import BEFORE_FIRST, Head, Kind, TailKind
+from filelog.reader import LogReader
 
 FLUSH_STEP = 32 << 20
 """Bytes between two flushes where no node waits."""
@@ -47,7 +47,7 @@ class LogWriter:
         self._end = 0
         self.last = BEFORE_FIRST._replace(backup_id=backup_id)
         try:
-            self._write(records.encode_header(backup_id, time.time_ns(), snapshot_size))
+            self._write(layout2.encode_header(backup_id, time.time_ns(), snapshot_size))
         except BaseException:
             self.close()
             raise
@@ -68,26 +68,26 @@ class LogWriter:
                 last = source.tell() == size
                 piece_head = head._replace(
                     kind=Kind.SNAPSHOT,
-                    flags=records.FINAL if last else 0,
+                    flags=layout2.FINAL if last else 0,
                     backup_id=self.last.backup_id,
                     offset=self._end,
                     changes=0,
                     length=length,
                 )
-                data = records.encode_head(piece_head, piece), piece
-                self._add(piece_head, *data, records.trailer(piece_head.offset))
+                data = layout2.encode_head(piece_head, piece), piece
+                self._add(piece_head, *data, layout2.trailer(piece_head.offset))
             if source.tell() != size:
                 raise ConfigError(f"{path} changed while it was read.", "Stop whoever writes it.")
 
     def add_owner(self, owner: bytes, payload: bytes) -> None:
-        """Say who may write from here on (see records.encode_owner)."""
-        head = records.owner_behind(self.last, owner, payload)
-        self._add(head, records.encode(head, payload))
+        """Say who may write from here on (see layout2.encode_owner)."""
+        head = layout2.owner_behind(self.last, owner, payload)
+        self._add(head, layout2.encode(head, payload))
 
     def add(self, head: Head, payload: bytes) -> None:
         """Add a record, but no snapshot, that another log holds."""
-        moved = records.moved(head, self.last)
-        self._add(moved, records.encode(moved, payload))
+        moved = layout2.moved(head, self.last)
+        self._add(moved, layout2.encode(moved, payload))
 
     def _add(self, head: Head, *parts: bytes | memoryview) -> None:
         for part in parts:

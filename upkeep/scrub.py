@@ -22,17 +22,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import child
-import database
 import durable
-import proof
-import restore
 from backend import Reading, log
-from child import Child, Message
 from errors import CLI, BackupError, CheckRunning, Unsound
 from filebackend import FileBackend
-from logreader import FileReading
-from proof import Proof
+from filelog import proof
+from filelog.proof import Proof
+from filelog.reader import FileReading
+from upkeep import child
+from upkeep.child import Child, Message
+from wallet import database, restore
 
 CHECK_AFTER_NS = 86400 * 10**9
 PROVE_AFTER_NS = 7 * CHECK_AFTER_NS

@@ -35,6 +35,8 @@ from errors import (
     UnsupportedLayout,
 )
 
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+"""Where the modules are."""
 NICE = 19
 """The system's scheduler of disks takes its priority from this, too, where it has any."""
 FLUSH_STEP = 1 << 20
@@ -68,6 +70,7 @@ class Child:
             # Ctrl-C at a terminal is for the parent, in whose session this one is not.
             self._process = subprocess.Popen(
                 [sys.executable, os.path.realpath(program), *arguments],
+                env={**os.environ, "PYTHONPATH": ROOT},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd="/",

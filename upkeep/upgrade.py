@@ -7,13 +7,12 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 
-import database
-import restore
 import scratch
 import space
 from backend import FOREIGN_KEYS_OFF, Backend, Change, Reading, Snapshot
 from errors import BackupError, DiskError
 from filebackend import FileBackend
+from wallet import database, restore
 
 
 class AllButTail(Reading):

@@ -12,11 +12,11 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import confined
 import durable
 from backend import FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON, MAX_VERSION, Change, Snapshot
-from confined import Confined, Refused
 from errors import DatabaseError, DiskError, DoesNotReplay
+from wallet import confined
+from wallet.confined import Confined, Refused
 
 COPY_PAGES = 1024
 """Pages that SQLite's backup API moves at a time."""

@@ -1,0 +1,18 @@
+"""The operator's commands: make, look at, restore and repair a node's backup."""
+
+from __future__ import annotations
+
+import os
+
+import unwind
+from commands import create, look, recover, serve
+from commands.shared import main
+
+__all__ = ["create", "look", "main", "recover", "run", "serve"]
+
+
+def run() -> None:
+    """Run the command that was typed."""
+    os.umask(0o077)  # SQLite creates its files for everybody.
+    unwind.print_anything()
+    main()

@@ -1,0 +1,502 @@
+"""Commands that make a backup, or say whose it is: init, resync, upgrade, attach, move."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pwd
+import secrets
+import shlex
+import subprocess
+from collections.abc import Iterator
+
+import click
+
+import destinations
+import durable
+import scratch as scratching
+from backend import (
+    NOBODY,
+    TAG_SIZE,
+    Backend,
+    Snapshot,
+    Status,
+    Verdict,
+    judge,
+)
+from commands.shared import (
+    PLUGIN,
+    directory_option,
+    main,
+    node_database,
+    node_snapshot,
+    progress_bar,
+    readable,
+    reading_bar,
+    scratch_option,
+    scratch_prefix,
+    wallet_option,
+)
+from errors import (
+    CLI,
+    BackupError,
+    ConfigError,
+    LostState,
+    OutOfDate,
+    UnsupportedLayout,
+)
+from filebackend import FileBackend
+from filelog import layout1
+from upkeep import upgrade as upgrading
+from wallet import database, node
+from wallet import restore as restoring
+
+
+@main.command()
+@click.option(
+    "--lightning-dir",
+    metavar="DIR",
+    help="The node's network directory, such as ~/.lightning/bitcoin. Without it: the current"
+    " directory if it is one, else an empty backup is made, for a server.",
+)
+@wallet_option
+@click.argument("url")
+def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
+    """Create a backup at URL for a stopped node, and its backup.lock.
+
+    If the node has a database, the backup starts with a snapshot of it.
+
+    \b
+    Examples:
+        backup-cli init --lightning-dir ~/.lightning/bitcoin file:///mnt/disk2/node.bkp
+        backup-cli init file:///srv/node.bkp          (an empty one, for a server)
+    """
+    backend = destinations.backend_for(url)
+    if lightning_dir is None and node.is_network_dir(os.getcwd()):
+        lightning_dir = os.getcwd()
+    if lightning_dir is None:
+        return _init_for_server(url)
+    directory = node.network_dir(lightning_dir)
+    wallet_path = node_database(directory, wallet)
+    lock_path = os.path.join(directory, node.LOCK_NAME)
+    with node.stopped(directory, wallet_path):
+        if os.path.lexists(lock_path):
+            raise ConfigError(
+                f"{lock_path} exists already: this node has a backup.",
+                "To point the node at another existing backup, use `attach`; to start over,"
+                " move backup.lock away.",
+            )
+        if isinstance(backend, FileBackend):
+            backend.home = directory
+            _check_owner_can_write(directory, os.path.dirname(backend.path))
+        backend.require_absent()
+        with node_snapshot(backend, directory, wallet_path) as snapshot:
+            if snapshot is not None:
+                click.echo(f"Found an existing database at {wallet_path}")
+            # First the small file that is easily taken back: a server's backup is not. It gets
+            # its name last: a node finds no backup.lock without a backup.
+            owner = secrets.token_bytes(len(NOBODY))
+            with node.new_lock_file(directory, node.LockFile(url, owner=owner)):
+                backend.create(snapshot, owner)
+            stored = readable(os.path.getsize(snapshot.path)) if snapshot else "nothing yet"
+    if snapshot is not None:
+        click.echo(f"Successfully written initial snapshot to {url}")
+    _report_init(backend, url, directory, wallet_path, stored, snapshot)
+
+
+def _check_owner_can_write(directory: str, place: str) -> None:
+    """As root: refuse a ``place`` where the owner of ``directory``, as the node, cannot write."""
+    found = os.stat(directory)
+    if os.geteuid() != 0 or found.st_uid == 0 or not os.path.isdir(place):
+        return
+    name, groups = str(found.st_uid), [found.st_gid]
+    with contextlib.suppress(KeyError):
+        name = pwd.getpwuid(found.st_uid).pw_name
+        groups = os.getgrouplist(name, found.st_gid)
+    command = ["test", "-w", place, "-a", "-x", place]
+    user = {"user": found.st_uid, "group": found.st_gid, "extra_groups": groups}
+    if subprocess.run(command, cwd="/", **user).returncode == 0:  # type: ignore[call-overload]
+        return
+    raise ConfigError(
+        f"User {name}, who owns {directory}, cannot write in {place}: the plugin has to.",
+        f"Run `chown {name} {shlex.quote(place)}`, or make a directory of that user there.",
+    )
+
+
+def _init_for_server(url: str) -> None:
+    backend = destinations.backend_for(url)
+    if not isinstance(backend, FileBackend):
+        raise ConfigError(
+            f"A backup at {url} is of a node, and no node's directory is given.",
+            "Add --lightning-dir DIR.",
+        )
+    backend.create(None)
+    click.echo(f"Created an empty backup at {url}")
+    click.echo(f"To serve it: {CLI} server {shlex.quote(url)} 127.0.0.1:8700")
+    click.echo("For a node on this machine, run init with --lightning-dir DIR in place of this.")
+
+
+def _report_init(
+    backend: Backend,
+    url: str,
+    directory: str,
+    wallet: str,
+    stored: str,
+    snapshot: Snapshot | None,
+) -> None:
+    click.echo(f"Stored: {stored}, data_version {snapshot.version if snapshot else 0}")
+    click.echo(f"Add to lightningd's config: important-plugin={PLUGIN}")
+    click.echo(f"This will restore it: {CLI} restore {shlex.quote(url)} {shlex.quote(wallet)}")
+    click.echo(
+        f"Keep a copy of {os.path.join(directory, 'hsm_secret')} elsewhere, once: it is not"
+        " part of this backup, and without it a restored database is useless."
+    )
+    path = getattr(backend, "path", None)
+    if path and os.stat(os.path.dirname(path)).st_dev == os.stat(directory).st_dev:
+        click.echo(
+            "Warning: the backup is on the same disk as the node. It will not survive the"
+            " loss of that disk.",
+            err=True,
+        )
+
+
+@main.command()
+@directory_option
+@wallet_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--override", is_flag=True, help="Also if another node has taken the backup over.")
+def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) -> None:
+    """Bring an outdated or damaged backup up to date with a fresh snapshot.
+
+    The node must be stopped. The old backup is kept under another name.
+
+    \b
+    Example:
+        backup-cli resync --lightning-dir ~/.lightning/bitcoin
+    """
+    directory = node.network_dir(lightning_dir)
+    wallet_path = node_database(directory, wallet)
+    with node.stopped(directory, wallet_path):
+        lock_file = node.read_lock_file(directory)
+        url = lock_file.backend_url
+        backend = destinations.backend_for(url)
+        version = _version_reached(backend, None if override else lock_file.owner)
+        with node_snapshot(backend, directory, wallet_path) as snapshot:
+            found = snapshot.version if snapshot else 0
+            _check_resync(found, version, url)
+            assert snapshot is not None
+            click.echo(f"The node is at version {found}, the backup at version {version}.")
+            if not yes:
+                click.confirm("Replace the backup by a snapshot of the node?", abort=True)
+            with _new_owner(directory, lock_file, keep=not override) as owner:
+                kept = backend.replace(snapshot, owner)
+    click.echo(f"The backup {url} is now at version {found}.")
+    if kept is not None:
+        click.echo(f"The old one is kept: {kept}")
+
+
+@main.command()
+@click.option(
+    "--lightning-dir", metavar="DIR", help="The node's network directory, for a node's backup."
+)
+@wallet_option
+@click.argument("file_url", required=False)
+def upgrade(lightning_dir: str | None, wallet: str | None, file_url: str | None) -> None:
+    """Take over a backup of the earlier plugin (file layout 1).
+
+    On a node, which must be stopped, the new file starts with a snapshot of its database, or
+    if that is lost, is built from the old file. For a server's file, name the file. The old
+    file is kept under another name.
+
+    \b
+    Examples:
+        backup-cli upgrade --lightning-dir ~/.lightning/bitcoin
+        backup-cli upgrade file:///srv/node.bkp          (a server's file)
+    """
+    if (lightning_dir is None) == (file_url is None):
+        raise click.UsageError("Give either --lightning-dir DIR or the URL of a server's file.")
+    if lightning_dir is None:
+        assert file_url is not None
+        return _upgrade(destinations.backend_for(file_url), None, None, "")
+    directory = node.network_dir(lightning_dir)
+    wallet_path = node_database(directory, wallet)
+    with node.stopped(directory, wallet_path):
+        lock_file = node.read_lock_file(directory)
+        backend = destinations.backend_for(lock_file.backend_url)
+        _upgrade(backend, lock_file, wallet_path, directory)
+
+
+@contextlib.contextmanager
+def _new_owner(directory: str, lock_file: node.LockFile, keep: bool) -> Iterator[bytes]:
+    """The owner for a new backup, in backup.lock as soon as it is needed there.
+
+    Args:
+        keep: whether the owner that backup.lock names stays.
+    """
+    if keep and lock_file.owner != NOBODY:
+        yield lock_file.owner
+        return
+    owner = secrets.token_bytes(len(NOBODY))
+    # First, so that a command that was killed can be typed again.
+    node.write_lock_file(directory, dataclasses.replace(lock_file, owner=owner), replace=True)
+    try:
+        yield owner
+    except BaseException:
+        node.write_lock_file(directory, lock_file, replace=True)
+        raise
+
+
+def _upgrade(
+    backend: Backend, lock_file: node.LockFile | None, wallet: str | None, directory: str
+) -> None:
+    if not isinstance(backend, FileBackend):
+        raise ConfigError(
+            f"{backend.url} is kept by a server.",
+            f"Stop the server and run `{CLI} upgrade FILE_URL` on its host.",
+        )
+    found = backend.status()
+    if not backend.is_old():
+        click.echo(f"{backend.url} is of {found.layout} already: there is nothing to do.")
+        return
+    claim = contextlib.nullcontext(NOBODY)
+    with _new_owner(directory, lock_file, keep=True) if lock_file else claim as owner:
+        if wallet is not None and os.path.exists(wallet) and os.path.getsize(wallet):
+            kept = _upgrade_from_node(backend, owner, found, wallet, directory)
+        else:
+            with progress_bar("Replaying the old backup", 0) as advance:
+                kept = upgrading.from_log(backend, owner, lambda r: advance(r.position, r.total))
+    for note in found.notes:
+        click.echo(note)
+    click.echo(f"{backend.url} is upgraded, at version {backend.status().version}.")
+    click.echo(f"The old one is kept: {kept}")
+
+
+def _upgrade_from_node(
+    backend: FileBackend, owner: bytes, found: Status, wallet: str, directory: str
+) -> str | None:
+    with node_snapshot(backend, directory, wallet) as snapshot:
+        assert snapshot is not None
+        rewindable = found.prev_version is not None
+        # One change ahead is an abandoned one: the node's database has the last word.
+        verdict = judge(snapshot.version, found.version, rewindable, first=True)
+        if verdict is Verdict.LOST_STATE:
+            raise LostState(found.version, snapshot.version, backend.url)
+        named = layout1.header_version(backend.path) if layout1.is_layout_1(backend.path) else 0
+        if snapshot.version < named - 1:
+            raise BackupError(
+                f"The backup is damaged: it is good up to version {found.version}, and its header"
+                f" names version {named}. The node's database is at version {snapshot.version}, so"
+                " it may be an old copy.",
+                "Only if you know that it is the node's latest state, run"
+                f" `{CLI} resync --lightning-dir {shlex.quote(directory)}`.",
+            )
+        return backend.replace(snapshot, owner)
+
+
+def _version_reached(backend: Backend, owner: bytes | None) -> int:
+    """The version of the backup, also where it stands behind damage, which is announced.
+
+    Args:
+        owner: whose it must be, if it is not nobody's; None: anybody's.
+    """
+    status = backend.status()
+    tags = (NOBODY[:TAG_SIZE].hex(), owner[:TAG_SIZE].hex() if owner else None)
+    if owner is not None and status.owner is not None and status.owner not in tags:
+        with contextlib.closing(backend):
+            backend.open(owner)  # It knows who took it over.
+    if not status.damage:
+        return status.version
+    with contextlib.closing(backend.read()) as reading:
+        for _ in reading:
+            pass
+    click.echo(f"Warning: {getattr(reading.damage, 'problem', status.damage)}", err=True)
+    return max(status.version, getattr(reading.damage, "newest", None) or 0)
+
+
+def _check_resync(node_version: int, backup_version: int, url: str) -> None:
+    if node_version >= max(backup_version, 1):
+        return
+    if node_version == 0:
+        raise ConfigError(
+            "The node has no database, or an empty one: there is nothing to take a snapshot of.",
+            "If it is elsewhere, add --wallet. If it was lost, run"
+            f" `{CLI} restore {shlex.quote(url)} DEST`.",
+        )
+    refusal = LostState(backup_version, node_version, url)
+    if node_version == backup_version - 1:
+        refusal.next_step = (
+            "One change ahead is usual after a crash: start the node, the plugin takes care of it."
+        )
+    raise BackupError(refusal.problem, refusal.next_step)
+
+
+@main.command()
+@directory_option
+@wallet_option
+@scratch_option
+@click.option(
+    "--no-compare", is_flag=True, help="Compare versions only, not content: for huge databases."
+)
+@click.argument("url")
+def attach(
+    lightning_dir: str, wallet: str | None, scratch: str | None, no_compare: bool, url: str
+) -> None:
+    """Go on with the existing backup at URL: after a restore, or after it was put elsewhere.
+
+    Writes backup.lock, if the node's database and the backup agree, version and content. From
+    then on no other node can write to this backup.
+
+    \b
+    Example:
+        backup-cli attach --lightning-dir ~/.lightning/bitcoin file:///mnt/disk2/node.bkp
+    """
+    directory = node.network_dir(lightning_dir)
+    wallet_path = node_database(directory, wallet)
+    with node.stopped(directory, wallet_path):
+        backend = destinations.backend_for(url)
+        status = backend.status()
+        if status.damage:
+            raise BackupError(status.damage)
+        version = database.version_of(wallet_path)
+        verdict = judge(version, status.version, status.prev_version is not None, first=True)
+        if verdict is Verdict.OUT_OF_DATE:
+            raise BackupError(
+                OutOfDate(status.version, version, directory).problem,
+                f"Move this backup away and run `{CLI} init` for a new one.",
+            )
+        if verdict is Verdict.LOST_STATE and not os.path.exists(wallet_path):
+            raise ConfigError(
+                f"There is no database at {wallet_path}, but the backup is at version"
+                f" {status.version}.",
+                f"If it is elsewhere, add --wallet. If it was lost, run `{CLI} restore"
+                f" {shlex.quote(url)} {shlex.quote(directory)}` first.",
+            )
+        if verdict is Verdict.LOST_STATE:
+            raise LostState(status.version, version, url)
+        if version and no_compare:
+            click.echo(f"Only the versions were compared: {version}.")
+        elif version:
+            _check_same(backend, scratch_prefix(backend, scratch, directory), wallet_path)
+        kept = _take_over(backend, directory)
+    if kept is not None:
+        click.echo(f"The former backup.lock is kept: {kept}")
+    click.echo(
+        f"{os.path.join(directory, node.LOCK_NAME)} now names {url}, at version {status.version}."
+    )
+    click.echo(f"Add to lightningd's config: important-plugin={PLUGIN}")
+
+
+def _check_same(backend: Backend, prefix: str, wallet: str) -> None:
+    """Refuse a backup that does not hold what the node's database ``wallet`` holds."""
+    version = database.version_of(wallet)
+    with (
+        contextlib.closing(backend.read()) as reading,
+        scratching.held(prefix) as base,
+        reading_bar("Comparing", reading) as advance,
+    ):
+        # One change ahead is usual after a crash, and taken back when the node starts.
+        _, problems = restoring.verify(reading, base, wallet, advance, up_to=version)
+    if problems:
+        raise BackupError(
+            f"{backend.url} is not a backup of {wallet}: at version {version}"
+            f" {'; '.join(problems)}.",
+            "Check the URL. If the database is the node's latest state, move this backup away and"
+            f" run `{CLI} init` for a new one.",
+        )
+
+
+def _take_over(backend: Backend, directory: str) -> str | None:
+    """Make the node in ``directory`` the backup's owner; where its old backup.lock is kept."""
+    lock_path = os.path.join(directory, node.LOCK_NAME)
+    compact_at = kept = None
+    with contextlib.closing(backend):
+        owner = _claim(backend)
+        if os.path.lexists(lock_path):
+            with contextlib.suppress(BackupError):
+                compact_at = node.read_lock_file(directory).compact
+            kept = durable.free_name(f"{lock_path}.old")
+            durable.keep(lock_path, kept)
+            durable.remove(lock_path)
+        lock_file = node.LockFile(backend.url, compact_at, owner)
+        try:
+            with node.new_lock_file(directory, lock_file, kept):
+                if owner != NOBODY:
+                    backend.take_over(owner)
+        except BaseException:
+            if kept is not None:
+                durable.replace(kept, lock_path)
+            raise
+    return kept
+
+
+def _claim(backend: Backend) -> bytes:
+    """Open ``backend``; the new owner for it, NOBODY if it is too old to have one."""
+    try:
+        backend.open()
+    except UnsupportedLayout as error:
+        click.echo(f"Warning: {error}", err=True)
+        return NOBODY
+    return secrets.token_bytes(len(NOBODY))
+
+
+@main.command()
+@click.option(
+    "--lightning-dir",
+    metavar="DIR",
+    help="The network directory of the node, which must be stopped. Without it: a server's file.",
+)
+@wallet_option
+@scratch_option
+@click.argument("url")
+@click.argument("new_url")
+def move(
+    lightning_dir: str | None, wallet: str | None, scratch: str | None, url: str, new_url: str
+) -> None:
+    """Move the backup at URL to NEW_URL: copy it, prove the copy, let the node go on with it.
+
+    Between any two destinations. The old backup stays where it is.
+
+    \b
+    Example:
+        backup-cli move --lightning-dir ~/.lightning/bitcoin file:///mnt/disk2/node.bkp \\
+            file:///mnt/disk3/node.bkp
+    """
+    source, target = destinations.backend_for(url), destinations.backend_for(new_url)
+    if lightning_dir is None:
+        _move(source, target, scratch)
+        click.echo(f"Where a server kept {url}, start it on {new_url}.")
+        return
+    directory = node.network_dir(lightning_dir)
+    wallet_path = node_database(directory, wallet)
+    with node.stopped(directory, wallet_path):
+        found = node.read_lock_file(directory).backend_url
+        if found != url:
+            raise ConfigError(
+                f"The backup of the node in {directory} is {found}, not {url}.", "Check the URL."
+            )
+        _move(source, target, scratch, directory)
+        kept = _take_over(target, directory)
+    click.echo(f"The former backup.lock is kept: {kept}")
+    click.echo(f"The node goes on with {new_url}; it cannot write to {url} any more.")
+
+
+def _move(
+    source: Backend, target: Backend, scratch: str | None, directory: str | None = None
+) -> None:
+    target.require_absent()
+    beside = target if isinstance(target, FileBackend) else source
+    prefix = scratch_prefix(beside, scratch, directory)
+    status = source.status()
+    owner = bytes.fromhex(status.owner or "").ljust(len(NOBODY), b"\0")
+    with contextlib.ExitStack() as held:
+        if isinstance(source, FileBackend) and not source.is_old():
+            held.enter_context(contextlib.closing(source))
+            source.open()  # Nobody writes to it meanwhile.
+        with progress_bar("Copying", 0) as advance:
+            upgrading.to_another_place(
+                source, target, owner, prefix, lambda r: advance(r.position, r.total)
+            )
+    for note in status.notes:
+        click.echo(note)
+    click.echo(f"{target.url} holds what {source.url} holds, at version {target.status().version}.")

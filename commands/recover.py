@@ -1,0 +1,117 @@
+"""The command that brings a database back: restore."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+import click
+
+import destinations
+from backend import (
+    Backend,
+    utc,
+)
+from commands.shared import (
+    EXIT_UNSOUND,
+    expand,
+    main,
+    reading_bar,
+)
+from errors import (
+    CLI,
+    BackupError,
+    DoesNotReplay,
+)
+from wallet import restore as restoring
+
+
+@main.command()
+@click.argument("url")
+@click.argument("dest", callback=expand)
+@click.option(
+    "--allow-damaged", is_flag=True, help="Deliver what stands before damage. The last resort."
+)
+@click.option(
+    "--up-to",
+    type=click.IntRange(min=1),
+    metavar="VERSION",
+    help="Stop there, where a later change does not replay. An OLD state.",
+)
+def restore(url: str, dest: str, allow_damaged: bool, up_to: int | None) -> None:
+    """Restore the backup at URL to DEST, a new file or an existing directory.
+
+    Nothing is overwritten.
+
+    \b
+    Example:
+        backup-cli restore file:///mnt/disk2/node.bkp ~/.lightning/bitcoin
+    """
+    backend = destinations.backend_for(url)
+    incomplete: BackupError | None = None
+    try:
+        result, notes = _restored(backend, dest, allow_damaged, up_to)
+    except DoesNotReplay as error:
+        if not allow_damaged or not error.base:
+            raise BackupError(error.problem, error.way_out(url, dest)) from error
+        result, notes = _restored(backend, dest, allow_damaged, error.base)
+        incomplete = error
+    click.echo(f"Restored version {result.version} to {result.path}")
+    when = f"Last change: {utc(result.last_change_ns)}; " if result.last_change_ns else ""
+    click.echo(f"{when}{result.changes} changes replayed")
+    if result.torn_tail:
+        click.echo("An append that was never acknowledged stood at the end and was left out.")
+    for note in notes:
+        click.echo(note)
+    if up_to is not None:
+        incomplete = BackupError(f"What came after version {up_to} is left out, as you asked.")
+    if result.damage is not None or incomplete is not None:
+        _warn_incomplete(result.damage or incomplete)
+        _warn_problems(result.problems)
+        sys.exit(EXIT_UNSOUND)
+    click.echo(
+        "A node must never run on anything but its latest state: if it ran after that time, or"
+        " runs elsewhere, do not start it on this database."
+    )
+    directory = os.path.dirname(result.path)
+    click.echo(
+        "To go on with this backup: "
+        f"{CLI} attach --lightning-dir {shlex.quote(directory)} {shlex.quote(url)}"
+    )
+    _warn_problems(result.problems)
+    if result.problems:
+        sys.exit(EXIT_UNSOUND)
+
+
+def _restored(
+    backend: Backend, dest: str, allow_damaged: bool, up_to: int | None
+) -> tuple[restoring.Restored, Sequence[str]]:
+    """What a pass over the backup delivered, and its notes."""
+    reading = backend.read()
+    with contextlib.closing(reading), reading_bar("Restoring", reading) as advance:
+        return restoring.restore(reading, dest, allow_damaged, advance, up_to), reading.notes
+
+
+def _warn_problems(problems: Sequence[str]) -> None:
+    for problem in problems:
+        click.echo(f"WARNING: {problem}", err=True)
+    if problems:
+        click.echo(
+            "WARNING: SQLite's checks fail for this database. The node's own may have been"
+            " like that: compare it if you still have it.",
+            err=True,
+        )
+
+
+def _warn_incomplete(damage: Exception | None) -> None:
+    click.echo(f"WARNING: {getattr(damage, 'problem', damage)}", err=True)
+    click.echo(
+        "WARNING: this database is an OLD state. Never start the node on it: its peers may take"
+        " the channels' whole funds. Start a new node with the same hsm_secret and"
+        " emergency.recover, and run `lightning-cli emergencyrecover`; use this database only"
+        " to look things up.",
+        err=True,
+    )

@@ -1,0 +1,136 @@
+"""Commands for a backup that is in use: server, compact."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import threading
+from types import MappingProxyType
+
+import click
+
+import destinations
+from backend import (
+    NOTICE,
+    log,
+)
+from commands.shared import (
+    main,
+    progress_bar,
+)
+from errors import (
+    CLI,
+    BackupBusy,
+    BackupError,
+)
+from filebackend import FileBackend
+from socketbackend import SocketBackend
+from upkeep import compaction
+
+LOG_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "notice": NOTICE,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+
+
+@main.command()
+@click.option(
+    "--log-mode",
+    type=click.Choice(["plain", "systemd"]),
+    default="plain",
+    show_default=True,
+    help="systemd: lines begin with <priority>, for journald.",
+)
+@click.option("--log-level", type=click.Choice(list(LOG_LEVELS)), default="info", show_default=True)
+@click.option(
+    "--compact",
+    "compact_at",
+    metavar="SIZE|off",
+    help="Compact once the changes outgrow the snapshot and SIZE.  [default: 64MiB]",
+)
+@click.argument("file_url")
+@click.argument("address", metavar="HOST:PORT")
+def server(
+    file_url: str, address: str, log_mode: str, log_level: str, compact_at: str | None
+) -> None:
+    """Keep a remote node's backup in FILE_URL; the node uses socket:HOST:PORT.
+
+    The backup must exist: make an empty one with init on this host. SIGTERM, SIGINT
+    and SIGHUP end the server once the change in hand is stored.
+
+    \b
+    Example:
+        backup-cli init file:///srv/node.bkp
+        backup-cli server file:///srv/node.bkp 127.0.0.1:8700
+    """
+    import server as serving  # Only this command needs it.
+
+    _log_to_stderr(log_mode, LOG_LEVELS[log_level])
+    least = compaction.parse_least(compact_at)
+    backend = FileBackend(file_url)
+    backend.open()
+    try:
+        running = serving.Server(backend, address, least)
+    except BaseException:
+        backend.close()
+        raise
+    log.log(NOTICE, f"serving {file_url}, at version {backend.version}, on {address}")
+    sys.exit(running.run())
+
+
+@main.command()
+@click.argument("url")
+def compact(url: str) -> None:
+    """Make the backup at URL small again: one snapshot in place of its changes.
+
+    For a file the node is stopped; on a running node use `lightning-cli backup-compact`.
+    For socket: the server does it. Prints the sizes before and after.
+
+    \b
+    Example:
+        backup-cli compact file:///mnt/disk2/node.bkp
+    """
+    backend = destinations.backend_for(url)
+    if isinstance(backend, SocketBackend):
+        result = backend.compact()
+    else:
+        assert isinstance(backend, FileBackend)
+        result = _compact_file(backend)
+    click.echo(json.dumps(result, indent=2))
+
+
+def _compact_file(backend: FileBackend) -> dict[str, dict[str, int]]:
+    try:
+        backend.open()
+    except BackupBusy as error:
+        raise BackupError(
+            error.problem,
+            "On a running node use `lightning-cli backup-compact`; for a server's file"
+            f" `{CLI} compact socket:HOST:PORT`.",
+        ) from error
+    with contextlib.closing(backend), progress_bar("Compacting", 0) as advance:
+        return compaction.Compactor(backend, threading.Lock()).run(advance)
+
+
+class SystemdFormatter(logging.Formatter):
+    """Lines as journald takes them: the syslog priority in angle brackets first."""
+
+    PRIORITIES = MappingProxyType({10: 7, 20: 6, NOTICE: 5, 30: 4, 40: 3, 50: 2})
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        return f"<{self.PRIORITIES.get(record.levelno, 6)}>{record.getMessage()}"
+
+
+def _log_to_stderr(mode: str, level: int) -> None:
+    logging.addLevelName(NOTICE, "NOTICE")
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    for handler in log.handlers:
+        handler.setFormatter(SystemdFormatter() if mode == "systemd" else plain)
+    log.setLevel(level)

@@ -1,0 +1,175 @@
+"""What the commands share: the group, options, the node's database, progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+
+import scratch as scratching
+import space
+import unwind
+from backend import (
+    Backend,
+    Reading,
+    Snapshot,
+    log,
+)
+from errors import (
+    CLI_PATH,
+    BackupError,
+    ConfigError,
+)
+from filebackend import FileBackend
+from wallet import database, node
+
+EXIT_UNSOUND = 3
+"""A database was delivered, but it is incomplete or SQLite's checks found something."""
+
+
+EXIT_WARNING = 4
+
+
+PLUGIN = os.path.join(os.path.dirname(CLI_PATH), "backup.py")
+
+
+class Commands(click.Group):
+    """Turns every BackupError into one line and its exit code, in one place."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except BackupError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(unwind.exit_code(error.exit_code))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"Error: {where}{error.strerror or error}.", err=True)
+            sys.exit(unwind.exit_code(1))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Keep a Core Lightning node's database safe, commit by commit.
+
+    \b
+    A new backup:        backup-cli init --lightning-dir ~/.lightning/bitcoin file:///mnt/disk2/node.bkp
+    Its state:           backup-cli status file:///mnt/disk2/node.bkp
+    After a disaster:    backup-cli restore file:///mnt/disk2/node.bkp ~/.lightning/bitcoin
+
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 restored but not sound,
+    4 sound with a warning.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+
+
+def expand(_context: click.Context, _parameter: click.Parameter, path: str | None) -> str | None:
+    """A path whose ``~`` the shell left as it is, as in ``--against=~/copy``."""
+    return None if path is None else os.path.expanduser(path)
+
+
+directory_option = click.option(
+    "--lightning-dir",
+    metavar="DIR",
+    required=True,
+    help="The node's network directory, such as ~/.lightning/bitcoin.",
+)
+
+
+scratch_option = click.option(
+    "--scratch",
+    metavar="DIR",
+    callback=expand,
+    help="Where to replay; by default beside the backup.",
+)
+
+
+wallet_option = click.option(
+    "--wallet", metavar="FILE", help="The node's database, if it is not in DIR."
+)
+
+
+def node_database(directory: str, wallet: str | None) -> str:
+    """The node's database: ``wallet`` as a path or as lightningd takes it."""
+    if wallet is None:
+        return node.database(directory)
+    if wallet.startswith("postgres:"):
+        raise ConfigError(
+            "A wallet on PostgreSQL is never announced to plugins.",
+            "This plugin cannot back up such a node: use PostgreSQL's replication.",
+        )
+    path = wallet.removeprefix("sqlite3://")
+    if path != wallet:
+        path = path.partition(":")[0]  # sqlite3://a:b names a replica b, too.
+    path = os.path.realpath(os.path.expanduser(path))
+    if not os.path.isfile(path):
+        raise ConfigError(f"There is no database at {path}.", "Check --wallet.")
+    return path
+
+
+def scratch_prefix(backend: Backend, scratch: str | None, otherwise: str | None = None) -> str:
+    """How scratch files begin: in ``scratch``, by default beside the backup.
+
+    Args:
+        otherwise: the directory for a backup that is no file; None: the current one.
+    """
+    beside = getattr(backend, "path", None)
+    directory = scratch or (os.path.dirname(beside) if beside else otherwise or os.getcwd())
+    if not os.path.isdir(directory):
+        raise ConfigError(f"The directory {directory} does not exist.", "Check --scratch.")
+    return os.path.join(directory, f"{os.path.basename(beside or 'backup')}.scratch-")
+
+
+@contextlib.contextmanager
+def node_snapshot(backend: Backend, directory: str, wallet: str) -> Iterator[Snapshot | None]:
+    """A copy of the stopped node's database in a scratch file, or None if it has none."""
+    if not os.path.exists(wallet) or not os.path.getsize(wallet):
+        yield None
+        return
+    beside = getattr(backend, "path", None) or os.path.join(directory, "backup")
+    copies = 2 if isinstance(backend, FileBackend) else 1  # The new log is one, too.
+    space.require(beside, copies * database.size_with_side_files(wallet))
+    with scratching.held(f"{beside}.scratch-") as base:
+        with progress_bar("Copying", 0) as advance:
+            snapshot = database.copy(wallet, f"{base}.sqlite3", advance)
+        yield snapshot
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal for a callback of (done, total)."""
+    if not sys.stderr.isatty():  # click would print the label.
+        yield lambda done, of: None
+        return
+    with click.progressbar(length=max(total, 1), label=label, file=sys.stderr) as bar:
+
+        def advance(done: int, of: int) -> None:
+            bar.length = max(of, 1)
+            bar.update(done - bar.pos)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def reading_bar(label: str, reading: Reading) -> Iterator[Callable[[], None]]:
+    """``progress_bar`` for a callback without arguments: how far ``reading`` is."""
+    with progress_bar(label, reading.total) as advance:
+        yield lambda: advance(reading.position, reading.total)
+
+
+def readable(size: float | None) -> str:
+    """``size`` in bytes, as an operator reads it."""
+    if size is None:
+        return "unknown"
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

@@ -1,0 +1,1 @@
+"""The backup's file: its layouts, reading and writing it, what is known of its checks."""
