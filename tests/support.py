@@ -88,13 +88,12 @@ def first_changes(count: int) -> list[Call]:
 
 def apply_calls(path: Path, calls: Sequence[Call]) -> None:
     """Do to the database ``path`` what a node of one session does."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA foreign_keys = ON")
-    for _, statements in calls:
-        pragma = statements[0].startswith("PRAGMA")
-        for statement in statements if pragma else ["BEGIN", *statements, "COMMIT"]:
-            connection.execute(statement)
-    connection.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA foreign_keys = ON")
+        for _, statements in calls:
+            pragma = statements[0].startswith("PRAGMA")
+            for statement in statements if pragma else ["BEGIN", *statements, "COMMIT"]:
+                connection.execute(statement)
 
 
 def run_cli(*arguments: object, check: int | None = 0, **options: Any) -> Any:
