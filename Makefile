@@ -1,6 +1,7 @@
 # make install   the plugin's packages, into .venv beside the code
 # make demo      the main job, end to end, on recorded traffic of a real node
 # make test      all tests, with coverage
+# make test-all  the tests under every Python from 3.10 on that is here; TESTS=FILE for a part
 # make lint      format, lint and types
 # make bench     speed and memory, as ratios
 # make soak      a million power cuts, random lives, traffic with kills for MINUTES (default 10) each
@@ -9,7 +10,7 @@ PYTHON ?= python3
 MINUTES ?= 10
 VENV := .venv/bin
 
-.PHONY: install demo test lint bench soak clean
+.PHONY: install demo test test-all lint bench soak clean
 
 install: .venv/installed
 
@@ -19,10 +20,21 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(VENV)/python -m pytest -q -n auto --cov --cov-report=term-missing:skip-covered
 
+# The newest patch of each release that pyenv has, else the one on PATH; venvs in .venv-all.
+test-all:
+	for minor in 10 11 12 13 14 15; do \
+		python=$$(ls -d $$HOME/.pyenv/versions/3.$$minor.*/bin/python 2>/dev/null | sort -V | tail -1); \
+		python=$${python:-$$(command -v python3.$$minor)} || continue; \
+		venv=.venv-all/3.$$minor; echo "== $$python"; \
+		$$python -m venv $$venv \
+			&& $$venv/bin/python -m pip install --quiet -r requirements-dev.txt \
+			&& $$venv/bin/python -m pytest -q -n auto $(TESTS) || exit 1; \
+	done
+
 lint: .venv/installed-dev
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
-	$(VENV)/mypy *.py commands filelog wallet upkeep backup-cli tests bench
+	$(VENV)/mypy *.py backup-cli cln_backup commands filelog upkeep wallet tests bench
 
 bench: .venv/installed-dev
 	$(VENV)/python -m bench
@@ -40,4 +52,4 @@ soak: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .coverage
+	rm -rf .venv .venv-all .mypy_cache .ruff_cache .pytest_cache .coverage

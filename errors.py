@@ -28,10 +28,26 @@ import pwd
 import re
 import shlex
 
-CLI_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), "backup-cli")
-"""Path of the command line tool."""
-CLI = shlex.quote(CLI_PATH)
+_HERE = os.path.dirname(os.path.realpath(__file__))
+CLI_PATH = os.path.join(_HERE, "backup-cli")
+"""Path of the command line tool, for a Python that has the packages."""
+
+
+def typed(installed: str, program: str) -> str:
+    """What an operator runs: the command ``installed`` by pip, or ``program`` of a checkout.
+
+    pip puts this file into PREFIX/lib/pythonX.Y/site-packages/cln_backup/program, and the
+    commands into PREFIX/bin. The programs' own first lines may find a Python without packages.
+    """
+    command = os.path.normpath(os.path.join(_HERE, "../../../../../bin", installed))
+    by_pip = _HERE.endswith("/cln_backup/program") and os.path.exists(command)
+    return command if by_pip else os.path.join(_HERE, program)
+
+
+CLI = shlex.quote(typed("backup-cli", "backup-cli"))
 """The command line tool in a line for a shell, for messages that name the next command."""
+PLUGIN = typed("cln-backup-plugin", "backup.py")
+"""The plugin, for lightningd's configuration."""
 _UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]+")
 """Line breaks, and what a terminal would obey: messages quote what comes out of a backup."""
 

@@ -26,7 +26,6 @@ from backend import (
     judge,
 )
 from commands.shared import (
-    PLUGIN,
     directory_option,
     main,
     node_database,
@@ -40,6 +39,7 @@ from commands.shared import (
 )
 from errors import (
     CLI,
+    PLUGIN,
     BackupError,
     ConfigError,
     LostState,

@@ -14,13 +14,13 @@ import scratch as scratching
 import space
 import unwind
 from backend import (
+    RELEASE,
     Backend,
     Reading,
     Snapshot,
     log,
 )
 from errors import (
-    CLI_PATH,
     BackupError,
     ConfigError,
 )
@@ -32,9 +32,6 @@ EXIT_UNSOUND = 3
 
 
 EXIT_WARNING = 4
-
-
-PLUGIN = os.path.join(os.path.dirname(CLI_PATH), "backup.py")
 
 
 class Commands(click.Group):
@@ -54,6 +51,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(RELEASE, prog_name="backup-cli")
 def main() -> None:
     """Keep a Core Lightning node's database safe, commit by commit.
 

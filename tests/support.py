@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from backend import Change, Session, bump
 from filebackend import FileBackend
@@ -87,13 +88,12 @@ def first_changes(count: int) -> list[Call]:
 
 def apply_calls(path: Path, calls: Sequence[Call]) -> None:
     """Do to the database ``path`` what a node of one session does."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA foreign_keys = ON")
-    for _, statements in calls:
-        pragma = statements[0].startswith("PRAGMA")
-        for statement in statements if pragma else ["BEGIN", *statements, "COMMIT"]:
-            connection.execute(statement)
-    connection.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA foreign_keys = ON")
+        for _, statements in calls:
+            pragma = statements[0].startswith("PRAGMA")
+            for statement in statements if pragma else ["BEGIN", *statements, "COMMIT"]:
+                connection.execute(statement)
 
 
 def run_cli(*arguments: object, check: int | None = 0, **options: Any) -> Any:
@@ -142,8 +142,13 @@ class PluginProcess:
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            self._take_all(lines)
+        self._answers.put(None)
+
+    def _take_all(self, lines: IO[bytes]) -> None:
         partial = b""
-        for line in self.process.stdout:
+        for line in lines:
             partial += line
             if line != b"\n" or not partial.strip():
                 continue
@@ -155,7 +160,6 @@ class PluginProcess:
                 self.notifications.append(message)
             else:
                 self._answers.put(message)
-        self._answers.put(None)
 
     def send(self, method: str, params: dict[str, Any], notification: bool = False) -> int:
         """Send a request or a notification; the request's id."""
@@ -237,6 +241,9 @@ class PluginProcess:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.kill()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # What was not sent any more.
+            self.process.stdin.close()
 
 
 def network_dir(tmp_path: Path) -> Path:

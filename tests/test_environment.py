@@ -49,6 +49,8 @@ def app(tmp_path: Path) -> Path:
     directory.mkdir(parents=True)
     for path in [*support.ROOT.glob("*.py"), support.CLI]:
         shutil.copy(path, directory)
+    for room in ("commands", "filelog", "upkeep", "wallet"):
+        shutil.copytree(support.ROOT / room, directory / room)
     return directory
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import subprocess
@@ -583,7 +584,8 @@ def test_missing_spaces(old: Path) -> None:
     written(old, broken)
     node, result = expected(old, whole), restored(old)
     assert database.compare(str(node), str(result)) == []
-    rows = sqlite3.connect(result).execute("SELECT * FROM outputs").fetchall()
+    with contextlib.closing(sqlite3.connect(result)) as connection:
+        rows = connection.execute("SELECT * FROM outputs").fetchall()
     literal = LOOKS_LIKE_IT.replace("''", "'")
     assert rows == [(1, 8, literal), (2, 7, literal + "3")]
 

@@ -155,12 +155,18 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(dir=support.FAST))
+        self.databases = contextlib.ExitStack()
         self.node = Node()
+        self.until_the_end(self.node.connection)
         self.model = Model()
         self.old: list[sqlite3.Connection] = []
         self.session: Session | None = None
         self.backend: Backend | None = None
         self.undo = contextlib.ExitStack()
+
+    def until_the_end(self, connection: sqlite3.Connection) -> sqlite3.Connection:
+        """Close it when this life ends."""
+        return self.databases.enter_context(contextlib.closing(connection))
 
     # Where the backup is
 
@@ -218,7 +224,7 @@ class Life(RuleBasedStateMachine):
         if self.node.version >= version:
             self.resync()
             return
-        self.node.connection = self.restored()
+        self.node.connection = self.until_the_end(self.restored())
         self.node.restart()
         assert state_of(self.node.connection) == self.model.states[-1]
 
@@ -294,7 +300,7 @@ class Life(RuleBasedStateMachine):
             count -= 1
 
     def keep_copy(self) -> None:
-        self.old = [*self.old[-4:], self.node.copy()]
+        self.old = [*self.old[-4:], self.until_the_end(self.node.copy())]
 
     @precondition(lambda self: bool(self.old))
     @rule()
@@ -320,7 +326,7 @@ class Life(RuleBasedStateMachine):
             possible = [model, expected]
             if change.base != model.states[-1][0]:
                 possible.append(model.rewound())
-            found = state_of(self.restored())
+            found = state_of(self.until_the_end(self.restored()))
             # Invariant: one content for each version, the last acknowledged or announced.
             self.model = next(one for one in possible if one.states[-1] == found)
 
@@ -330,11 +336,12 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def acknowledged_implies_restorable(self) -> None:
-        assert state_of(self.restored()) == self.model.states[-1]
+        assert state_of(self.until_the_end(self.restored())) == self.model.states[-1]
 
     def teardown(self) -> None:
         self.crash()
         self.undo.close()
+        self.databases.close()
         self.check_nothing_left()
         shutil.rmtree(self.directory)
 

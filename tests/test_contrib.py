@@ -1,0 +1,174 @@
+"""contrib/: units, cron line, logrotate and Dockerfile, each tried as far as it goes here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import support
+from tests.peers import free_port
+from tests.support import first_changes, make_backup
+
+CONTRIB = support.ROOT / "contrib"
+UNITS = sorted((CONTRIB / "systemd").glob("*.service"))
+LINES = [unit for unit in UNITS if "line" in unit.stem]
+DROP_IN = CONTRIB / "systemd" / "lightningd.service.d" / "node-backup.conf"
+LIGHTNINGD_UNIT = "[Service]\nExecStart=/bin/true\nRestart=on-failure\n"
+MOST_EXPOSED = 2.0
+"""What `systemd-analyze security` may say; a unit without hardening has 9.6."""
+
+systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on PATH"
+)
+
+
+def run(*command: object, check: int = 0, **options: Any) -> Any:
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=support.ANSWER_S,
+        **options,
+    )
+    assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def setting(unit: Path, name: str) -> str:
+    """The one value of ``name`` in ``unit``."""
+    (value,) = re.findall(rf"^{name}=(.*)$", unit.read_text(), re.MULTILINE)
+    return str(value)
+
+
+@systemd
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_units_are_hardened(unit: Path) -> None:
+    said = run("systemd-analyze", "security", "--offline=true", "--no-pager", unit).stdout
+    (exposure,) = re.findall(r"Overall exposure level for .*: ([0-9.]+)", said)
+    assert float(exposure) <= MOST_EXPOSED
+    assert "~@resources" not in setting(unit, "SystemCallFilter"), "compaction lowers its priority"
+
+
+@systemd
+def test_units_are_understood(tmp_path: Path) -> None:
+    for unit in UNITS:
+        # verify wants the programs to exist.
+        text = unit.read_text().replace("/opt/backup/", f"{support.ROOT}/")
+        (tmp_path / unit.name).write_text(text.replace("/usr/bin/ssh", sys.executable))
+    (tmp_path / "lightningd.service").write_text(LIGHTNINGD_UNIT)
+    (tmp_path / "lightningd.service.d").mkdir()
+    shutil.copy(DROP_IN, tmp_path / "lightningd.service.d")
+    units = sorted(tmp_path.glob("*.service"))
+    done = run("systemd-analyze", "verify", "--man=no", *units, env=with_units(tmp_path))
+    complaints = [line for line in done.stderr.splitlines() if str(tmp_path) in line]
+    assert complaints == []
+    assert "node-backup" not in done.stderr
+
+
+def with_units(directory: Path) -> dict[str, str]:
+    """The environment where systemd's programs look into ``directory``, too."""
+    return dict(os.environ, SYSTEMD_UNIT_PATH=f"{directory}:")
+
+
+def test_a_refused_node_is_not_started_for_ever() -> None:
+    """A refusal takes seconds, so the limit is met; a server that is away takes two minutes."""
+    for unit in DROP_IN, CONTRIB / "systemd" / "node-backup.service":
+        within_s = int(setting(unit, "StartLimitIntervalSec"))
+        starts, pause_s = int(setting(unit, "StartLimitBurst")), int(setting(unit, "RestartSec"))
+        assert starts * (pause_s + 10) < within_s
+        assert text_before(unit, "[Service]").count("StartLimit") == 2
+    assert int(setting(DROP_IN, "StartLimitIntervalSec")) < 5 * (30 + 120)
+
+
+def text_before(unit: Path, section: str) -> str:
+    """systemd reads the limits of starts in [Unit] only."""
+    return unit.read_text().partition(section)[0]
+
+
+def test_the_server_s_line_serves(tmp_path: Path) -> None:
+    """ExecStart as it is written, but for the places and the port."""
+    path = make_backup(f"file://{tmp_path}/node.bkp", first_changes(3))
+    line = setting(CONTRIB / "systemd" / "node-backup.service", "ExecStart")
+    program, *words = shlex.split(line)
+    assert program == "/opt/backup/backup-cli"
+    words = [word.replace("/var/lib/node-backup/node.bkp", str(path)) for word in words]
+    words = [word.replace("127.0.0.1:8700", f"127.0.0.1:{free_port()}") for word in words]
+    server = subprocess.Popen(
+        [sys.executable, support.CLI, *words], stderr=subprocess.PIPE, text=True
+    )
+    with server:
+        assert server.stderr is not None
+        said = server.stderr.readline()
+        server.terminate()
+    assert "at version 3" in said
+    assert re.match(r"<\d>", said), "the level, as systemd reads it"
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not on PATH")
+@pytest.mark.parametrize("unit", LINES, ids=lambda unit: unit.stem)
+def test_the_line_s_options_are_ssh_s(unit: Path) -> None:
+    program, *words = shlex.split(setting(unit, "ExecStart"))
+    assert program == "/usr/bin/ssh"
+    said = run("ssh", "-G", "-F", "/dev/null", *words).stdout
+    assert "exitonforwardfailure yes" in said
+    assert re.search(r"(local|remote)forward .*127\.0\.0\.1.*8700 .*127\.0\.0\.1.*8700", said)
+
+
+def test_the_cron_line_is_silent_until_something_is_wrong(tmp_path: Path) -> None:
+    path = make_backup(f"file://{tmp_path}/node.bkp", first_changes(3))
+    line = (CONTRIB / "cron").read_text().splitlines()[-1]
+    assert "%" not in line, "cron ends a command there"
+    command = re.sub(r"^(\S+ ){5}bitcoin ", "", line)
+    python = f"{shlex.quote(sys.executable)} {shlex.quote(str(support.CLI))}"
+    command = command.replace("/opt/backup/backup-cli", python)
+    command = command.replace("/mnt/disk2/node.bkp", str(path))
+    done = run("/bin/sh", "-c", command)
+    if done.stdout:  # A disk that is nearly full here, too.
+        assert done.stdout.startswith("exit code 4: ")
+    path.rename(tmp_path / "gone")
+    done = run("/bin/sh", "-c", command)
+    assert done.stdout.startswith("exit code 1: Error: There is no backup at")
+
+
+@pytest.mark.skipif(shutil.which("logrotate") is None, reason="logrotate is not on PATH")
+def test_a_rotated_log_goes_on(tmp_path: Path) -> None:
+    directory = tmp_path / "log"
+    directory.mkdir(mode=0o755)
+    log = directory / "server.log"
+    config = tmp_path / "logrotate"
+    text = (CONTRIB / "logrotate").read_text()
+    config.write_text(text.replace("/var/log/node-backup", str(directory)))
+    config.chmod(0o644)
+    with log.open("a") as stderr:
+        print("old", file=stderr, flush=True)
+        run("logrotate", "--force", "--state", tmp_path / "state", config)
+        print("new", file=stderr, flush=True)
+    assert (log.read_text(), (directory / "server.log.1").read_text()) == ("new\n", "old\n")
+
+
+def test_the_image_gets_all_that_is_packed() -> None:
+    """Docker is not run here; what it copies is what the package is made of."""
+    text = (CONTRIB / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
+    copied: set[Path] = set()
+    for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE):
+        *sources, target = line.split()
+        assert target.startswith("/usr/src/cln-backup/")
+        for source in sources:
+            found = set(support.ROOT.glob(source))
+            assert found, f"{source} does not exist"
+            copied |= found
+    tracked = run("git", "ls-files", "*.py", "backup-cli", cwd=support.ROOT).stdout.split()
+    for name in tracked:
+        if Path(name).parts[0] not in ("tests", "bench"):
+            path = support.ROOT / name
+            assert copied & {path, *path.parents}, f"{name} is not copied"
+    instructions = {line.split()[0] for line in text.splitlines() if line[:1].isalpha()}
+    assert instructions == {"ARG", "FROM", "RUN", "COPY"}
