@@ -22,6 +22,7 @@ from typing import Any
 
 import durable
 import filebackend
+import space
 from backend import log
 from filelog import writer as logwriter
 from upkeep import child, compaction
@@ -167,7 +168,7 @@ def _apply_settings(is_child: bool) -> None:
     for name, value in json.loads(Path(os.environ[FOLDER], "settings").read_text()).items():
         module, _, constant = name.partition("__")
         if module != "fail":
-            setattr(sys.modules[module], constant, value)
+            setattr({"compaction": compaction, "space": space}[module], constant, value)
         elif is_child:
             setattr(durable, value, _fail)
 

@@ -179,7 +179,7 @@ def test_signal_while_it_starts(number: signal.Signals) -> None:
         "import os, runpy, signal, sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
-        f"        if name == 'compaction': os.kill(os.getpid(), {int(number)})\n"
+        f"        if name == 'upkeep.compaction': os.kill(os.getpid(), {int(number)})\n"
         "sys.meta_path.insert(0, Finder())\n"
         f"sys.path.insert(0, {str(support.ROOT)!r})\n"
         f"runpy.run_path({str(support.CLI)!r}, run_name='__main__')\n"
