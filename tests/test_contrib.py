@@ -122,6 +122,19 @@ def test_the_line_s_options_are_ssh_s(unit: Path) -> None:
     assert re.search(r"(local|remote)forward .*127\.0\.0\.1.*8700 .*127\.0\.0\.1.*8700", said)
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_the_steps_of_the_page_lead_to_the_unit(unit: Path) -> None:
+    """Its account, key and addresses are those that docs/remote.md makes or names."""
+    typed = (support.ROOT / "docs" / "remote.md").read_text()
+    user, line = setting(unit, "User"), setting(unit, "ExecStart")
+    assert f"sudo -u {user} " in typed
+    assert f"contrib/systemd/{unit.name} /etc/systemd/system/" in typed
+    for key in re.findall(r" -i (\S+)", line):
+        assert f'ssh-keygen -t ed25519 -N "" -f {key}\n' in typed
+    for place in re.findall(r"\S+@\S+|file:\S+", line):
+        assert f" {place}\n" in typed
+
+
 def test_the_cron_line_is_silent_until_something_is_wrong(tmp_path: Path) -> None:
     path = make_backup(f"file://{tmp_path}/node.bkp", first_changes(3))
     line = (CONTRIB / "cron").read_text().splitlines()[-1]

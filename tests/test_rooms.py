@@ -41,7 +41,9 @@ BY_STRING = {
 """Who may import what no table of imports shows."""
 
 LEVEL_OF = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
-ROOM_OF = {name: room for rooms in LEVELS for room, names in rooms.items() for name in names.split()}
+ROOM_OF = {
+    name: room for rooms in LEVELS for room, names in rooms.items() for name in names.split()
+}
 
 
 def modules() -> dict[str, Path]:
