@@ -33,6 +33,7 @@ FREE_PAUSE_S = 0.005
 def flush(fd: int) -> None:
     """Put the data of ``fd`` on stable storage, with F_FULLFSYNC where it exists."""
     if _FULL_SYNC is None:
+        # Not fsync: this flushes the size, too, and leaves out only the times.
         os.fdatasync(fd)
     else:
         fcntl.fcntl(fd, _FULL_SYNC)
@@ -42,7 +43,7 @@ def sync_dir(path: str) -> None:
     """Flush the directory ``path``: names created or renamed in it are then durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        os.fsync(fd)  # Names are metadata, of which fdatasync may leave some out.
     finally:
         os.close(fd)
 
@@ -82,6 +83,7 @@ class LogFile:
     def append(self, offset: int, data: bytes) -> None:
         """Write ``data`` at ``offset`` and flush; zeros are there behind it before it is."""
         end = offset + len(data)
+        # Not >: without a zero byte behind it the log would look cut off.
         if end >= self._zero_to:
             self._zero_ahead(end)
         write_all(self.fd, data, offset)
@@ -399,4 +401,5 @@ class WriterLock:
 
     def release(self) -> None:
         """Let the next writer in."""
+        # The file stays: who has just opened this one, and who made a new one, would both write.
         os.close(self._fd)

@@ -466,7 +466,7 @@ class FileBackend(Backend):
             backup_id, _, _ = layout2.decode_header(os.pread(fd, layout2.FIRST_RECORD, 0))
         except layout2.HeaderError:
             return False
-        if newest.sequence == 0:
+        if newest.sequence == 0:  # There may be no record to compare.
             return backup_id == newest.backup_id
         found = os.pread(fd, layout2.HEAD.size, newest.offset)
         head = layout2.decode_head(found, newest.offset, newest.backup_id)
@@ -518,7 +518,7 @@ class FileBackend(Backend):
                 self._failed = failure
             raise failure from error
         self._file.close()
-        file.path = self.path
+        file.path = self.path  # Where an append looks for it from now on.
         self._file, self._end, self._log_start = file, newest.end, log_start
         self._settle(newest)
 
@@ -534,7 +534,7 @@ class FileBackend(Backend):
         if (head.chain, head.sequence) != (counterpart.chain, counterpart.sequence):
             raise BackupError(f"{path} does not stand for the same history as {self.path}.")
         old.start_after(head)
-        data = bytearray()
+        data = bytearray()  # All in one append: a change waits, and catch_up has left little.
         for head, payload in old:
             counterpart = layout2.moved(head, counterpart)
             data += layout2.encode(counterpart, payload)

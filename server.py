@@ -141,10 +141,12 @@ class Keeper:
             first = not self.is_writer(connection)
             outdated = self._is_outdated(connection)
             known = backend.is_last(change) and not self._is_owned()
+            # A PRAGMA that comes twice over one connection was announced twice.
             if known and (change.bumps or first) and not outdated:
                 log.info(f"{connection}: version {change.version} came again; it is stored already")
                 self._take_over(connection)
                 return connection.acknowledge(change.version)
+            # Never the first: a rewind is a request of its own.
             verdict = judge(change.base, backend.version, backend.rewindable, first=False)
             if self._is_owned() or verdict is not Verdict.APPEND or outdated:
                 reason = "a newer connection has written"
@@ -226,6 +228,7 @@ class Keeper:
             return NackCode.TAKEN_OVER, taken_over(newest.version, newest.time_ns)
         if head.chain_before != newest.chain:
             if newest.session not in (head.session, NOBODY):
+                # For good: a rewind by the other one may bring this session's chain back.
                 self._superseded.add(head.session)
                 return NackCode.TAKEN_OVER, taken_over(newest.version, newest.time_ns)
             return NackCode.OTHER_HISTORY, (
@@ -404,6 +407,7 @@ class Connection:
         """The next bytes; b"" at the client's end. Dropped if it is too slow."""
         while True:
             now = time.monotonic()
+            # Between packets it may be silent for ever: keepalive tells if it is gone.
             left_s, reason = IDLE_CHECK_S, ""
             if self._decoder.in_packet:
                 spent_s = now - self._packet_began

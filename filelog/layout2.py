@@ -157,6 +157,7 @@ BEFORE_FIRST = Head(offset=FIRST_RECORD - OVERHEAD, session=NOBODY)
 
 def moved(head: Head, before: Head) -> Head:
     """``head`` of anything but a snapshot, as it stands behind ``before`` in another file."""
+    # Its sequence stays: it goes on across a compaction.
     return head._replace(
         backup_id=before.backup_id,
         offset=before.end,
@@ -254,6 +255,7 @@ def decode_head(data: bytes, offset: int, backup_id: bytes | None) -> Head | Non
     if len(data) < HEAD.size or not data.startswith(MARKER):
         return None
     head = Head._make(HEAD.unpack_from(data))
+    # Offset and random id are this file's own, so that no payload can pass for a record.
     if zlib.crc32(data[: HEAD.size - 4]) != head.crc or head.offset != offset:
         return None
     if backup_id is not None and head.backup_id != backup_id:
@@ -292,7 +294,7 @@ def log_start_by(head: Head) -> int:
     """The log start that fits ``head``, where the file header cannot tell it."""
     if head.kind != Kind.SNAPSHOT:
         return head.offset
-    return head.end if head.flags & FINAL else head.end + 1
+    return head.end if head.flags & FINAL else head.end + 1  # More pieces are to come.
 
 
 def _stands_for(head: Head) -> tuple[int, int, bytes]:
@@ -411,6 +413,7 @@ def _judge_headed(pread: Pread, head: Head, written: int, size: int, rules: int)
 
 def _judge_headless(pread: Pread, offset: int, written: int, size: int, rules: int) -> Tail:
     last = pread(offset + written - _TRAILER_SIZE, _TRAILER_SIZE)
+    # A trailer names its record: one that begins further on is of a later append.
     apart = (int.from_bytes(last[:3], "big") - offset) & 0xFFFFFF
     if rules and last.endswith(b"\n") and 0 < apart < written:
         return Tail(TailKind.DAMAGED, offset, "a broken record with a later append behind it")
