@@ -160,6 +160,17 @@ def test_each_command_sets_an_owner(node_dir: Path, url: str) -> None:
     assert len(owners) == 3
 
 
+def test_resync_replaces_a_file_that_had_no_owner_yet(node_dir: Path, url: str) -> None:
+    node_at(node_dir, 8)
+    path = Path(url.removeprefix("file://"))
+    shutil.copy(support.DATA / "golden" / "layout2-rules0.bkp", path)
+    (node_dir / "backup.lock").write_text(json.dumps({"backend_url": url}))
+    run_cli("resync", "--yes", "--lightning-dir", node_dir)
+    owner = json.loads((node_dir / "backup.lock").read_text())["owner"]
+    found = FileBackend(url).status()
+    assert (found.version, found.owner) == (8, owner[:16])
+
+
 def test_the_old_node_is_refused_by_name(node_dir: Path, place: str, tmp_path: Path) -> None:
     node_at(node_dir, 3)
     if place.startswith("file:"):
