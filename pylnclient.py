@@ -99,6 +99,8 @@ class Stdin:
             piece = os.read(self._in, READ_SIZE)
             if not piece:
                 return ""
+            if not self._held and piece.find(b"\n\n") == len(piece) - 2 >= 0:
+                return piece.decode()  # One message and no more, as nearly always.
             self._held += piece
         found, self._held = self._held, self._held[end + 2 :]
         del found[end + 2 :]
@@ -114,7 +116,7 @@ class Stdin:
             answer = f'"error": {json.dumps(refusal)}'
         else:
             answer = '"result": {"result": "continue"}'
-        number = json.dumps(message.get("id"))
+        number = _encode(message.get("id"))
         self._write(f'{{"jsonrpc": "2.0", "id": {number}, {answer}}}\n\n'.encode())
 
     def _write(self, data: bytes) -> None:
