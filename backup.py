@@ -24,7 +24,7 @@ import threading  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
 from collections import deque  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 from pyln.client import Plugin  # noqa: E402
@@ -34,6 +34,7 @@ import destinations  # noqa: E402
 from backend import Backend, Change, Session, log, too_large  # noqa: E402
 from errors import CLI, CLI_PATH, BackupBusy, BackupError, InvalidChange  # noqa: E402
 from filebackend import FileBackend  # noqa: E402
+from pylnclient import serve_db_write  # noqa: E402
 from socketbackend import SocketBackend  # noqa: E402
 from upkeep import compaction  # noqa: E402
 from upkeep.compaction import Compactor, Housekeeper  # noqa: E402
@@ -50,50 +51,8 @@ LEAVE_BLIND_AFTER_S = 2.0
 ALONE_FOR_S = 0.5
 """How long this must have been the last plugin, without a hook, before it leaves."""
 POLL_S = 0.05
-READ_SIZE = 1 << 16
-"""Bytes that a pipe holds."""
 KEPT_DURATIONS = 10_000
 """Hook times of which backup-status gives the median."""
-
-
-class Stdin:
-    """What lightningd sends, for ``Plugin.stdin``; db_write is served here.
-
-    A message ends with an empty line. pyln-client splits all that it has of one at every piece
-    it gets, so it gets them whole; and it holds a message three times over while that is
-    served, which a large change has no memory for.
-
-    Args:
-        serve: takes each request db_write.
-    """
-
-    def __init__(self, serve: Callable[[dict[str, Any]], None]) -> None:
-        self._serve = serve
-        self._held = bytearray()
-
-    @property
-    def buffer(self) -> Iterator[bytes]:
-        """All other messages."""
-        while text := self._read():
-            message = json.loads(text)
-            if isinstance(message, dict) and message.get("method") == "db_write":
-                text = ""  # It is as large as the change.
-                self._serve(message)
-            else:
-                yield text.encode()
-
-    def _read(self) -> str:
-        """The next message, or nothing at the end of stdin."""
-        stdin, searched = sys.stdin.fileno(), 0
-        while (end := self._held.find(b"\n\n", searched)) < 0:
-            searched = max(len(self._held) - 1, 0)
-            piece = os.read(stdin, READ_SIZE)
-            if not piece:
-                return ""
-            self._held += piece
-        found, self._held = self._held, self._held[end + 2 :]
-        del found[end + 2 :]
-        return found.decode()
 
 
 class LogHandler(logging.Handler):
@@ -125,7 +84,7 @@ class Hook:
         self._refusal: Exception | None = None
         self._busy_since: float | None = None
 
-    def take(self, writes: Any, data_version: Any) -> dict[str, str]:
+    def take(self, writes: Any, data_version: Any) -> None:
         """Store one commit. Raising makes lightningd abort without committing.
 
         Args:
@@ -147,12 +106,15 @@ class Hook:
                 raise
             finally:
                 self._busy_since = None
-        return {"result": "continue"}
 
     def _refuse(self, error: Exception) -> None:
         # Whatever went wrong, what the backup holds now is not known to fit.
         self._refusal = error
-        log.error(str(error) if isinstance(error, BackupError) else f"Internal error: {error!r}")
+        if isinstance(error, BackupError):
+            log.error(str(error))
+        else:
+            log.error(f"Internal error: {error!r}")
+            log.info(traceback.format_exc())
 
     def _measure(self, duration_s: float) -> None:
         self.durations_s.append(duration_s)
@@ -329,11 +291,8 @@ def main() -> None:
     log.addHandler(LogHandler(plugin))
     log.setLevel(logging.INFO)
     hook = Hook()
-    plugin.stdin = Stdin(lambda message: answer_db_write(plugin, hook, message))
+    serve_db_write(plugin, hook.take)
     plugin.add_option("backup-destination", None, "Deprecated and ignored: see backup.lock.")
-
-    # For the manifest: its requests never come to pyln-client.
-    plugin.add_hook("db_write", lambda **_: None)
 
     @plugin.init()  # type: ignore[untyped-decorator]
     def init(options: dict[str, Any], **_: object) -> None:
@@ -359,28 +318,6 @@ def main() -> None:
         threading.Thread(target=leave_last, args=(hook,), daemon=True).start()
 
     serve(plugin)
-
-
-def answer_db_write(plugin: Plugin, hook: Hook, message: dict[str, Any]) -> None:
-    """Serve the request ``message``."""
-    params = message.get("params")
-    given = params if isinstance(params, dict) else {}
-    request = Request(plugin, message.get("id"), "db_write", None)
-    try:
-        result = hook.take(given.get("writes"), given.get("data_version"))
-    except Exception as error:
-        if not isinstance(error, BackupError):
-            plugin.log(traceback.format_exc())
-        refusal = RpcException(str(error))
-    else:
-        # pyln-client formats its stack for every answer, and nobody reads it.
-        sys.tracebacklimit = 0
-        try:
-            request.set_result(result)
-        finally:
-            del sys.tracebacklimit
-        return
-    request.set_exception(refusal)
 
 
 def serve(plugin: Plugin) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -28,9 +29,14 @@ from bench.common import (
 from filebackend import FileBackend
 
 FLOOR = Path(__file__).with_name("floor_plugin.py")
+LOOP = Path(__file__).with_name("floor_loop.py")
 MAX_CHANGES = 4000
 """Changes of one trace; more of a long one would measure the same."""
 TARGET = 1.25
+PACES: tuple[tuple[float, float | None], ...] = ((0.0, None), (0.002, None), (0.01, 1.1))
+"""Seconds between two changes of one plugin, 0.01 at a busy node, and the target."""
+PACED_CHANGES = 200
+"""Changes of one trace at one pace."""
 
 
 class HookCaller:
@@ -95,26 +101,34 @@ Times = tuple[list[float], list[float]]
 """Seconds of each call: ours, and what it is measured against."""
 
 
-def in_turn(callers: Sequence[HookCaller], calls: Sequence[Call]) -> Times:
-    """Send ``calls`` to both of ``callers``, changing who goes first, so that drift cancels."""
+def in_turn(callers: Sequence[HookCaller], calls: Sequence[Call], pause_s: float = 0.0) -> Times:
+    """Send ``calls`` to both of ``callers``, changing who goes first, so that drift cancels.
+
+    Args:
+        pause_s: between two calls of the same; the other's comes in the middle.
+    """
     times: Times = [], []
     for number, message in enumerate(messages(calls)):
         first = number % 2
         for which in (first, 1 - first):
+            if pause_s:
+                time.sleep(pause_s / 2)
             times[which].append(callers[which].call(message))
     return times
 
 
-def measure(scratch: Path, calls: Sequence[Call]) -> Times:
-    """Seconds of each of ``calls`` in our plugin and in the floor, called in turn."""
+def measure(
+    scratch: Path, calls: Sequence[Call], program: Path = FLOOR, pause_s: float = 0.0
+) -> Times:
+    """Seconds of each of ``calls`` in our plugin and in the floor ``program``, called in turn."""
     url = f"file://{scratch}/hook.bkp"
     FileBackend(url).create(None)
     ours = start(node_dir(scratch, "hook-node", url), PLUGIN)
     space = scratch / "floor.bin"
     space.write_bytes(bytes(payload_size(calls) + MIB))
     sync_all()
-    floor = start(scratch, FLOOR, space)
-    times = in_turn((ours, floor), calls)
+    floor = start(scratch, program, space)
+    times = in_turn((ours, floor), calls, pause_s)
     ours.close()
     floor.close()
     return times
@@ -142,7 +156,7 @@ def over_traces(
     return times
 
 
-def round_trip_rows(what: str, times: Times, floor: str, target: float) -> list[Row]:
+def round_trip_rows(what: str, times: Times, floor: str, target: float | None) -> list[Row]:
     """Median, which has the target, and 99th percentile."""
     rows = []
     for name, figure, aim in (
@@ -162,9 +176,18 @@ def round_trip_rows(what: str, times: Times, floor: str, target: float) -> list[
     return rows
 
 
+def paced_row(options: Options, pause_s: float, target: float | None) -> Row:
+    """The median when changes come at a pace, against a loop without pyln-client."""
+    name = f"{pause_s * 1000:.0f} ms between changes"
+    measure_trace = functools.partial(measure, program=LOOP, pause_s=pause_s)
+    times = over_traces(options, f"hook-{pause_s}", PACED_CHANGES, measure_trace)
+    floor = "a bare loop that only writes and flushes"
+    return round_trip_rows(f"hook round trip, {name}", times, floor, target)[0]
+
+
 def run(options: Options) -> list[Row]:
-    """Median and 99th percentile over all recorded changes."""
+    """Median and 99th percentile over all recorded changes, and medians at each pace."""
     times = over_traces(options, "hook", MAX_CHANGES, measure)
-    return round_trip_rows(
-        "hook round trip", times, "a plugin that only writes and flushes", TARGET
-    )
+    floor = "a plugin that only writes and flushes"
+    rows = round_trip_rows("hook round trip", times, floor, TARGET)
+    return rows + [paced_row(options, *pace) for pace in PACES]
