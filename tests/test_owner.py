@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from socketbackend import Refused, SocketBackend
 from tests import support
 from tests.peers import METADATA, REQ_METADATA, OldServer, ServerProcess
 from tests.support import PluginProcess, change, first_changes, run_cli
+from upkeep import compaction
 
 ME, OTHER = secrets.token_bytes(16), secrets.token_bytes(16)
 
@@ -131,6 +133,22 @@ def test_a_compaction_keeps_the_owner(rest: int, url: str) -> None:
     with pytest.raises(OtherOwner):
         write(url, OTHER, 5 + rest)
     write(url, ME, 5 + rest)
+
+
+def test_a_take_over_right_behind_what_a_compaction_folds(url: str) -> None:
+    path = support.make_backup(url, first_changes(3))
+    with contextlib.closing(FileBackend(url)) as backend:
+        backend.open()
+        backend.rewind()  # It is the newest record, and folded, too.
+        prefix = f"{backend.scratch_prefix}compact"
+        built = compaction.build(str(path), prefix)
+        backend.take_over(ME)
+        backend.adopt(f"{prefix}-log", built["copied"], built["last"])
+        compaction.remove_scratch(prefix)
+    write(url, ME, 3)
+    assert FileBackend(url).status(check=True).damage is None
+    assert "sound" in run_cli("compact", url).stdout + run_cli("verify", url).stdout
+    write(url, ME, 4)
 
 
 def node_at(directory: Path, version: int) -> Path:
