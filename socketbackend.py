@@ -208,7 +208,8 @@ NEXT_STEPS = {
     NackCode.OUT_OF_DATE: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
     NackCode.LOST_STATE: f"Move the node's database away and run `{CLI} restore URL DEST`.",
     NackCode.TAKEN_OVER: "Two nodes write to this backup: find out which one holds the latest"
-    " state, and never run the other again.",
+    " state, and never run the other again. If it is right that this node goes on with it, run"
+    f" `{CLI} attach --lightning-dir DIR URL`.",
     NackCode.OTHER_HISTORY: "If this node holds the latest state, stop it and run"
     f" `{CLI} resync --lightning-dir DIR`.",
     NackCode.OLD_SNAPSHOT: "The backup is the newer copy: restore it in place of the node's.",

@@ -194,6 +194,7 @@ def test_the_old_node_is_refused_by_name(node_dir: Path, place: str, tmp_path: P
         with pytest.raises(support.Refused):
             plugin.write(*change(4, "SELECT 2"))
         assert any("belongs to another node" in line for line in plugin.errors())
+        assert any("attach --lightning-dir" in line for line in plugin.errors())
     # Nor may it put its own state in place of the other's.
     node_at(node_dir, 9)
     done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=1)
