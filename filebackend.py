@@ -593,7 +593,7 @@ class FileBackend(Backend):
                 size=tail.offset,
                 allocated=reader.allocated,
                 last_change_ns=last.time_ns or None,
-                owner=last.tag.hex() if reader.rules else None,
+                owner=last.tag.hex() if reader.rules == layout2.RULES else None,
                 torn_tail=tail.kind is TailKind.TORN,
                 checked=check,
                 damage=str(damage) if damage else None,

@@ -32,8 +32,9 @@ snapshot, and one for the snapshot.
 Protocol 2 begins on a connection when the client sends REQ_METADATA with the payload
 ``protocol u32 = 2, claims u8, owner 16 bytes, name of the client's machine in UTF-8`` and the
 server answers METADATA with protocol 2; a server of protocol 1 ignores the payload and
-answers as always. A writer claims its owner with 1: where the backup is another's, the
-server answers NACK. From then on, in place of CHANGE, SNAPSHOT and REWIND:
+answers as always. With a payload that ends before the name, as that of 1.0, which knew of no
+owner, both stay with protocol 1. A writer claims its owner with 1: where the backup is
+another's, the server answers NACK. From then on, in place of CHANGE, SNAPSHOT and REWIND:
 
     type  name      from    payload                                          answer
       10  RECORD    both    a record, compressed                             ACK or NACK
@@ -304,8 +305,11 @@ def claimed_owner(payload: bytes) -> tuple[bytes | None, str]:
 
 
 def agreed_protocol(payload: bytes) -> int:
-    """The protocol that a REQ_METADATA with ``payload`` leads to."""
-    if len(payload) < VERSION.size:
+    """The protocol that a REQ_METADATA with ``payload`` leads to.
+
+    Who cannot name an owner, as 1.0 could not, writes by protocol 1: only what is nobody's.
+    """
+    if len(payload) < CLAIM.size:
         return 1
     return min(NEWEST, max(1, decode_version(payload[: VERSION.size])))
 

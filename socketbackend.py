@@ -68,6 +68,7 @@ COMPACT_TIMEOUT_S = 6 * 3600.0
 """Keepalive notices a server that is gone much earlier."""
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
+OWNER_TRIES = 3
 
 
 class AddrType(enum.Enum):
@@ -207,7 +208,8 @@ NEXT_STEPS = {
     NackCode.OUT_OF_DATE: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
     NackCode.LOST_STATE: f"Move the node's database away and run `{CLI} restore URL DEST`.",
     NackCode.TAKEN_OVER: "Two nodes write to this backup: find out which one holds the latest"
-    " state, and never run the other again.",
+    " state, and never run the other again. If it is right that this node goes on with it, run"
+    f" `{CLI} attach --lightning-dir DIR URL`.",
     NackCode.OTHER_HISTORY: "If this node holds the latest state, stop it and run"
     f" `{CLI} resync --lightning-dir DIR`.",
     NackCode.OLD_SNAPSHOT: "The backup is the newer copy: restore it in place of the node's.",
@@ -630,7 +632,7 @@ class SocketBackend(Backend):
         """
         if self._refusal is not None:
             raise self._refusal
-        started, before = time.monotonic(), self._known
+        started, before, losses = time.monotonic(), self._known, 0
         try:
             while True:
                 try:
@@ -664,11 +666,24 @@ class SocketBackend(Backend):
                         # Of a change sent in protocol 1, the server made it up.
                         self._session = now.details.session
                     return
+                losses += 1
+                self._pause_after(losses, head)
                 if before.details is None and now.details is not None:
                     head, before = self._continuing(head, payload, now.details), now
         except BackupError as error:
             self._refusal = error
             raise
+
+    def _pause_after(self, losses: int, head: Head) -> None:
+        """Wait before ``head``, which was lost ``losses`` times, is sent again."""
+        if head.kind == Kind.OWNER and losses == OWNER_TRIES:
+            raise BackupError(
+                f"The backup server {self._url.target} takes no owner: each time it closes the"
+                " connection.",
+                "It may be of an earlier release: update it, then try again.",
+            )
+        if losses > 1:  # The first loss is as usual; a server that takes no record is not.
+            time.sleep(min(FIRST_PAUSE_S * 2 ** min(losses - 2, 10), LONGEST_PAUSE_S))
 
     def _continuing(self, head: Head, payload: bytes, now: Details) -> Head:
         """``head``, made for a server that spoke protocol 1, as it continues ``now``."""

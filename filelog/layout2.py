@@ -55,7 +55,8 @@ is one less, and its chain is that change's chain before.
 An owner says who may write from there on: 16 random bytes, all zero for nobody in
 particular. It repeats the record before it in all that it says of the history (flags,
 data_version, changes, time, chain before, chain). Right behind a snapshot it has the
-snapshot's sequence, so that a compaction can put it there again.
+snapshot's sequence, so that a compaction can put it there again; or the next one, where
+the take-over came while a compaction made that snapshot.
 
 Behind the newest record the file is zero, up to any size, but for at least one byte: zeros
 are written and flushed before the record in front of them. So a file that ends inside a
@@ -275,8 +276,12 @@ def follows(before: Head | None, head: Head, log_start: int) -> str:
         return "" if alike and final else "the snapshot's pieces do not fit"
     last = before or BEFORE_FIRST
     if head.kind == Kind.OWNER:
-        fits = _state(head) == _state(owner_behind(last, head.session, b""))
-        return "" if fits else "the record does not continue the one before"
+        repeats = owner_behind(last, head.session, b"")
+        if last.kind == Kind.SNAPSHOT and head.sequence == last.sequence + 1:
+            repeats = repeats._replace(sequence=head.sequence)  # It came meanwhile.
+        return (
+            "" if _state(head) == _state(repeats) else "the record does not continue the one before"
+        )
     if head.kind == Kind.REWIND:
         expected = (last.version - 1, last.changes - 1, last.chain, last.chain_before)
         possible = last.rewindable

@@ -759,7 +759,7 @@ def test_damage_in_a_restore_is_named_behind_what_is_sound(local: Local) -> None
     last = support.records_of(path)[-1][0]
     support.flip(path, last.offset + 5000)
     with OldClient("127.0.0.1", local.port) as client:
-        assert client.ask(peers.REQ_METADATA, b"\0\0\0\2")[0] == peers.METADATA
+        assert client.ask(peers.REQ_METADATA, b"\0\0\0\2" + bytes(17))[0] == peers.METADATA
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
         client.send(peers.RESTORE)
         found = [client.receive()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,10 +18,12 @@ from errors import BackupError, OtherOwner
 from filebackend import FileBackend
 from filelog import layout2
 from filelog.layout2 import Kind
+from protocol import Details, Metadata, encode_metadata
 from socketbackend import Refused, SocketBackend
 from tests import support
-from tests.peers import ServerProcess
+from tests.peers import METADATA, REQ_METADATA, OldServer, ServerProcess
 from tests.support import PluginProcess, change, first_changes, run_cli
+from upkeep import compaction
 
 ME, OTHER = secrets.token_bytes(16), secrets.token_bytes(16)
 
@@ -132,6 +135,22 @@ def test_a_compaction_keeps_the_owner(rest: int, url: str) -> None:
     write(url, ME, 5 + rest)
 
 
+def test_a_take_over_right_behind_what_a_compaction_folds(url: str) -> None:
+    path = support.make_backup(url, first_changes(3))
+    with contextlib.closing(FileBackend(url)) as backend:
+        backend.open()
+        backend.rewind()  # It is the newest record, and folded, too.
+        prefix = f"{backend.scratch_prefix}compact"
+        built = compaction.build(str(path), prefix)
+        backend.take_over(ME)
+        backend.adopt(f"{prefix}-log", built["copied"], built["last"])
+        compaction.remove_scratch(prefix)
+    write(url, ME, 3)
+    assert FileBackend(url).status(check=True).damage is None
+    assert "sound" in run_cli("compact", url).stdout + run_cli("verify", url).stdout
+    write(url, ME, 4)
+
+
 def node_at(directory: Path, version: int) -> Path:
     path = directory / "lightningd.sqlite3"
     path.unlink(missing_ok=True)
@@ -186,6 +205,7 @@ def test_the_old_node_is_refused_by_name(node_dir: Path, place: str, tmp_path: P
         with pytest.raises(support.Refused):
             plugin.write(*change(4, "SELECT 2"))
         assert any("belongs to another node" in line for line in plugin.errors())
+        assert any("attach --lightning-dir" in line for line in plugin.errors())
     # Nor may it put its own state in place of the other's.
     node_at(node_dir, 9)
     done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=1)
@@ -216,6 +236,49 @@ def test_protocol_1_writes_only_what_is_nobodys(url: str) -> None:
             client.metadata()
             assert client.change(*first_changes(2)[1])[0] == 7
     assert FileBackend(url).status().version == 1
+
+
+def test_a_writer_of_1_0_writes_only_what_is_nobodys(url: str) -> None:
+    """It offers protocol 2, but cannot name an owner: its sessions would be taken for one."""
+    support.make_backup(url)
+    with ServerProcess(url) as server:
+        with server.client() as client:
+            kind, answer = client.ask(REQ_METADATA, b"\0\0\0\2")
+            assert (kind, answer[:4]) == (METADATA, b"\0\0\0\1")
+            assert client.change(*first_changes(1)[0])[0] == 6
+        write(server.url, NOBODY, 2)
+        claim(server.url, ME)
+        with server.client() as client:
+            client.ask(REQ_METADATA, b"\0\0\0\2")
+            assert client.change(*change(3, "SELECT 1"))[0] == 7
+
+
+def test_a_server_that_takes_no_owner_is_named(node_dir: Path) -> None:
+    """That of 1.0 ends the connection at each take-over: no loop, and nothing has changed."""
+    server = OldServer()
+    details = Details(bytes(16), 0, bytes(16), bytes(16), bytes(16), 0, 64, "1.0")
+    answer = encode_metadata(Metadata(2, 0, 0, 0, details))[5:]
+    server.script[REQ_METADATA] = [(METADATA, answer)]
+    done = run_cli("init", "--lightning-dir", node_dir, server.url, check=1)
+    server.kill()
+    assert "takes no owner" in done.stderr and "earlier release" in done.stderr
+    assert os.listdir(node_dir) == []
+
+
+def test_a_session_of_1_0_is_no_owner(node_dir: Path, url: str, tmp_path: Path) -> None:
+    path = Path(url.removeprefix("file://"))
+    shutil.copy(support.DATA / "golden" / "layout2-rules0.bkp", path)
+    assert FileBackend(url).status().owner is None
+    new = f"file://{tmp_path}/new.bkp"
+    run_cli("move", url, new)
+    write(new, NOBODY, 8)
+    # Nor does it keep the node from a new backup.
+    (node_dir / "backup.lock").write_text(json.dumps({"backend_url": url}))
+    node_at(node_dir, 9)
+    run_cli("resync", "--yes", "--lightning-dir", node_dir)
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*change(10, "SELECT 1"))
+        assert plugin.close() == 0
 
 
 # The path and the open file

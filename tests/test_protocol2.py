@@ -447,23 +447,25 @@ def test_metadata_of_another_form_is_refused() -> None:
         (b"\0\0\2", 1),
         (b"\0\0\0\0", 1),
         (b"\0\0\0\1", 1),
-        (b"\0\0\0\2", 2),
-        (b"\0\0\0\3", 2),
-        (b"\xff\xff\xff\xff", 2),
-        (b"\0\0\0\2 and more to come", 2),
-        (b"\0\0\0\1 and more to come", 1),
-        (b"\2\0\0\0", 2),
+        (b"\0\0\0\2", 1),  # As from 1.0, which cannot name an owner.
+        (b"\0\0\0\2" + bytes(16), 1),
+        (b"\0\0\0\2" + bytes(17), 2),
+        (b"\0\0\0\3" + bytes(17), 2),
+        (b"\xff\xff\xff\xff" + bytes(17), 2),
+        (b"\0\0\0\2" + bytes(17) + b" and more to come", 2),
+        (b"\0\0\0\1" + bytes(17) + b" and more to come", 1),
+        (b"\2\0\0\0" + bytes(17), 2),
     ],
 )
 def test_agreed_protocol(payload: bytes, agreed: int) -> None:
     assert protocol.agreed_protocol(payload) == agreed
 
 
-@given(st.binary(max_size=12))
+@given(st.binary(max_size=40))
 def test_agreed_protocol_is_one_that_is_spoken_here(payload: bytes) -> None:
     agreed = protocol.agreed_protocol(payload)
     assert agreed in (1, 2)
-    offers = int.from_bytes(payload[:4], "big") if len(payload) >= 4 else 0
+    offers = int.from_bytes(payload[:4], "big") if len(payload) >= 21 else 0
     assert agreed == (2 if offers >= 2 else 1)
 
 
