@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import enum
 import hashlib
 import logging
 import secrets
@@ -12,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from decisions import Verdict, judge
 from errors import CLI, BackupError, InvalidChange, LostState, OutOfDate
 
 RELEASE = "1.0.0"
@@ -231,32 +231,6 @@ def _check_text(version: int, payload: bytes) -> None:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise InvalidChange(f"The change to version {version} is not UTF-8.") from error
-
-
-class Verdict(enum.Enum):
-    """What the version rule says of a change."""
-
-    APPEND = "append"
-    REWIND = "rewind the last change, then append"
-    OUT_OF_DATE = "the node is ahead"
-    LOST_STATE = "the backup is ahead"
-
-
-def judge(base: int, version: int, rewindable: bool, first: bool) -> Verdict:
-    """The version rule.
-
-    Args:
-        base: the version that the node's database has before the change.
-        version: the backup's version.
-        rewindable: the backup's last record is a change that bumps.
-        first: the change is the first of a session, where the last stored one may
-            never have been committed.
-    """
-    if base == version:
-        return Verdict.APPEND
-    if first and rewindable and base == version - 1:
-        return Verdict.REWIND
-    return Verdict.OUT_OF_DATE if base > version else Verdict.LOST_STATE
 
 
 def committed(changes: Iterable[Change]) -> Iterator[Change]:

@@ -26,6 +26,7 @@ from backend import (
     log,
     new_session,
 )
+from decisions import may_write
 from errors import (
     CLI,
     BackupBusy,
@@ -280,7 +281,7 @@ class FileBackend(Backend):
                 reader.last = newest
                 raise reader.as_damage(tail.offset, tail.reason)
             last = newest or BEFORE_FIRST._replace(backup_id=reader.backup_id or b"")
-            if owner is not None and owner[:TAG_SIZE] != last.tag:
+            if not may_write(last.tag, owner):
                 raise OtherOwner(self.url, reader.taken_over())
             self._make_durable(newest, tail, reader)
             self._end = tail.offset

@@ -18,12 +18,9 @@ import durable
 import scratch as scratching
 from backend import (
     NOBODY,
-    TAG_SIZE,
     Backend,
     Snapshot,
     Status,
-    Verdict,
-    judge,
 )
 from commands.shared import (
     directory_option,
@@ -37,6 +34,7 @@ from commands.shared import (
     scratch_prefix,
     wallet_option,
 )
+from decisions import Obstacle, may_attach, may_replace, may_resync, may_upgrade
 from errors import (
     CLI,
     PLUGIN,
@@ -277,13 +275,12 @@ def _upgrade_from_node(
 ) -> str | None:
     with node_snapshot(backend, directory, wallet) as snapshot:
         assert snapshot is not None
-        rewindable = found.prev_version is not None
-        # One change ahead is an abandoned one: the node's database has the last word.
-        verdict = judge(snapshot.version, found.version, rewindable, first=True)
-        if verdict is Verdict.LOST_STATE:
-            raise LostState(found.version, snapshot.version, backend.url)
         named = layout1.header_version(backend.path) if layout1.is_layout_1(backend.path) else 0
-        if snapshot.version < named - 1:
+        rewindable = found.prev_version is not None
+        obstacle = may_upgrade(snapshot.version, found.version, rewindable, named)
+        if obstacle is Obstacle.LOST_STATE:
+            raise LostState(found.version, snapshot.version, backend.url)
+        if obstacle is not None:
             raise BackupError(
                 f"The backup is damaged: it is good up to version {found.version}, and its header"
                 f" names version {named}. The node's database is at version {snapshot.version}, so"
@@ -301,8 +298,8 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
         owner: whose it must be, if it is not nobody's; None: anybody's.
     """
     status = backend.status()
-    tags = (NOBODY[:TAG_SIZE].hex(), owner[:TAG_SIZE].hex() if owner else None)
-    if owner is not None and status.owner is not None and status.owner not in tags:
+    found = None if status.owner is None else bytes.fromhex(status.owner)
+    if not may_replace(found, owner):
         with contextlib.closing(backend):
             backend.open(owner)  # It knows who took it over.
     if not status.damage:
@@ -315,16 +312,17 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
 
 
 def _check_resync(node_version: int, backup_version: int, url: str) -> None:
-    if node_version >= max(backup_version, 1):
+    obstacle = may_resync(node_version, backup_version)
+    if obstacle is None:
         return
-    if node_version == 0:
+    if obstacle is Obstacle.NO_DATABASE:
         raise ConfigError(
             "The node has no database, or an empty one: there is nothing to take a snapshot of.",
             "If it is elsewhere, add --wallet. If it was lost, run"
             f" `{CLI} restore {shlex.quote(url)} DEST`.",
         )
     refusal = LostState(backup_version, node_version, url)
-    if node_version == backup_version - 1:
+    if obstacle is Obstacle.ONE_BEHIND:
         refusal.next_step = (
             "One change ahead is usual after a crash: start the node, the plugin takes care of it."
         )
@@ -359,20 +357,21 @@ def attach(
         if status.damage:
             raise BackupError(status.damage)
         version = database.version_of(wallet_path)
-        verdict = judge(version, status.version, status.prev_version is not None, first=True)
-        if verdict is Verdict.OUT_OF_DATE:
+        rewindable, has_database = status.prev_version is not None, os.path.exists(wallet_path)
+        obstacle = may_attach(version, status.version, rewindable, has_database)
+        if obstacle is Obstacle.OUT_OF_DATE:
             raise BackupError(
                 OutOfDate(status.version, version, directory).problem,
                 f"Move this backup away and run `{CLI} init` for a new one.",
             )
-        if verdict is Verdict.LOST_STATE and not os.path.exists(wallet_path):
+        if obstacle is Obstacle.NO_DATABASE:
             raise ConfigError(
                 f"There is no database at {wallet_path}, but the backup is at version"
                 f" {status.version}.",
                 f"If it is elsewhere, add --wallet. If it was lost, run `{CLI} restore"
                 f" {shlex.quote(url)} {shlex.quote(directory)}` first.",
             )
-        if verdict is Verdict.LOST_STATE:
+        if obstacle is not None:
             raise LostState(status.version, version, url)
         if version and no_compare:
             click.echo(f"Only the versions were compared: {version}.")

@@ -21,7 +21,7 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"wire": "protocol stream"},
     {"filelog": "filelog", "wallet": "wallet"},
     {"ground": "backend durable scratch space"},
-    {"bottom": "errors environment unwind"},
+    {"bottom": "decisions errors environment unwind"},
 )
 """From the top down: the rooms of each level, and the modules and packages in each.
 
