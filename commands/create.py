@@ -19,6 +19,7 @@ import scratch as scratching
 from backend import (
     NOBODY,
     Backend,
+    Destination,
     Snapshot,
     Status,
 )
@@ -44,8 +45,6 @@ from errors import (
     OutOfDate,
     UnsupportedLayout,
 )
-from filebackend import FileBackend
-from filelog import layout1
 from upkeep import upgrade as upgrading
 from wallet import database, node
 from wallet import restore as restoring
@@ -85,9 +84,9 @@ def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
                 "To point the node at another existing backup, use `attach`; to start over,"
                 " move backup.lock away.",
             )
-        if isinstance(backend, FileBackend):
-            backend.home = directory
-            _check_owner_can_write(directory, os.path.dirname(backend.path))
+        backend.home = directory
+        for place in backend.directories:
+            _check_owner_can_write(directory, place)
         backend.require_absent()
         with node_snapshot(backend, directory, wallet_path) as snapshot:
             if snapshot is not None:
@@ -124,7 +123,7 @@ def _check_owner_can_write(directory: str, place: str) -> None:
 
 def _init_for_server(url: str) -> None:
     backend = destinations.backend_for(url)
-    if not isinstance(backend, FileBackend):
+    if not backend.can_be_served:
         raise ConfigError(
             f"A backup at {url} is of a node, and no node's directory is given.",
             "Add --lightning-dir DIR.",
@@ -150,8 +149,8 @@ def _report_init(
         f"Keep a copy of {os.path.join(directory, 'hsm_secret')} elsewhere, once: it is not"
         " part of this backup, and without it a restored database is useless."
     )
-    path = getattr(backend, "path", None)
-    if path and os.stat(os.path.dirname(path)).st_dev == os.stat(directory).st_dev:
+    disks = [os.stat(place).st_dev for place in backend.directories]
+    if os.stat(directory).st_dev in disks:
         click.echo(
             "Warning: the backup is on the same disk as the node. It will not survive the"
             " loss of that disk.",
@@ -246,15 +245,11 @@ def _new_owner(directory: str, lock_file: node.LockFile, keep: bool) -> Iterator
 
 
 def _upgrade(
-    backend: Backend, lock_file: node.LockFile | None, wallet: str | None, directory: str
+    backend: Destination, lock_file: node.LockFile | None, wallet: str | None, directory: str
 ) -> None:
-    if not isinstance(backend, FileBackend):
-        raise ConfigError(
-            f"{backend.url} is kept by a server.",
-            f"Stop the server and run `{CLI} upgrade FILE_URL` on its host.",
-        )
+    is_old = backend.is_old()
     found = backend.status()
-    if not backend.is_old():
+    if not is_old:
         click.echo(f"{backend.url} is of {found.layout} already: there is nothing to do.")
         return
     claim = contextlib.nullcontext(NOBODY)
@@ -263,7 +258,7 @@ def _upgrade(
             kept = _upgrade_from_node(backend, owner, found, wallet, directory)
         else:
             with progress_bar("Replaying the old backup", 0) as advance:
-                kept = upgrading.from_log(backend, owner, lambda r: advance(r.position, r.total))
+                kept = backend.rebuild(owner, lambda r: advance(r.position, r.total))
     for note in found.notes:
         click.echo(note)
     click.echo(f"{backend.url} is upgraded, at version {backend.status().version}.")
@@ -271,12 +266,11 @@ def _upgrade(
 
 
 def _upgrade_from_node(
-    backend: FileBackend, owner: bytes, found: Status, wallet: str, directory: str
+    backend: Backend, owner: bytes, found: Status, wallet: str, directory: str
 ) -> str | None:
     with node_snapshot(backend, directory, wallet) as snapshot:
         assert snapshot is not None
-        named = layout1.header_version(backend.path) if layout1.is_layout_1(backend.path) else 0
-        rewindable = found.prev_version is not None
+        rewindable, named = found.prev_version is not None, backend.named_version()
         obstacle = may_upgrade(snapshot.version, found.version, rewindable, named)
         if obstacle is Obstacle.LOST_STATE:
             raise LostState(found.version, snapshot.version, backend.url)
@@ -484,18 +478,14 @@ def _move(
     source: Backend, target: Backend, scratch: str | None, directory: str | None = None
 ) -> None:
     target.require_absent()
-    beside = target if isinstance(target, FileBackend) else source
+    beside = target if target.directories else source
     prefix = scratch_prefix(beside, scratch, directory)
     status = source.status()
     owner = bytes.fromhex(status.owner or "").ljust(len(NOBODY), b"\0")
-    with contextlib.ExitStack() as held:
-        if isinstance(source, FileBackend) and not source.is_old():
-            held.enter_context(contextlib.closing(source))
-            source.open()  # Nobody writes to it meanwhile.
-        with progress_bar("Copying", 0) as advance:
-            upgrading.to_another_place(
-                source, target, owner, prefix, lambda r: advance(r.position, r.total)
-            )
+    with source.held(), progress_bar("Copying", 0) as advance:
+        upgrading.to_another_place(
+            source, target, owner, prefix, lambda r: advance(r.position, r.total)
+        )
     for note in status.notes:
         click.echo(note)
     click.echo(f"{target.url} holds what {source.url} holds, at version {target.status().version}.")
