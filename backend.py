@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import codecs
-import enum
+import contextlib
 import hashlib
 import logging
+import os
 import secrets
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from decisions import Verdict, judge
 from errors import CLI, BackupError, InvalidChange, LostState, OutOfDate
 
 RELEASE = "1.0.0"
 log = logging.getLogger("backup")
 NOTICE = 25
 """Log level between INFO and WARNING, as syslog has it."""
+
+Progress = Callable[[int, int], None]
+"""Takes bytes done and in all."""
 
 MAX_VERSION = 2**32 - 1
 """data_version is a u32 in the hook."""
@@ -233,32 +239,6 @@ def _check_text(version: int, payload: bytes) -> None:
         raise InvalidChange(f"The change to version {version} is not UTF-8.") from error
 
 
-class Verdict(enum.Enum):
-    """What the version rule says of a change."""
-
-    APPEND = "append"
-    REWIND = "rewind the last change, then append"
-    OUT_OF_DATE = "the node is ahead"
-    LOST_STATE = "the backup is ahead"
-
-
-def judge(base: int, version: int, rewindable: bool, first: bool) -> Verdict:
-    """The version rule.
-
-    Args:
-        base: the version that the node's database has before the change.
-        version: the backup's version.
-        rewindable: the backup's last record is a change that bumps.
-        first: the change is the first of a session, where the last stored one may
-            never have been committed.
-    """
-    if base == version:
-        return Verdict.APPEND
-    if first and rewindable and base == version - 1:
-        return Verdict.REWIND
-    return Verdict.OUT_OF_DATE if base > version else Verdict.LOST_STATE
-
-
 def committed(changes: Iterable[Change]) -> Iterator[Change]:
     """What the earlier plugin stored, without the changes that the node never committed.
 
@@ -415,15 +395,26 @@ class Backend(ABC):
         rewindable: whether the last record is a change that may be taken back.
         version_count: changes since the snapshot, and one for the snapshot.
         medium: what a slow call waits for, in words.
+        reconnects: how often the way to it was lost and found again since ``open``.
+        directories: those on this machine in which it keeps its files; none if it is elsewhere.
+        home: the node's network directory, if known: what root creates belongs to its owner.
+        can_be_served: `server` can keep it, so that an empty one can be made without a node.
+        snapshot_copies: copies of a snapshot that ``create`` takes of the disk where scratch
+            files are, with the snapshot itself.
     """
 
     medium = "the disk"
+    directories: Sequence[str] = ()
+    can_be_served = False
+    snapshot_copies = 1
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.version = 0
         self.rewindable = False
         self.version_count = 0
+        self.reconnects = 0
+        self.home: str | None = None
 
     @property
     def prev_version(self) -> int:
@@ -489,6 +480,82 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give up the writer's place."""
+
+    # What commands ask
+
+    def scratch_paths(self, chosen: str | None, otherwise: str | None = None) -> str:
+        """How the paths of scratch files begin: in ``chosen``, by default beside the backup.
+
+        Args:
+            otherwise: the directory for a backup that is elsewhere; None: the current one.
+        """
+        return os.path.join(chosen or otherwise or os.getcwd(), "backup.scratch-")
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep writers away while it is copied, as far as the destination can."""
+        return contextlib.nullcontext()
+
+    def checking(self) -> contextlib.AbstractContextManager[None]:
+        """Be the only one who checks all of it, if checks of a node are known of."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def note_proven(self) -> None:
+        """Remember that it was proven to restore, if a node's checks are remembered already."""
+
+    @abstractmethod
+    def is_old(self) -> bool:
+        """Whether it is of a layout that is read, but not written any more.
+
+        Raises:
+            ConfigError: that is for the server to tell, who keeps it.
+        """
+
+    def named_version(self) -> int:
+        """The version that the header of an old one names, 0 if it names none."""
+        return 0
+
+
+class Destination(Backend):
+    """A Backend with the work that is done beside the node.
+
+    That work needs a Backend, so it stands above those: see destinations.
+    """
+
+    @abstractmethod
+    def keep_house(self, lock: threading.Lock, least: int | None) -> None:
+        """Compact and check it when it is time, as far as that is not done elsewhere.
+
+        Args:
+            lock: held by whoever changes the backup, which is open.
+            least: bytes of changes from which on it is compacted, or None: never.
+        """
+
+    @abstractmethod
+    def compact(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
+        """Make it small now; of one that is open only if its house is kept.
+
+        Args:
+            progress: called with bytes done and in all, if they are known.
+
+        Returns:
+            ``{"before": {"backupsize", "version_count"}, "after": {...}}``, sizes in bytes.
+        """
+
+    @abstractmethod
+    def rebuild(self, owner: bytes, progress: Callable[[Reading], None]) -> str | None:
+        """Replace an old one by one of today's layout with the same content.
+
+        Args:
+            owner: who may write to it, 16 bytes.
+            progress: called now and then with the pass over the old one.
+
+        Returns:
+            Where the old one is kept.
+
+        Raises:
+            BackupError: it is damaged or does not replay; it stays as it is.
+        """
 
 
 class Session:

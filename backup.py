@@ -31,13 +31,10 @@ from pyln.client import Plugin  # noqa: E402
 from pyln.client.plugin import Request, RpcException  # noqa: E402
 
 import destinations  # noqa: E402
-from backend import Backend, Change, Session, log, too_large  # noqa: E402
+from backend import Backend, Change, Destination, Session, log, too_large  # noqa: E402
 from errors import CLI, CLI_PATH, BackupBusy, BackupError, InvalidChange  # noqa: E402
-from filebackend import FileBackend  # noqa: E402
 from pylnclient import serve_db_write  # noqa: E402
-from socketbackend import SocketBackend  # noqa: E402
 from upkeep import compaction  # noqa: E402
-from upkeep.compaction import Compactor, Housekeeper  # noqa: E402
 from wallet import node  # noqa: E402
 
 FIRST_NOTICE_S = 5.0
@@ -76,10 +73,9 @@ class Hook:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.calls = 0
-        self.compactor: Compactor | None = None
         self.durations_s: deque[float] = deque(maxlen=KEPT_DURATIONS)
         self.worst_s = 0.0
-        self.backend: Backend | None = None
+        self.backend: Destination | None = None
         self._session: Session | None = None
         self._refusal: Exception | None = None
         self._busy_since: float | None = None
@@ -128,7 +124,7 @@ class Hook:
             "changes_this_session": self.calls,
             "median_hook_ms": round(1000 * median_s, 3),
             "worst_hook_ms": round(1000 * self.worst_s, 3),
-            "reconnects": getattr(self.backend, "reconnects", 0),
+            "reconnects": self.backend.reconnects if self.backend else 0,
             "last_error": str(self._refusal) if self._refusal else None,
         }
 
@@ -150,10 +146,8 @@ class Hook:
         least = compaction.parse_least(lock_file.compact)
         backend = destinations.backend_for(lock_file.backend_url)
         _open_patiently(backend, lock_file.owner)
+        backend.keep_house(self.lock, least)
         self.backend = backend
-        if isinstance(backend, FileBackend):
-            self.compactor = Compactor(backend, self.lock)
-            Housekeeper(backend, self.compactor, least).start()
         return Session(backend, directory)
 
     def _announce_waits(self) -> None:
@@ -186,11 +180,9 @@ def _open_patiently(backend: Backend, owner: bytes) -> None:
 
 def compact(hook: Hook, request: Request) -> dict[str, Any]:
     """What ``lightning-cli backup-compact`` does and returns."""
-    if hook.compactor is not None:
-        return hook.compactor.run(lambda done, of: request.progress(done, of))
-    if isinstance(hook.backend, SocketBackend):
-        return hook.backend.compact()
-    raise BackupError("The backup is not open yet: the node has written nothing.")
+    if hook.backend is None:
+        raise BackupError("The backup is not open yet: the node has written nothing.")
+    return hook.backend.compact(lambda done, of: request.progress(done, of))
 
 
 def status(hook: Hook) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from backend import (
     log,
     new_session,
 )
+from decisions import may_write
 from errors import (
     CLI,
     BackupBusy,
@@ -95,17 +96,17 @@ class FileBackend(Backend):
 
     Args:
         url: ``file:///path``; ConfigError if it is not of that form.
-
-    Attributes:
-        home: the node's network directory, if known: what root creates belongs to its owner.
     """
+
+    can_be_served = True
+    snapshot_copies = 2  # The new log is one, too.
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         # A rename would replace a symbolic link, not the file that it stands for.
         self.path = os.path.realpath(parse_file_url(url))
+        self.directories = (os.path.dirname(self.path),)
         self.scratch_prefix: str = f"{self.path}.scratch-"
-        self.home: str | None = None
         self._lock: durable.WriterLock | None = None
         self._file: durable.LogFile | None = None
         self._log_start = layout2.FIRST_RECORD
@@ -280,7 +281,7 @@ class FileBackend(Backend):
                 reader.last = newest
                 raise reader.as_damage(tail.offset, tail.reason)
             last = newest or BEFORE_FIRST._replace(backup_id=reader.backup_id or b"")
-            if owner is not None and owner[:TAG_SIZE] != last.tag:
+            if not may_write(last.tag, owner):
                 raise OtherOwner(self.url, reader.taken_over())
             self._make_durable(newest, tail, reader)
             self._end = tail.offset
@@ -557,14 +558,50 @@ class FileBackend(Backend):
             self._lock.release()
             self._lock = None
 
-    # Looking
+    # What commands ask
+
+    def scratch_paths(self, chosen: str | None, otherwise: str | None = None) -> str:
+        """See Backend."""
+        if chosen:
+            return os.path.join(chosen, os.path.basename(self.scratch_prefix))
+        return self.scratch_prefix
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """See Backend. Nobody writes to a file of an old layout."""
+        if self.is_old():
+            yield
+            return
+        with contextlib.closing(self):
+            self.open()
+            yield
+
+    def checking(self) -> contextlib.AbstractContextManager[None]:
+        """See Backend."""
+        return proof.checking(self.path) if self._is_checked() else contextlib.nullcontext()
+
+    def note_proven(self) -> None:
+        """See Backend."""
+        if self._is_checked():
+            with contextlib.suppress(OSError), contextlib.closing(LogReader(self.path)) as reader:
+                if reader.backup_id is not None:
+                    proof.note(self.path, reader.backup_id, **proof.proven_now())
+
+    def _is_checked(self) -> bool:
+        return os.path.exists(self.path + proof.SUFFIX)
+
+    def named_version(self) -> int:
+        """See Backend."""
+        return layout1.header_version(self.path) if layout1.is_layout_1(self.path) else 0
 
     def is_old(self) -> bool:
-        """Whether it is of a layout that is read, but not written any more."""
+        """See Backend."""
         if layout1.is_layout_1(self.path):
             return True
         with contextlib.closing(LogReader(self.path)) as reader:
             return reader.rules != layout2.RULES
+
+    # Looking
 
     def read(self) -> Reading:
         """See Backend."""

@@ -35,12 +35,11 @@ from backend import (
     Change,
     Reading,
     Snapshot,
-    Verdict,
-    judge,
     log,
     payload_bumps,
     taken_over,
 )
+from decisions import Verdict, judge, may_write
 from errors import BackupError, ConfigError, DiskError, InvalidChange
 from filebackend import FileBackend
 from filelog import layout2
@@ -117,7 +116,7 @@ class Keeper:
     def refuse_owner(self, connection: Connection, owner: bytes) -> bool:
         """Refuse ``connection`` if ``owner`` is not the backup's; whether it was."""
         with self.lock:
-            fits = owner[:TAG_SIZE] == self.backend.newest.tag
+            fits = may_write(self.backend.newest.tag, owner)
         if not fits:
             text = f"{connection.machine} as a writer: {self._whose()}"
             connection.refuse(text, NackCode.TAKEN_OVER)

@@ -11,6 +11,7 @@ import platform
 import re
 import socket
 import tempfile
+import threading
 import time
 import zlib
 from collections import deque
@@ -24,8 +25,9 @@ from backend import (
     MAX_CHUNK_SIZE,
     NOBODY,
     TAG_SIZE,
-    Backend,
     Change,
+    Destination,
+    Progress,
     Reading,
     Snapshot,
     Status,
@@ -367,7 +369,7 @@ def fate_by_content(head: Head, before: Details, now: Details) -> Fate:
     return Fate.UNKNOWN
 
 
-class SocketBackend(Backend):
+class SocketBackend(Destination):
     """A destination ``socket:<host>:<port>``.
 
     Args:
@@ -389,7 +391,6 @@ class SocketBackend(Backend):
         self._refusal: BackupError | None = None
         self._rewound: Metadata | None = None
         """What a server of protocol 1 said before the rewind that was the last request."""
-        self.reconnects = 0
 
     # One request on a connection of its own
 
@@ -490,12 +491,11 @@ class SocketBackend(Backend):
         link, found = self._once()
         return SocketReading(link, found, self._url.target)
 
-    def compact(self) -> dict[str, dict[str, int]]:
-        """Let the server compact its file; waits for it.
+    def keep_house(self, lock: threading.Lock, least: int | None) -> None:
+        """See Destination. The server does."""
 
-        Returns:
-            ``{"before": {"backupsize", "version_count"}, "after": {...}}``, sizes in bytes.
-        """
+    def compact(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
+        """See Destination. The server does it, and does not say how far it is."""
         link, _ = self._once()
         try:
             link.send(protocol.encode(PacketType.COMPACT))
@@ -509,6 +509,23 @@ class SocketBackend(Backend):
             raise Unreachable(self._url.target, error) from error
         finally:
             link.close()
+
+    def note_proven(self) -> None:
+        """See Backend. A server takes no such note."""
+
+    def is_old(self) -> bool:
+        """See Backend."""
+        raise self._for_its_server()
+
+    def rebuild(self, owner: bytes, progress: Callable[[Reading], None]) -> str | None:
+        """See Destination."""
+        raise self._for_its_server()
+
+    def _for_its_server(self) -> ConfigError:
+        return ConfigError(
+            f"{self.url} is kept by a server.",
+            f"Stop the server and run `{CLI} upgrade FILE_URL` on its host.",
+        )
 
     # The writer's connection
 

@@ -20,10 +20,9 @@ from backend import (
     NOBODY,
     TAG_SIZE,
     Backend,
+    Destination,
     Snapshot,
     Status,
-    Verdict,
-    judge,
 )
 from commands.shared import (
     directory_option,
@@ -37,6 +36,7 @@ from commands.shared import (
     scratch_prefix,
     wallet_option,
 )
+from decisions import Obstacle, may_attach, may_replace, may_resync, may_upgrade
 from errors import (
     CLI,
     PLUGIN,
@@ -46,8 +46,6 @@ from errors import (
     OutOfDate,
     UnsupportedLayout,
 )
-from filebackend import FileBackend
-from filelog import layout1
 from upkeep import upgrade as upgrading
 from wallet import database, node
 from wallet import restore as restoring
@@ -87,9 +85,9 @@ def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
                 "To point the node at another existing backup, use `attach`; to start over,"
                 " move backup.lock away.",
             )
-        if isinstance(backend, FileBackend):
-            backend.home = directory
-            _check_owner_can_write(directory, os.path.dirname(backend.path))
+        backend.home = directory
+        for place in backend.directories:
+            _check_owner_can_write(directory, place)
         backend.require_absent()
         with node_snapshot(backend, directory, wallet_path) as snapshot:
             if snapshot is not None:
@@ -126,7 +124,7 @@ def _check_owner_can_write(directory: str, place: str) -> None:
 
 def _init_for_server(url: str) -> None:
     backend = destinations.backend_for(url)
-    if not isinstance(backend, FileBackend):
+    if not backend.can_be_served:
         raise ConfigError(
             f"A backup at {url} is of a node, and no node's directory is given.",
             "Add --lightning-dir DIR.",
@@ -152,8 +150,8 @@ def _report_init(
         f"Keep a copy of {os.path.join(directory, 'hsm_secret')} elsewhere, once: it is not"
         " part of this backup, and without it a restored database is useless."
     )
-    path = getattr(backend, "path", None)
-    if path and os.stat(os.path.dirname(path)).st_dev == os.stat(directory).st_dev:
+    disks = [os.stat(place).st_dev for place in backend.directories]
+    if os.stat(directory).st_dev in disks:
         click.echo(
             "Warning: the backup is on the same disk as the node. It will not survive the"
             " loss of that disk.",
@@ -189,7 +187,7 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
             click.echo(f"The node is at version {found}, the backup at version {version}.")
             if not yes:
                 click.confirm("Replace the backup by a snapshot of the node?", abort=True)
-            with _new_owner(directory, lock_file, keep=not override) as owner:
+            with _new_owner(backend, directory, lock_file, keep=not override) as owner:
                 kept = backend.replace(snapshot, owner)
     click.echo(f"The backup {url} is now at version {found}.")
     if kept is not None:
@@ -228,7 +226,9 @@ def upgrade(lightning_dir: str | None, wallet: str | None, file_url: str | None)
 
 
 @contextlib.contextmanager
-def _new_owner(directory: str, lock_file: node.LockFile, keep: bool) -> Iterator[bytes]:
+def _new_owner(
+    backend: Backend, directory: str, lock_file: node.LockFile, keep: bool
+) -> Iterator[bytes]:
     """The owner for a new backup, in backup.lock as soon as it is needed there.
 
     Args:
@@ -243,29 +243,34 @@ def _new_owner(directory: str, lock_file: node.LockFile, keep: bool) -> Iterator
     try:
         yield owner
     except BaseException:
-        node.write_lock_file(directory, lock_file, replace=True)
+        if not _may_be_owned(backend, owner):
+            node.write_lock_file(directory, lock_file, replace=True)
         raise
 
 
+def _may_be_owned(backend: Backend, owner: bytes) -> bool:
+    """Whether ``owner`` may have got the backup before a command failed: an answer may be lost."""
+    try:
+        return backend.status().owner == owner[:TAG_SIZE].hex()
+    except BackupError:
+        return True
+
+
 def _upgrade(
-    backend: Backend, lock_file: node.LockFile | None, wallet: str | None, directory: str
+    backend: Destination, lock_file: node.LockFile | None, wallet: str | None, directory: str
 ) -> None:
-    if not isinstance(backend, FileBackend):
-        raise ConfigError(
-            f"{backend.url} is kept by a server.",
-            f"Stop the server and run `{CLI} upgrade FILE_URL` on its host.",
-        )
+    is_old = backend.is_old()
     found = backend.status()
-    if not backend.is_old():
+    if not is_old:
         click.echo(f"{backend.url} is of {found.layout} already: there is nothing to do.")
         return
     claim = contextlib.nullcontext(NOBODY)
-    with _new_owner(directory, lock_file, keep=True) if lock_file else claim as owner:
+    with _new_owner(backend, directory, lock_file, keep=True) if lock_file else claim as owner:
         if wallet is not None and os.path.exists(wallet) and os.path.getsize(wallet):
             kept = _upgrade_from_node(backend, owner, found, wallet, directory)
         else:
             with progress_bar("Replaying the old backup", 0) as advance:
-                kept = upgrading.from_log(backend, owner, lambda r: advance(r.position, r.total))
+                kept = backend.rebuild(owner, lambda r: advance(r.position, r.total))
     for note in found.notes:
         click.echo(note)
     click.echo(f"{backend.url} is upgraded, at version {backend.status().version}.")
@@ -273,17 +278,15 @@ def _upgrade(
 
 
 def _upgrade_from_node(
-    backend: FileBackend, owner: bytes, found: Status, wallet: str, directory: str
+    backend: Backend, owner: bytes, found: Status, wallet: str, directory: str
 ) -> str | None:
     with node_snapshot(backend, directory, wallet) as snapshot:
         assert snapshot is not None
-        rewindable = found.prev_version is not None
-        # One change ahead is an abandoned one: the node's database has the last word.
-        verdict = judge(snapshot.version, found.version, rewindable, first=True)
-        if verdict is Verdict.LOST_STATE:
+        rewindable, named = found.prev_version is not None, backend.named_version()
+        obstacle = may_upgrade(snapshot.version, found.version, rewindable, named)
+        if obstacle is Obstacle.LOST_STATE:
             raise LostState(found.version, snapshot.version, backend.url)
-        named = layout1.header_version(backend.path) if layout1.is_layout_1(backend.path) else 0
-        if snapshot.version < named - 1:
+        if obstacle is not None:
             raise BackupError(
                 f"The backup is damaged: it is good up to version {found.version}, and its header"
                 f" names version {named}. The node's database is at version {snapshot.version}, so"
@@ -301,8 +304,8 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
         owner: whose it must be, if it is not nobody's; None: anybody's.
     """
     status = backend.status()
-    tags = (NOBODY[:TAG_SIZE].hex(), owner[:TAG_SIZE].hex() if owner else None)
-    if owner is not None and status.owner is not None and status.owner not in tags:
+    found = None if status.owner is None else bytes.fromhex(status.owner)
+    if not may_replace(found, owner):
         with contextlib.closing(backend):
             backend.open(owner)  # It knows who took it over.
     if not status.damage:
@@ -315,16 +318,17 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
 
 
 def _check_resync(node_version: int, backup_version: int, url: str) -> None:
-    if node_version >= max(backup_version, 1):
+    obstacle = may_resync(node_version, backup_version)
+    if obstacle is None:
         return
-    if node_version == 0:
+    if obstacle is Obstacle.NO_DATABASE:
         raise ConfigError(
             "The node has no database, or an empty one: there is nothing to take a snapshot of.",
             "If it is elsewhere, add --wallet. If it was lost, run"
             f" `{CLI} restore {shlex.quote(url)} DEST`.",
         )
     refusal = LostState(backup_version, node_version, url)
-    if node_version == backup_version - 1:
+    if obstacle is Obstacle.ONE_BEHIND:
         refusal.next_step = (
             "One change ahead is usual after a crash: start the node, the plugin takes care of it."
         )
@@ -359,20 +363,21 @@ def attach(
         if status.damage:
             raise BackupError(status.damage)
         version = database.version_of(wallet_path)
-        verdict = judge(version, status.version, status.prev_version is not None, first=True)
-        if verdict is Verdict.OUT_OF_DATE:
+        rewindable, has_database = status.prev_version is not None, os.path.exists(wallet_path)
+        obstacle = may_attach(version, status.version, rewindable, has_database)
+        if obstacle is Obstacle.OUT_OF_DATE:
             raise BackupError(
                 OutOfDate(status.version, version, directory).problem,
                 f"Move this backup away and run `{CLI} init` for a new one.",
             )
-        if verdict is Verdict.LOST_STATE and not os.path.exists(wallet_path):
+        if obstacle is Obstacle.NO_DATABASE:
             raise ConfigError(
                 f"There is no database at {wallet_path}, but the backup is at version"
                 f" {status.version}.",
                 f"If it is elsewhere, add --wallet. If it was lost, run `{CLI} restore"
                 f" {shlex.quote(url)} {shlex.quote(directory)}` first.",
             )
-        if verdict is Verdict.LOST_STATE:
+        if obstacle is not None:
             raise LostState(status.version, version, url)
         if version and no_compare:
             click.echo(f"Only the versions were compared: {version}.")
@@ -485,18 +490,14 @@ def _move(
     source: Backend, target: Backend, scratch: str | None, directory: str | None = None
 ) -> None:
     target.require_absent()
-    beside = target if isinstance(target, FileBackend) else source
+    beside = target if target.directories else source
     prefix = scratch_prefix(beside, scratch, directory)
     status = source.status()
     owner = bytes.fromhex(status.owner or "").ljust(len(NOBODY), b"\0")
-    with contextlib.ExitStack() as held:
-        if isinstance(source, FileBackend) and not source.is_old():
-            held.enter_context(contextlib.closing(source))
-            source.open()  # Nobody writes to it meanwhile.
-        with progress_bar("Copying", 0) as advance:
-            upgrading.to_another_place(
-                source, target, owner, prefix, lambda r: advance(r.position, r.total)
-            )
+    with source.held(), progress_bar("Copying", 0) as advance:
+        upgrading.to_another_place(
+            source, target, owner, prefix, lambda r: advance(r.position, r.total)
+        )
     for note in status.notes:
         click.echo(note)
     click.echo(f"{target.url} holds what {source.url} holds, at version {target.status().version}.")

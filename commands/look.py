@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 
 import click
@@ -13,7 +12,6 @@ import click
 import destinations
 import scratch as scratching
 from backend import (
-    Backend,
     Status,
     utc,
 )
@@ -30,9 +28,6 @@ from errors import (
     BackupError,
     DoesNotReplay,
 )
-from filebackend import FileBackend
-from filelog import proof
-from filelog.reader import LogReader
 from wallet import restore as restoring
 
 NOT_CHECKED = "none at its end (--check reads all of it)"
@@ -53,7 +48,7 @@ def status(url: str, as_json: bool, check: bool) -> None:
     """
     try:
         backend = destinations.backend_for(url)
-        with _checking(backend) if check else contextlib.nullcontext():
+        with backend.checking() if check else contextlib.nullcontext():
             found = backend.status(check)
     except BackupError as error:
         if as_json:
@@ -69,14 +64,6 @@ def status(url: str, as_json: bool, check: bool) -> None:
     if found.damage or found.unsound:
         sys.exit(1)
     sys.exit(EXIT_WARNING if found.warnings else 0)
-
-
-def _checking(backend: Backend) -> contextlib.AbstractContextManager[None]:
-    """Be the only one who checks the backup, if checks of a node are known of beside it."""
-    path = getattr(backend, "path", None)
-    if path is None or not os.path.exists(path + proof.SUFFIX):
-        return contextlib.nullcontext()
-    return proof.checking(path)
 
 
 @main.command()
@@ -116,18 +103,10 @@ def verify(url: str, against: str | None, scratch: str | None) -> None:
             f"The backup at version {version} does not hold: {'; '.join(problems)}.",
             "Keep it, and find out which copy is right before anything is replaced.",
         )
-    _note_proven(backend)
+    backend.note_proven()
     click.echo(f"The backup is sound at version {version}: every record checks and it replays.")
     if against is not None:
         click.echo(f"It is the same as {against}.")
-
-
-def _note_proven(backend: Backend) -> None:
-    """Let `status` know, if a node's checks are remembered beside the backup already."""
-    if isinstance(backend, FileBackend) and os.path.exists(backend.path + proof.SUFFIX):
-        with contextlib.suppress(OSError), contextlib.closing(LogReader(backend.path)) as reader:
-            if reader.backup_id is not None:
-                proof.note(backend.path, reader.backup_id, **proof.proven_now())
 
 
 def _describe(found: Status) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import sys
-import threading
 from types import MappingProxyType
 
 import click
@@ -26,7 +26,6 @@ from errors import (
     BackupError,
 )
 from filebackend import FileBackend
-from socketbackend import SocketBackend
 from upkeep import compaction
 
 LOG_LEVELS = {
@@ -97,25 +96,18 @@ def compact(url: str) -> None:
         backup-cli compact file:///mnt/disk2/node.bkp
     """
     backend = destinations.backend_for(url)
-    if isinstance(backend, SocketBackend):
-        result = backend.compact()
-    else:
-        assert isinstance(backend, FileBackend)
-        result = _compact_file(backend)
-    click.echo(json.dumps(result, indent=2))
-
-
-def _compact_file(backend: FileBackend) -> dict[str, dict[str, int]]:
     try:
-        backend.open()
+        with contextlib.ExitStack() as shown:
+            # Not before there is something to show: a server does not say how far it is.
+            bar = functools.cache(lambda: shown.enter_context(progress_bar("Compacting", 0)))
+            result = backend.compact(lambda done, of: bar()(done, of))
     except BackupBusy as error:
         raise BackupError(
             error.problem,
             "On a running node use `lightning-cli backup-compact`; for a server's file"
             f" `{CLI} compact socket:HOST:PORT`.",
         ) from error
-    with contextlib.closing(backend), progress_bar("Compacting", 0) as advance:
-        return compaction.Compactor(backend, threading.Lock()).run(advance)
+    click.echo(json.dumps(result, indent=2))
 
 
 class SystemdFormatter(logging.Formatter):

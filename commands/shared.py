@@ -24,7 +24,6 @@ from errors import (
     BackupError,
     ConfigError,
 )
-from filebackend import FileBackend
 from wallet import database, node
 
 EXIT_UNSOUND = 3
@@ -118,11 +117,11 @@ def scratch_prefix(backend: Backend, scratch: str | None, otherwise: str | None 
     Args:
         otherwise: the directory for a backup that is no file; None: the current one.
     """
-    beside = getattr(backend, "path", None)
-    directory = scratch or (os.path.dirname(beside) if beside else otherwise or os.getcwd())
+    prefix = backend.scratch_paths(scratch, otherwise)
+    directory = scratch or os.path.dirname(prefix)
     if not os.path.isdir(directory):
         raise ConfigError(f"The directory {directory} does not exist.", "Check --scratch.")
-    return os.path.join(directory, f"{os.path.basename(beside or 'backup')}.scratch-")
+    return prefix
 
 
 @contextlib.contextmanager
@@ -131,10 +130,9 @@ def node_snapshot(backend: Backend, directory: str, wallet: str) -> Iterator[Sna
     if not os.path.exists(wallet) or not os.path.getsize(wallet):
         yield None
         return
-    beside = getattr(backend, "path", None) or os.path.join(directory, "backup")
-    copies = 2 if isinstance(backend, FileBackend) else 1  # The new log is one, too.
-    space.require(beside, copies * database.size_with_side_files(wallet))
-    with scratching.held(f"{beside}.scratch-") as base:
+    prefix = backend.scratch_paths(None, directory)
+    space.require(prefix, backend.snapshot_copies * database.size_with_side_files(wallet))
+    with scratching.held(prefix) as base:
         with progress_bar("Copying", 0) as advance:
             snapshot = database.copy(wallet, f"{base}.sqlite3", advance)
         yield snapshot

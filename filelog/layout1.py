@@ -48,10 +48,9 @@ from backend import (
     Change,
     Reading,
     Status,
-    Verdict,
     bump,
-    judge,
 )
+from decisions import Verdict, judge
 from errors import BackupError, BackupMissing, Damaged, DiskError, InvalidChange
 
 START = b"\x00\x00\x00\x01"

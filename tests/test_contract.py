@@ -1,34 +1,36 @@
-"""What every Backend must do, whatever it is made of. Only its interface is used here."""
+"""What every Destination must do, whatever it is made of. Only its interface is used here."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from backend import FOREIGN_KEYS_OFF, Backend, Change, Snapshot
-from errors import BackupBusy, BackupError, BackupExists
-from filebackend import FileBackend
+from backend import FOREIGN_KEYS_OFF, Change, Destination, Snapshot
+from destinations import backend_for
+from errors import BackupBusy, BackupError, BackupExists, ConfigError
 from socketbackend import SocketBackend
 from tests import support
 from tests.peers import ServerProcess
-from tests.support import Call
+from tests.support import ROOT, Call
 
 OFF = [FOREIGN_KEYS_OFF]
 ON = ["PRAGMA foreign_keys = ON;"]
 
-Connect = Callable[[], Backend]
-"""A new Backend object for the destination of this test."""
+Connect = Callable[[], Destination]
+"""A new Destination object for the destination of this test."""
 
 
 @contextlib.contextmanager
 def file_destination(directory: Path) -> Iterator[Connect]:
     """A file that does not exist yet."""
-    yield lambda: FileBackend(f"file://{directory}/node.bkp")
+    yield lambda: backend_for(f"file://{directory}/node.bkp")
 
 
 @contextlib.contextmanager
@@ -47,7 +49,7 @@ def protocol_1_destination(directory: Path) -> Iterator[Connect]:
     support.make_backup(url)
     with ServerProcess(url, patch="import protocol; protocol.NEWEST = 1") as server:
 
-        def of_protocol_1() -> Backend:
+        def of_protocol_1() -> Destination:
             return SocketBackend(server.url)
 
         yield of_protocol_1
@@ -69,7 +71,7 @@ def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Connect]
 
 
 @contextlib.contextmanager
-def opened(connect: Connect) -> Iterator[Backend]:
+def opened(connect: Connect) -> Iterator[Destination]:
     """The writer: one session of lightningd."""
     backend = connect()
     backend.open()
@@ -79,14 +81,14 @@ def opened(connect: Connect) -> Iterator[Backend]:
         backend.close()
 
 
-def add(backend: Backend, *calls: Call) -> None:
+def add(backend: Destination, *calls: Call) -> None:
     """Store ``calls`` as they come."""
     for version, statements in calls:
         backend.add_change(Change(version, None, statements))
 
 
-def state(backend: Backend) -> tuple[int, int, bool, int]:
-    """What a Backend that is open tells of itself."""
+def state(backend: Destination) -> tuple[int, int, bool, int]:
+    """What a Destination that is open tells of itself."""
     return backend.version, backend.prev_version, backend.rewindable, backend.version_count
 
 
@@ -407,3 +409,80 @@ def test_status(connect: Connect, tmp_path: Path) -> None:
         backend.rewind()
     status = connect().status()
     assert (status.version, status.prev_version, status.version_count) == (3, None, 3)
+
+
+# Work beside the node, and what the commands ask.
+
+
+def test_an_idle_backup_is_compacted(connect: Connect) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, *CALLS)
+    done = connect().compact()
+    assert done["before"]["version_count"] == len(CALLS)
+    assert 0 < done["after"]["version_count"] < len(CALLS)
+    assert connect().status().version == CALLS[-1][0]
+
+
+def test_an_open_backup_whose_house_is_kept_is_compacted_and_goes_on(connect: Connect) -> None:
+    connect().create(None)
+    with opened(connect) as backend:
+        add(backend, *CALLS)
+        backend.keep_house(threading.Lock(), None)
+        seen = list[tuple[int, int]]()
+        assert backend.compact(lambda *at: seen.append(at))["after"]["version_count"] < len(CALLS)
+        add(backend, change(CALLS[-1][0] + 1))
+        assert all(done <= of for done, of in seen) and backend.reconnects == 0
+    assert restored(connect)[1][-1] == change(CALLS[-1][0] + 1)
+
+
+def test_scratch_files_stand_beside_it_or_where_they_are_wanted(
+    connect: Connect, tmp_path: Path
+) -> None:
+    backend = connect()
+    other = str(tmp_path / "other")
+    beside = (*backend.directories, other)[0]
+    assert os.path.dirname(backend.scratch_paths(None, other)) == beside
+    assert os.path.dirname(backend.scratch_paths(None)) == (*backend.directories, os.getcwd())[0]
+    assert os.path.dirname(backend.scratch_paths(other, str(tmp_path))) == other
+
+
+def test_whoever_holds_or_checks_it_lets_go_of_it(connect: Connect) -> None:
+    connect().create(None)
+    with connect().held(), connect().checking():
+        pass
+    connect().note_proven()
+    with opened(connect) as backend:
+        add(backend, CALLS[0])
+    assert connect().named_version() == 0
+
+
+def test_a_held_file_has_no_other_writer(tmp_path: Path) -> None:
+    with file_destination(tmp_path) as connect:
+        connect().create(None)
+        with connect().held(), pytest.raises(BackupBusy):
+            connect().open()
+
+
+def test_only_who_keeps_the_file_tells_whether_it_is_old(connect: Connect) -> None:
+    connect().create(None)
+    backend = connect()
+    if backend.can_be_served:
+        assert not backend.is_old()
+        return
+    with pytest.raises(ConfigError, match="is kept by a server"):
+        backend.is_old()
+    with pytest.raises(ConfigError, match="is kept by a server"):
+        backend.rebuild(bytes(16), lambda reading: None)
+
+
+def test_commands_and_plugin_ask_the_interface() -> None:
+    """They never ask which Destination it is, nor for what only one of them has."""
+    files = [*(ROOT / "commands").glob("*.py"), ROOT / "backup.py"]
+    for file in files:
+        for found in ast.walk(ast.parse(file.read_text())):
+            if isinstance(found, ast.Call) and isinstance(found.func, ast.Name):
+                said = f"{file.name}:{found.lineno}: {ast.unparse(found)}"
+                asked = found.func.id == "isinstance" and "Backend" in said.partition(" ")[2]
+                assert not asked, said
+                assert "backend" not in said or found.func.id not in ("getattr", "hasattr"), said

@@ -220,3 +220,18 @@ def test_home_in_paths_that_no_shell_has_seen(node_dir: Path, url: str, tmp_path
     arguments = ["--against=~/restored.sqlite3", "--scratch=~/scratch"]
     assert "is the same as" in run_cli("verify", url, *arguments, **options).stdout
     assert not (tmp_path / "~").exists()
+
+
+def test_locks_of_files_that_are_gone_are_passed_over(
+    wallet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = wallet.stat()
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    (tmp_path / "locks").write_text(
+        "1: POSIX  ADVISORY  READ 4710 <none>:0 124 124\n"
+        f"2: POSIX  ADVISORY  READ 4711 {place} 124 124\n"
+        f"2: -> POSIX  ADVISORY  WRITE 4712 {place} 0 EOF\n"
+        "3: FLOCK\n"
+    )
+    monkeypatch.setattr(node, "PROC", str(tmp_path))
+    assert list(node._with_lock({(found.st_dev, found.st_ino)})) == [4711, 4712]

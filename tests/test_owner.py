@@ -8,6 +8,8 @@ import json
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -188,6 +190,32 @@ def test_resync_replaces_a_file_that_had_no_owner_yet(node_dir: Path, url: str) 
     owner = json.loads((node_dir / "backup.lock").read_text())["owner"]
     found = FileBackend(url).status()
     assert (found.version, found.owner) == (8, owner[:16])
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_resync_that_fails_late_leaves_the_lock_that_fits(
+    done: bool, node_dir: Path, url: str
+) -> None:
+    """Once the new backup stands, its owner stays in backup.lock; before that, the old one."""
+    node_at(node_dir, 5)
+    support.make_backup(url, first_changes(3))
+    (node_dir / "backup.lock").write_text(json.dumps({"backend_url": url}))
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "from commands import main; from errors import BackupError; import filebackend\n"
+        "real = filebackend.FileBackend.replace\n"
+        "def replace(*arguments, **named):\n"
+        f"    if {done}: real(*arguments, **named)\n"
+        "    raise BackupError('the answer is lost')\n"
+        "filebackend.FileBackend.replace = replace\n"
+        "main()\n"
+    )
+    words = ["resync", "--yes", "--lightning-dir", str(node_dir)]
+    command = [sys.executable, "-c", code, str(support.ROOT), *words]
+    assert subprocess.run(command, capture_output=True).returncode == 1
+    found = json.loads((node_dir / "backup.lock").read_text()).get("owner", NOBODY.hex())
+    assert FileBackend(url).status().owner == found[:16]
+    run_cli("resync", "--yes", "--lightning-dir", node_dir)
 
 
 def test_the_old_node_is_refused_by_name(node_dir: Path, place: str, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"backup-cli": "backup-cli", "demo": "demo", "packaging": "cln_backup"},
     {"commands": "commands"},
     {"plugin": "backup pylnclient", "server": "server"},
-    {"destinations": "destinations", "upkeep": "upkeep"},
+    {"destinations": "destinations"},
+    {"upkeep": "upkeep"},
     {"file": "filebackend", "socket": "socketbackend"},
     {"wire": "protocol stream"},
     {"filelog": "filelog", "wallet": "wallet"},
     {"ground": "backend durable scratch space"},
-    {"bottom": "errors environment unwind"},
+    {"bottom": "decisions errors environment unwind"},
 )
 """From the top down: the rooms of each level, and the modules and packages in each.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import itertools
 import json
 import os
@@ -15,13 +13,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 import durable
 from backend import NOBODY, Change, Session, Snapshot
+from commands import main
 from filebackend import FileBackend
 from filelog.layout1 import is_layout_1
 from tests import support
@@ -467,18 +465,7 @@ def test_old_client_of_an_upgraded_server(old: Path, url: str, tmp_path: Path) -
 STEPS = ("pwrite", "fdatasync", "fsync", "link", "rename", "unlink", "ftruncate")
 
 
-@pytest.fixture(scope="module")
-def command_line() -> ModuleType:
-    """backup-cli as a module."""
-    loader = importlib.machinery.SourceFileLoader("backup_cli", str(CLI))
-    spec = importlib.util.spec_from_loader("backup_cli", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-def run_killed(command_line: ModuleType, kill_at: int, links: bool, arguments: list[str]) -> bool:
+def run_killed(kill_at: int, links: bool, arguments: list[str]) -> bool:
     """Run backup-cli in a fork that is killed in its n-th durable step; whether it was."""
     child = os.fork()
     if child:
@@ -507,7 +494,7 @@ def run_killed(command_line: ModuleType, kill_at: int, links: bool, arguments: l
 
         for name in STEPS:
             setattr(os, name, stepping(name, getattr(os, name)))
-        command_line.main(arguments, standalone_mode=False)
+        main(arguments, standalone_mode=False)
         os._exit(0)
     os._exit(1)
 
@@ -518,7 +505,6 @@ def run_killed(command_line: ModuleType, kill_at: int, links: bool, arguments: l
 def test_killed_at_every_step(
     source: str,
     links: bool,
-    command_line: ModuleType,
     old: Path,
     url: str,
     node: Path,
@@ -538,11 +524,11 @@ def test_killed_at_every_step(
         for stray in old.parent.iterdir():
             stray.unlink()
         old.write_bytes(image)
-        killed = run_killed(command_line, kill_at, links, arguments)
+        killed = run_killed(kill_at, links, arguments)
         outcomes.add(look(old, image, wanted))
         if not old.exists():  # Without links the old file is renamed before the new one is.
             kept_of(old).rename(old)
-        assert not run_killed(command_line, 0, links, arguments)
+        assert not run_killed(0, links, arguments)
         assert look(old, image, wanted) == "new"
         backend = FileBackend(url)
         backend.open()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import os
 import shutil
 import signal
@@ -12,12 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from click.testing import CliRunner, Result
 
 from backend import Snapshot
+from commands import main
 from filebackend import FileBackend
 from filelog import reader as logreader
 from tests import peers, support
@@ -47,23 +45,12 @@ CALLS = [
 SOUND = "The backup is sound at version 5: every record checks and it replays.\n"
 
 
-@pytest.fixture(scope="module")
-def command_line() -> ModuleType:
-    """backup-cli as a module."""
-    loader = importlib.machinery.SourceFileLoader("backup_cli_to_verify", str(CLI))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def verify(command_line: ModuleType) -> Callable[..., Result]:
+def verify() -> Callable[..., Result]:
     """Run ``backup-cli verify`` in this process."""
 
     def run(*arguments: object) -> Result:
-        return CliRunner().invoke(command_line.main, ["verify", *map(str, arguments)])
+        return CliRunner().invoke(main, ["verify", *map(str, arguments)])
 
     return run
 

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 
 import durable
 import space
-from backend import Change, Reading, log
+from backend import Change, Progress, Reading, log
 from errors import BackupError, ConfigError, Unsound
 from filebackend import COMPACTION_FACTOR, FileBackend, disk_warnings
 from filelog import layout2
@@ -58,7 +58,6 @@ AFTER_CHECK_S = 3600.0
 """No check begins so soon after another, even if that one failed or could not be kept."""
 DISK_CHECK_S = 600.0
 
-Progress = Callable[[int, int], None]
 Entry = tuple[Head, bytes]
 
 

@@ -8,6 +8,7 @@ import glob
 import itertools
 import json
 import os
+import re
 import shlex
 import socket
 from collections.abc import Iterator
@@ -272,14 +273,20 @@ def _with_open(files: set[tuple[int, int]]) -> Iterator[int]:
                         break
 
 
+_LOCK = re.compile(r" (-?\d+) ([0-9a-f]+):([0-9a-f]+):(\d+) ")
+"""Process id, device and inode in a line of /proc/locks."""
+
+
 def _with_lock(files: set[tuple[int, int]]) -> Iterator[int]:
     with contextlib.suppress(OSError), open(f"{PROC}/locks") as locks:
         for line in locks:
             # "1: POSIX  ADVISORY  READ 4711 08:02:1837 124 124"; "->" before one that waits.
-            words = line.split()
-            major, minor, inode = words[-3].split(":")
+            found = _LOCK.search(line)  # A file that is gone stands there as "<none>:0".
+            if found is None:
+                continue
+            pid, major, minor, inode = found.groups()
             if (os.makedev(int(major, 16), int(minor, 16)), int(inode)) in files:
-                yield int(words[-4])
+                yield int(pid)
 
 
 def _name_of(pid: int) -> str:

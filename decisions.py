@@ -1,0 +1,111 @@
+"""What is decided about versions, owners and databases: pure functions of plain values.
+
+Nothing is read and nothing is done here. Who asks has looked before, and acts after.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Verdict(enum.Enum):
+    """What the version rule says of a change."""
+
+    APPEND = "append"
+    REWIND = "rewind the last change, then append"
+    OUT_OF_DATE = "the node is ahead"
+    LOST_STATE = "the backup is ahead"
+
+
+class Obstacle(enum.Enum):
+    """Why a command may not go on."""
+
+    NO_DATABASE = "the node has no database, and the backup has one"
+    OUT_OF_DATE = "the node is ahead"
+    ONE_BEHIND = "the backup is ahead by the change that a crash leaves"
+    LOST_STATE = "the backup is ahead"
+    OLD_COPY = "the backup is damaged, and the node is behind what its header names"
+
+
+def judge(base: int, version: int, rewindable: bool, first: bool) -> Verdict:
+    """The version rule.
+
+    Args:
+        base: the version that the node's database has before the change.
+        version: the backup's version.
+        rewindable: the backup's last record is a change that bumps.
+        first: the change is the first of a session, where the last stored one may
+            never have been committed.
+    """
+    if base == version:
+        return Verdict.APPEND
+    if first and rewindable and base == version - 1:
+        return Verdict.REWIND
+    return Verdict.OUT_OF_DATE if base > version else Verdict.LOST_STATE
+
+
+def may_attach(node: int, backup: int, rewindable: bool, has_database: bool) -> Obstacle | None:
+    """What keeps a node from going on with a backup, or None: its next change would fit.
+
+    Args:
+        node: the version of the node's database, 0 if it has none.
+        backup: the backup's version.
+        rewindable: the backup's last record is a change that bumps.
+        has_database: the node has a database, be it an empty one.
+    """
+    verdict = judge(node, backup, rewindable, first=True)
+    if verdict is Verdict.OUT_OF_DATE:
+        return Obstacle.OUT_OF_DATE
+    if verdict is Verdict.LOST_STATE:
+        return Obstacle.LOST_STATE if has_database else Obstacle.NO_DATABASE
+    return None
+
+
+def may_resync(node: int, backup: int) -> Obstacle | None:
+    """What keeps the node's database from replacing a backup, or None: it is no older.
+
+    Args:
+        node: the version of the node's database, 0 if it has none or an empty one.
+        backup: the highest version that is known of the backup, also behind damage.
+    """
+    if node == 0:
+        return Obstacle.NO_DATABASE
+    if node >= backup:
+        return None
+    return Obstacle.ONE_BEHIND if node == backup - 1 else Obstacle.LOST_STATE
+
+
+def may_upgrade(node: int, backup: int, rewindable: bool, named: int) -> Obstacle | None:
+    """What keeps the node's database from replacing a backup of the earlier plugin, or None.
+
+    The database is ahead where that plugin missed a change, and behind by one where the last
+    change is an abandoned one: it has the last word.
+
+    Args:
+        node: the version of the node's database.
+        backup: the version up to which the backup is good.
+        rewindable: the backup's last record is a change that bumps.
+        named: the version that the backup's header names, 0 if it names none.
+    """
+    if judge(node, backup, rewindable, first=True) is Verdict.LOST_STATE:
+        return Obstacle.LOST_STATE
+    return Obstacle.OLD_COPY if node < named - 1 else None
+
+
+def may_write(found: bytes, owner: bytes | None) -> bool:
+    """Whether ``owner`` may write to a backup.
+
+    Args:
+        found: the tag of the backup's owner (backend.TAG_SIZE bytes, zeros for nobody).
+        owner: who wants to write, or None: whose the backup is does not matter.
+    """
+    return owner is None or owner[: len(found)] == found
+
+
+def may_replace(found: bytes | None, owner: bytes | None) -> bool:
+    """Whether ``owner`` may start a backup over: also one of nobody, or if nobody can tell.
+
+    Args:
+        found, owner: as in ``may_write``; None as ``found``: the destination cannot tell.
+    """
+    return found is None or not any(found) or may_write(found, owner)
