@@ -269,6 +269,11 @@ def utc(time_ns: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time_ns // 10**9))
 
 
+def new_owner() -> bytes:
+    """A name for the node that may write to a backup: 16 bytes, random."""
+    return secrets.token_bytes(len(NOBODY))
+
+
 def new_session(owner: bytes) -> bytes:
     """A name for one run of a writer: 16 bytes, the first of ``owner``, the others random."""
     return owner[:TAG_SIZE] + secrets.token_bytes(CHAIN_SIZE - TAG_SIZE)

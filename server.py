@@ -89,6 +89,8 @@ class Keeper:
         self.lock = threading.Lock()
         self._writer: Connection | None = None
         self._newest_writer = 0
+        self._told = NOBODY, ""
+        """The owner's tag when ``_whose`` was last asked, and its answer."""
         self._superseded: set[bytes] = set()
         """Sessions that wrote, and after which another one wrote."""
 
@@ -123,6 +125,13 @@ class Keeper:
         return not fits
 
     def _whose(self) -> str:
+        # Looked up once for each owner: the log is searched, and changes wait for the lock.
+        tag = self.backend.newest.tag
+        if self._told[0] != tag:
+            self._told = tag, self._look_whose()
+        return self._told[1]
+
+    def _look_whose(self) -> str:
         with contextlib.closing(LogReader(self.backend.path)) as reader:
             taken = reader.taken_over()
         if not taken:
@@ -137,21 +146,20 @@ class Keeper:
         """Store ``change`` and acknowledge it, or refuse it."""
         with self.lock:
             backend = self.backend
+            if self._is_owned():
+                return connection.refuse(f"the change to version {change.version}: {OWNED}")
             first = not self.is_writer(connection)
             outdated = self._is_outdated(connection)
-            known = backend.is_last(change) and not self._is_owned()
             # A PRAGMA that comes twice over one connection was announced twice.
-            if known and (change.bumps or first) and not outdated:
+            if backend.is_last(change) and (change.bumps or first) and not outdated:
                 log.info(f"{connection}: version {change.version} came again; it is stored already")
                 self._take_over(connection)
                 return connection.acknowledge(change.version)
             # Never the first: a rewind is a request of its own.
             verdict = judge(change.base, backend.version, backend.rewindable, first=False)
-            if self._is_owned() or verdict is not Verdict.APPEND or outdated:
+            if verdict is not Verdict.APPEND or outdated:
                 reason = "a newer connection has written"
-                if self._is_owned():
-                    reason = OWNED
-                elif verdict is not Verdict.APPEND:
+                if verdict is not Verdict.APPEND:
                     reason = f"{verdict.value}: the backup is at version {backend.version}"
                 return connection.refuse(f"the change to version {change.version}: {reason}")
             self._take_over(connection)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import pwd
-import secrets
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from backend import (
     Destination,
     Snapshot,
     Status,
+    new_owner,
 )
 from commands.shared import (
     directory_option,
@@ -94,7 +94,7 @@ def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
                 click.echo(f"Found an existing database at {wallet_path}")
             # First the small file that is easily taken back: a server's backup is not. It gets
             # its name last: a node finds no backup.lock without a backup.
-            owner = secrets.token_bytes(len(NOBODY))
+            owner = new_owner()
             with node.new_lock_file(directory, node.LockFile(url, owner=owner)):
                 backend.create(snapshot, owner)
             stored = readable(os.path.getsize(snapshot.path)) if snapshot else "nothing yet"
@@ -237,7 +237,7 @@ def _new_owner(
     if keep and lock_file.owner != NOBODY:
         yield lock_file.owner
         return
-    owner = secrets.token_bytes(len(NOBODY))
+    owner = new_owner()
     # First, so that a command that was killed can be typed again.
     node.write_lock_file(directory, dataclasses.replace(lock_file, owner=owner), replace=True)
     try:
@@ -382,7 +382,8 @@ def attach(
         if version and no_compare:
             click.echo(f"Only the versions were compared: {version}.")
         elif version:
-            _check_same(backend, scratch_prefix(backend, scratch, directory), wallet_path)
+            prefix = scratch_prefix(backend, scratch, directory)
+            _check_same(backend, prefix, wallet_path, version)
         kept = _take_over(backend, directory)
     if kept is not None:
         click.echo(f"The former backup.lock is kept: {kept}")
@@ -392,9 +393,12 @@ def attach(
     click.echo(f"Add to lightningd's config: important-plugin={PLUGIN}")
 
 
-def _check_same(backend: Backend, prefix: str, wallet: str) -> None:
-    """Refuse a backup that does not hold what the node's database ``wallet`` holds."""
-    version = database.version_of(wallet)
+def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> None:
+    """Refuse a backup that does not hold what the node's database ``wallet`` holds.
+
+    Args:
+        version: the database's.
+    """
     with (
         contextlib.closing(backend.read()) as reading,
         scratching.held(prefix) as base,
@@ -442,7 +446,7 @@ def _claim(backend: Backend) -> bytes:
     except UnsupportedLayout as error:
         click.echo(f"Warning: {error}", err=True)
         return NOBODY
-    return secrets.token_bytes(len(NOBODY))
+    return new_owner()
 
 
 @main.command()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -27,6 +28,13 @@ def url(tmp_path: Path) -> str:
     """URL of a backup that does not exist yet."""
     (tmp_path / "disk2").mkdir()
     return f"file://{tmp_path}/disk2/node.bkp"
+
+
+@pytest.fixture
+def log_lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the project logs, from INFO on."""
+    caplog.set_level(logging.INFO, "backup")
+    return caplog
 
 
 @pytest.fixture

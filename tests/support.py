@@ -289,6 +289,17 @@ def add_session(url: str, calls: Sequence[Call]) -> None:
     backend.close()
 
 
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[FileBackend]:
+    """The backup at ``url``, open for writing."""
+    backend = FileBackend(url)
+    backend.open()
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
 def records_of(path: Path) -> list[tuple[Head, bytes]]:
     """Head and payload of every record of the backup file ``path``, in order."""
     reader = LogReader(str(path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import random
 import shutil
@@ -47,26 +46,9 @@ def stops(tmp_path: Path) -> Stops:
     return Stops(tmp_path / "stops")
 
 
-@pytest.fixture
-def log_lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, "backup")
-    return caplog
-
-
-@contextlib.contextmanager
-def opened(url: str) -> Iterator[FileBackend]:
-    """The backup at ``url``, open for writing."""
-    backend = FileBackend(url)
-    backend.open()
-    try:
-        yield backend
-    finally:
-        backend.close()
-
-
 def compacted(url: str) -> Statistics:
     """Compact the backup of a stopped node at ``url`` in the real way."""
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         return Compactor(backend, threading.Lock()).run()
 
 
@@ -464,7 +446,7 @@ def test_only_a_snapshot_is_left_as_it_is(url: str, first_snapshot: Path) -> Non
 
 def test_off_and_its_change_stay_together(url: str) -> None:
     path = support.make_backup(url, support.first_changes(3))
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         backend.add_change(Change(3, None, [FOREIGN_KEYS_OFF]))
         Compactor(backend, threading.Lock()).run()
         assert [payload for _, payload in support.records_of(path)[1:]] == [
@@ -481,7 +463,7 @@ def test_off_and_its_change_stay_together(url: str) -> None:
 def test_rewind_right_after_a_compaction(url: str, tmp_path: Path) -> None:
     support.make_backup(url, support.first_changes(9))
     compacted(url)
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         # As after a crash between the hook and the commit: the same version, other content.
         write(backend, [support.change(9, "INSERT INTO items VALUES (900, 'other')")])
         assert backend.version == 9
@@ -493,7 +475,7 @@ def test_rewind_right_after_a_compaction(url: str, tmp_path: Path) -> None:
 def test_open_file_is_the_file_at_the_path_after_every_swap(url: str, tmp_path: Path) -> None:
     path = support.make_backup(url, support.first_changes(5))
     inodes = [path.stat().st_ino]
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         holder = path.open("rb")  # So that no inode's number comes again.
         for version in range(6, 12):
             Compactor(backend, threading.Lock()).run()
@@ -510,7 +492,7 @@ def test_open_file_is_the_file_at_the_path_after_every_swap(url: str, tmp_path: 
 
 def test_no_descriptor_is_left_open(url: str) -> None:
     support.make_backup(url, support.first_changes(5))
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         before = len(os.listdir("/proc/self/fd"))
         for version in range(6, 9):
             write(backend, [support.change(version, f"INSERT INTO items VALUES ({version}, 'x')")])
@@ -543,7 +525,7 @@ class WatchedLock:
 def test_old_log_is_freed_when_no_change_waits(url: str) -> None:
     path = support.make_backup(url, support.first_changes(5))
     inode, lock = path.stat().st_ino, WatchedLock()
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         Compactor(backend, lock).run()  # type: ignore[arg-type]
     assert inode in lock.inodes
     assert inode not in open_inodes()
@@ -556,7 +538,7 @@ def test_scratch_database_is_flushed_in_steps(url: str, monkeypatch: pytest.Monk
         durable, "flush", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
     )
     monkeypatch.setattr(child, "FLUSH_STEP", 4000)
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         assert compact_here(backend)
     assert sum(name.endswith("-new.sqlite3") for name in flushed) >= 12
 
@@ -564,7 +546,7 @@ def test_scratch_database_is_flushed_in_steps(url: str, monkeypatch: pytest.Monk
 def test_reader_that_began_before_finishes(url: str, tmp_path: Path) -> None:
     calls = support.first_changes(300)
     support.make_backup(url, calls)
-    with opened(url) as backend, contextlib.closing(backend.read()) as reading:
+    with support.opened(url) as backend, contextlib.closing(backend.read()) as reading:
         changes = iter(reading)
         seen = [next(changes) for _ in range(3)]
         Compactor(backend, threading.Lock()).run()
@@ -1154,7 +1136,7 @@ def test_crashing_node_while_compactions_run_back_to_back(
     sessions = support.trace_sessions("crash")
     for number, calls in enumerate(sessions):
         if number % 8:  # A start of the plugin takes long; the others go the short way.
-            with opened(url) as backend:
+            with support.opened(url) as backend:
                 write(backend, calls)
                 if number % 8 == 4:
                     compact_here(backend)
@@ -1169,7 +1151,7 @@ def test_crashing_node_while_compactions_run_back_to_back(
             eventually(lambda: is_free(url), "the end of the compacting process")
     recorded = support.trace_database("crash", tmp_path)
     assert database.compare(str(recorded), str(restored_file(url, tmp_path))) == []
-    with opened(url):
+    with support.opened(url):
         assert strays(url) == []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -14,7 +13,6 @@ import sys
 import threading
 import time
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,23 +41,6 @@ SLOW = (
 """A scrub that rests for ever after its first step."""
 
 
-@pytest.fixture
-def log_lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, "backup")
-    return caplog
-
-
-@contextlib.contextmanager
-def opened(url: str) -> Iterator[FileBackend]:
-    """The backup at ``url``, open for writing."""
-    backend = FileBackend(url)
-    backend.open()
-    try:
-        yield backend
-    finally:
-        backend.close()
-
-
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The backup of a recorded node."""
@@ -85,7 +66,7 @@ def small(url: str) -> str:
 
 def look(url: str) -> Proof:
     """Scrub the stopped node's backup at ``url`` if it is time; what is known then."""
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         Scrubber(backend).run_if_due()
     return known(url)
 
@@ -226,7 +207,7 @@ def test_damage_is_an_error_at_once_and_stays_known(
     """As in the plugin and in the server: a Housekeeper in a thread of its own."""
     offset = flip_in_the_middle(traced_url)
     monkeypatch.setattr(compaction, "FIRST_AFTER_S", 0.0)
-    with opened(traced_url) as backend:
+    with support.opened(traced_url) as backend:
         keeper = Housekeeper(backend, Compactor(backend, threading.Lock()), None)
         keeper.start()
         text = eventually(lambda: known(traced_url).unsound, "finding the damage")
@@ -308,7 +289,7 @@ def test_empty_backup_is_sound(url: str) -> None:
 
 
 def test_log_that_is_gone_is_an_error(url: str, log_lines: pytest.LogCaptureFixture) -> None:
-    with opened(small(url)) as backend:
+    with support.opened(small(url)) as backend:
         os.unlink(backend.path)
         Scrubber(backend).run_if_due()
     assert ["There is no backup at" in text for text in told(log_lines, "ERROR")] == [True]
@@ -339,7 +320,7 @@ def test_disk_that_is_full_does_not_count_against_the_backup(cause: str) -> None
 
 def test_growth_meanwhile_is_no_damage(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small(url)
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         scrubber = Scrubber(backend)
         thread = threading.Thread(target=scrubber.run_if_due)
         thread.start()
@@ -357,7 +338,7 @@ def test_growth_meanwhile_is_no_damage(url: str, monkeypatch: pytest.MonkeyPatch
 def test_not_enough_space_for_a_proof_is_said_once(
     url: str, monkeypatch: pytest.MonkeyPatch, log_lines: pytest.LogCaptureFixture
 ) -> None:
-    with opened(small(url)) as backend:
+    with support.opened(small(url)) as backend:
         needed = backend.log_size + backend.snapshot_size + scrub.RESERVE
         scrubber = Scrubber(backend)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, needed - 1))
@@ -414,7 +395,7 @@ def test_failure_is_a_warning_and_no_finding(
 def test_proof_that_cannot_be_kept_is_told(
     url: str, monkeypatch: pytest.MonkeyPatch, log_lines: pytest.LogCaptureFixture
 ) -> None:
-    with opened(small(url)) as backend:
+    with support.opened(small(url)) as backend:
         monkeypatch.setattr(durable, "write_all", lambda *_: os.close(-1))
         assert Scrubber(backend).run_if_due()
     (text,) = told(log_lines, "WARNING")
@@ -436,7 +417,7 @@ def test_status_warns_of_a_proof_of_long_ago_and_verify_renews_it(url: str) -> N
 
 
 def test_compaction_counts_as_a_check_and_a_proof(url: str) -> None:
-    with opened(small(url)) as backend:
+    with support.opened(small(url)) as backend:
         compactor = Compactor(backend, threading.Lock())
         note(url, unsound="Something.", failure="Something.")
         compactor.run()
@@ -447,7 +428,7 @@ def test_compaction_counts_as_a_check_and_a_proof(url: str) -> None:
 
 def test_compaction_with_nothing_to_do_counts_as_nothing(url: str) -> None:
     support.make_backup(url, support.first_changes(1))
-    with opened(url) as backend:
+    with support.opened(url) as backend:
         Compactor(backend, threading.Lock()).run()
     assert known(url) == Proof(known(url).backup_id)
 
@@ -475,7 +456,7 @@ def scrubbing(url: str) -> list[int]:
 
 @pytest.mark.usefixtures("slow_scrub")
 def test_compaction_ends_a_scrub(url: str, log_lines: pytest.LogCaptureFixture) -> None:
-    with opened(small(url)) as backend:
+    with support.opened(small(url)) as backend:
         compactor = Compactor(backend, threading.Lock())
         thread = threading.Thread(target=compactor.scrubber.run_if_due)
         thread.start()
@@ -518,7 +499,7 @@ def test_killed_in_the_middle_leaves_nothing_after_the_next_open(url: str) -> No
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert strays(url) != []
-    with opened(url):
+    with support.opened(url):
         assert strays(url) == []
 
 
