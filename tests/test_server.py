@@ -36,8 +36,8 @@ from tests.peers import (
     ServerProcess,
     digest,
 )
-from tests.test_model import ServerThread, in_this_process
 from tests.test_protocol import PACKETS, mutate
+from tests.whole.test_model import ServerThread, in_this_process
 from wallet.database import compare
 
 OFF = ["PRAGMA foreign_keys = OFF;"]
@@ -454,8 +454,10 @@ def test_stop_is_noticed_before_it_wakes_the_server(
     running = ServerThread(url, port)
 
     def write_late(fd: int, data: bytes) -> int:
-        with socket.create_connection(("127.0.0.1", port)):  # This wakes it, too.
-            running.thread.join(0.5)
+        # This wakes it, too, unless it has not slept yet.
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+        running.thread.join(0.5)
         return write(fd, data)
 
     monkeypatch.setattr(os, "write", write_late)

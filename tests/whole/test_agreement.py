@@ -32,7 +32,7 @@ from tests.cutproxy import DOWN, UP, CutProxy
 from tests.peers import OldClient, ServerProcess
 from tests.stopping import eventually
 from tests.support import Call, PluginProcess, change
-from tests.test_model import CutSocket, ServerThread, compact_in_process, in_this_process
+from tests.whole.test_model import CutSocket, ServerThread, compact_in_process, in_this_process
 from wallet import restore
 from wallet.database import compare
 

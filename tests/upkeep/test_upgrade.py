@@ -36,7 +36,7 @@ from tests.support import (
     first_changes,
     run_cli,
 )
-from tests.test_faults import KEEPS, Disk, PowerCut
+from tests.whole.test_faults import KEEPS, Disk, PowerCut
 from upkeep import upgrade
 from wallet import database, restore
 

@@ -14,7 +14,7 @@ from filelog.layout1 import is_layout_1
 from tests import support
 from tests.layout1_files import EarlierPlugin
 from tests.support import run_cli
-from tests.test_lightningd import MISSING, Bitcoind, Lightningd, Refusal
+from tests.whole.test_lightningd import MISSING, Bitcoind, Lightningd, Refusal
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not on PATH: {', '.join(MISSING)}")
 
