@@ -46,7 +46,7 @@ from filelog import layout2
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
 from protocol import Details, Metadata, Nack, NackCode, PacketType, ProtocolError, SnapshotPart
-from socketbackend import parse_host_port
+from remote.address import parse_host_port
 from stream import Stream
 from upkeep.compaction import Compactor, Housekeeper
 from wallet import database, restore
