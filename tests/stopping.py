@@ -24,6 +24,7 @@ import durable
 import filebackend
 import space
 from backend import log
+from filelog import adoption
 from filelog import writer as logwriter
 from upkeep import child, compaction
 from wallet import restore
@@ -154,7 +155,7 @@ def _patch_child() -> None:
 def _patch_writer() -> None:
     # The compacting process shall be this file, too.
     compaction.__file__ = __file__
-    _around(filebackend.FileBackend, "_copy_rest", "before-copy", "copied")
+    _around(adoption, "_completed", "before-copy", "copied")
     _around(filebackend.FileBackend, "adopt", "", "adopted")
     _around(durable, "replace", "before-rename", "")
     _around(os, "rename", "", "renamed")

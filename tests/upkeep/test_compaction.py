@@ -223,11 +223,11 @@ def compact_here(backend: FileBackend, meanwhile: Callable[[], None] = lambda: N
     prefix = f"{backend.scratch_prefix}compact"
     message = compaction.build(backend.path, prefix)
     meanwhile()
-    newest = backend._newest
+    newest = backend.newest
     if "copied" in message:
         backend.adopt(f"{prefix}-log", message["copied"], message["last"])
     compaction.remove_scratch(prefix)
-    now = backend._newest
+    now = backend.newest
     assert (now.sequence, now.chain, now.version) == (
         newest.sequence,
         newest.chain,
@@ -479,8 +479,8 @@ def test_open_file_is_the_file_at_the_path_after_every_swap(url: str, tmp_path: 
         holder = path.open("rb")  # So that no inode's number comes again.
         for version in range(6, 12):
             Compactor(backend, threading.Lock()).run()
-            assert backend._file is not None
-            here, there = os.fstat(backend._file.fd), path.stat()
+            assert backend._log is not None
+            here, there = os.fstat(backend._log.file.fd), path.stat()
             assert (here.st_ino, here.st_dev) == (there.st_ino, there.st_dev)
             assert here.st_ino != inodes[-1]
             inodes.append(here.st_ino)

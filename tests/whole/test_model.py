@@ -35,12 +35,12 @@ from hypothesis.stateful import (
 )
 
 import durable
-import filebackend
 import server
 import socketbackend
 from backend import FOREIGN_KEYS_OFF, Backend, Change, Session, Snapshot, bump
 from errors import BackupError, DiskError, LostState, OutOfDate
 from filebackend import FileBackend
+from filelog import appender
 from socketbackend import SocketBackend
 from tests import peers, support
 from upkeep import compaction
@@ -373,7 +373,7 @@ def failing_disk(kind: str, after: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(durable, "write_all", write)
         patch.setattr(durable, "flush", flush)
-        patch.setattr(filebackend, "RETRY_FOR_S", 0.0)
+        patch.setattr(appender, "RETRY_FOR_S", 0.0)
         yield
 
 

@@ -340,7 +340,7 @@ def deadly(flag: Path, patch: str) -> str:
     """A patch: the server kills itself at the point that the file ``flag`` names."""
     return (
         f"{patch}\n"
-        "import filebackend, os, server, signal\n"
+        "import os, server, signal; from filelog import appender\n"
         "def at(point):\n"
         f"    flag = {str(flag)!r}\n"
         "    if os.path.exists(flag) and open(flag).read() == point:\n"
@@ -353,7 +353,7 @@ def deadly(flag: Path, patch: str) -> str:
         "        real(*arguments, **options)\n"
         "        at(after)\n"
         "    setattr(owner, name, call)\n"
-        "around(filebackend.FileBackend, '_append', 'before write', 'after write')\n"
+        "around(appender.LogAppender, '_put', 'before write', 'after write')\n"
         "around(server.Connection, 'acknowledge', 'before ack', 'after ack')"
     )
 
