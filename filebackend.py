@@ -218,7 +218,8 @@ class FileBackend(Backend):
 
     def _settle(self) -> None:
         """Move the state in memory: only after the disk did."""
-        log = self._open_log
+        log = self._log
+        assert log is not None
         # Copies: what works beside the node may still ask when this is closed.
         newest, self._log_start = log.newest, log.log_start
         self.newest = newest

@@ -490,6 +490,31 @@ def test_open_file_is_the_file_at_the_path_after_every_swap(url: str, tmp_path: 
     assert restored(url, tmp_path).count("'x'") == 6
 
 
+def test_much_that_comes_meanwhile_is_copied_in_pieces(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support.make_backup(url, support.first_changes(5))
+    sizes: list[int] = []
+    append = durable.LogFile.append
+
+    def noted(file: durable.LogFile, offset: int, data: bytes) -> None:
+        sizes.append(len(data))
+        append(file, offset, data)
+
+    def meanwhile() -> None:
+        for version in range(6, 66):
+            write(backend, [support.change(version, f"INSERT INTO items VALUES ({version}, 'x')")])
+        sizes.clear()
+
+    monkeypatch.setattr(durable, "COPY_SIZE", 2000)
+    monkeypatch.setattr(durable.LogFile, "append", noted)
+    with support.opened(url) as backend:
+        compact_here(backend, meanwhile)
+        assert len(sizes) > 5 and max(sizes) < 2500
+        write(backend, [support.change(66, "INSERT INTO items VALUES (66, 'x')")])
+    assert restored(url, tmp_path).count("'x'") == 61
+
+
 def test_no_descriptor_is_left_open(url: str) -> None:
     support.make_backup(url, support.first_changes(5))
     with support.opened(url) as backend:
