@@ -28,7 +28,7 @@ import filebackend
 from backend import FOREIGN_KEYS_OFF, NOBODY, Change, Session, Snapshot, bump
 from errors import BackupError, BackupMissing, LostState, OutOfDate, UnsupportedLayout
 from filebackend import FileBackend
-from filelog import layout1, layout2
+from filelog import adoption, appender, layout1, layout2
 from filelog import reader as logreader
 from filelog import writer as logwriter
 from filelog.layout2 import Tail, TailKind
@@ -277,7 +277,7 @@ def prepared(rng: random.Random) -> Iterator[None]:
     with (
         mock.patch.object(durable, "PREALLOCATE_STEP", STEP),
         mock.patch.object(logreader, "GROWING_TAIL_S", -1.0),
-        mock.patch.object(filebackend, "RETRY_FOR_S", 0.4),
+        mock.patch.object(appender, "RETRY_FOR_S", 0.4),
         mock.patch("time.sleep", new=bool),
         mock.patch("time.time_ns", new=functools.partial(next, clock)),
         mock.patch("secrets.token_bytes", new=lambda size=32: rng.randbytes(size)),
@@ -289,7 +289,10 @@ def prepared(rng: random.Random) -> Iterator[None]:
             logger.setLevel(level)
 
 
-WRITERS = (durable, restore, compaction, spool, filebackend, logreader, logwriter)
+WRITERS = (
+    *(durable, restore, compaction, spool, filebackend),
+    *(logreader, logwriter, appender, adoption),
+)
 """Modules whose ``os`` writes where the log is."""
 
 

@@ -799,8 +799,8 @@ def test_restart_goes_on_where_it_was(url: str, backup: Path) -> None:
 def failing_disk(flag: Path, retry_for_s: float) -> str:
     """A patch: while ``flag`` exists, every flush fails."""
     return (
-        "import durable, errno, filebackend, os\n"
-        f"filebackend.RETRY_FOR_S = {retry_for_s}\n"
+        "import durable, errno, os; from filelog import appender\n"
+        f"appender.RETRY_FOR_S = {retry_for_s}\n"
         "real = durable.flush\n"
         "def flush(fd):\n"
         f"    if os.path.exists({str(flag)!r}):\n"

@@ -341,7 +341,8 @@ def deadly(flag: Path, patch: str) -> str:
     """A patch: the server kills itself at the point that the file ``flag`` names."""
     return (
         f"{patch}\n"
-        "import filebackend, os, signal\nfrom serving.connection import Connection\n"
+        "import os, signal\nfrom filelog import appender\n"
+        "from serving.connection import Connection\n"
         "def at(point):\n"
         f"    flag = {str(flag)!r}\n"
         "    if os.path.exists(flag) and open(flag).read() == point:\n"
@@ -354,7 +355,7 @@ def deadly(flag: Path, patch: str) -> str:
         "        real(*arguments, **options)\n"
         "        at(after)\n"
         "    setattr(owner, name, call)\n"
-        "around(filebackend.FileBackend, '_append', 'before write', 'after write')\n"
+        "around(appender.LogAppender, '_put', 'before write', 'after write')\n"
         "around(Connection, 'answer', 'before ack', 'after ack')"
     )
 
