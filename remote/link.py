@@ -11,6 +11,7 @@ from filelog.layout2 import Head
 from protocol import Metadata, Nack, NackCode, Packet, PacketType, ProtocolError
 from remote import address, protocol1
 from remote.address import HostPort, SocketUrl
+from remote.proxy import NoWay
 from stream import Stream
 
 ANSWER_TIMEOUT_S = 90.0
@@ -30,10 +31,10 @@ class Unreachable(BackupError):
 
     def __init__(self, target: HostPort, reason: object) -> None:
         self.target = target
-        super().__init__(
-            f"The backup server {target} cannot be reached: {reason}.",
-            "Check that it runs, and the forward, VPN or Tor on the way to it.",
-        )
+        next_step = "Check that it runs, and the forward, VPN or Tor on the way to it."
+        if isinstance(reason, NoWay):
+            next_step = reason.next_step
+        super().__init__(f"The backup server {target} cannot be reached: {reason}.", next_step)
 
 
 class Refused(BackupError):

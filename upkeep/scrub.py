@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import threading
@@ -230,7 +231,7 @@ def prove(path: str, reading: Reading, scratch: str) -> None:
             f"The backup {path} restores version {version}, but SQLite's checks complain:"
             f" {'; '.join(problems[:NAMED_PROBLEMS])}.",
             "The node's own database may be like that. With the node stopped, compare it:"
-            f" `{CLI} verify --against DB file://{path}`.",
+            f" `{CLI} verify --against DB {shlex.quote(f'file://{path}')}`.",
         )
 
 
