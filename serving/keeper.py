@@ -103,10 +103,8 @@ class Keeper:
 
     def take_over(self, client: Client, head: Head, payload: bytes) -> Answer:
         """Let another owner write from here on, or refuse it."""
-        decision, stored = (
-            rules.take_over(self.state(client), head),
-            Stored(head.version, head.chain),
-        )
+        decision = rules.take_over(self.state(client), head)
+        stored = Stored(head.version, head.chain)
         if decision.act is Act.KNOWN:
             return stored  # And whoever writes by now goes on.
 
