@@ -17,9 +17,9 @@ import unwind
 from backend import NOTICE, log
 from errors import ConfigError, DiskError
 from filebackend import FileBackend
+from remote.address import parse_host_port
 from serving.connection import Connection
 from serving.keeper import Keeper
-from socketbackend import parse_host_port
 from stream import Stream
 from upkeep.compaction import Compactor, Housekeeper
 

@@ -21,7 +21,8 @@ from filebackend import FileBackend
 from filelog import layout2
 from filelog.layout2 import Kind
 from protocol import Details, Metadata, encode_metadata
-from socketbackend import Refused, SocketBackend
+from remote.link import Refused
+from socketbackend import SocketBackend
 from tests import support
 from tests.peers import METADATA, REQ_METADATA, OldServer, ServerProcess
 from tests.support import PluginProcess, change, first_changes, run_cli

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-import socketbackend
 from backend import Change, Session
 from filebackend import FileBackend
-from socketbackend import Diverged, SocketBackend
+from remote import delivery
+from remote.link import Diverged
+from socketbackend import SocketBackend
 from tests import peers, support
 from tests.cutproxy import DOWN, UP, CutProxy
 from tests.peers import ServerProcess
@@ -31,8 +32,8 @@ PATCHES = {"protocol 1": PROTOCOL_1, "protocol 2": ""}
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socketbackend, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(socketbackend, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.1)
 
 
 @contextlib.contextmanager
