@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Generator, Iterator
 
 import protocol
-from backend import Change, Reading
+from backend import NOBODY, Change, Reading, Snapshot
 from errors import InvalidChange
 from protocol import Event, Nack, PacketType, SnapshotPart
 from serving import rules
@@ -89,7 +89,15 @@ class Protocol1:
         if part.last:
             if self._arrival.is_wanted:
                 self._inflater.finish()
-            self._arrival.end(part.version)
+            self._arrival.end(part.version, self._replace)
+
+    def _replace(self, snapshot: Snapshot) -> Answer:
+        return self._keeper.replace(self._client, snapshot, NOBODY, rules.snapshot_1)
+
+    def metadata(self) -> bytes:
+        """The answer to REQ_METADATA: numbers only."""
+        found = self._keeper.metadata()
+        return protocol.encode_metadata(found._replace(protocol=1, details=None))
 
     @staticmethod
     def encode(answer: Answer) -> bytes:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import select
 import selectors
 import signal
 import socket
@@ -426,6 +427,36 @@ def test_take_over_waits_for_an_append_in_flight(url: str, backup: Path, tmp_pat
         assert old.is_closed()
         write(new, calls[3:])
     assert stored(url) == calls
+
+
+def test_take_over_waits_for_an_answer_in_flight(url: str, backup: Path, tmp_path: Path) -> None:
+    """Else the one before is cut off between its change and the ACK for that."""
+    flag, calls = tmp_path / "flag", support.first_changes(3)
+    patch = (
+        f"import os, time\nflag = {str(flag)!r}\n"
+        "from serving.outgoing import Outgoing\n"
+        "real = Outgoing.send_now\n"
+        "def send_now(outgoing, packet):\n"
+        "    if os.path.exists(flag) and not os.path.exists(flag + '.waiting'):\n"
+        "        open(flag + '.waiting', 'w').close()\n"
+        "        while os.path.exists(flag):\n"
+        "            time.sleep(0.005)\n"
+        "    real(outgoing, packet)\n"
+        "Outgoing.send_now = send_now"
+    )
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(ServerProcess(url, patch=patch))
+        old, new = (stack.enter_context(server.client()) for _ in range(2))
+        write(old, calls[:1])
+        flag.touch()
+        old.send(CHANGE, peers.pack_change(*calls[1]))
+        eventually((tmp_path / "flag.waiting").exists)
+        new.send(CHANGE, peers.pack_change(*calls[2]))
+        assert select.select([new.sock], [], [], 0.3)[0] == []
+        flag.unlink()
+        assert old.receive() == (ACK, struct.pack("!I", 2))
+        assert new.receive() == (ACK, struct.pack("!I", 3))
+        assert old.is_closed()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
