@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import durable
 import protocol
@@ -32,9 +32,12 @@ from backend import (
     NOTICE,
     RELEASE,
     TAG_SIZE,
+    Beginning,
     Change,
-    Reading,
+    Ending,
+    Found,
     Snapshot,
+    Step,
     log,
     payload_bumps,
     taken_over,
@@ -577,8 +580,6 @@ class Connection:
         with contextlib.closing(reading):
             for block in blocks(reading, os.path.dirname(self._keeper.backend.path)):
                 self._send_block(block)
-        if reading.damage is not None:
-            raise Dropped(f"the backup is damaged: {reading.damage}")
         self._send_block(protocol.encode(PacketType.DONE))
 
     def _stream_records(self) -> None:
@@ -617,43 +618,45 @@ class Connection:
                 view, moved = view[sent:], time.monotonic()
 
 
-def blocks(reading: Reading, directory: str) -> Iterator[bytes]:
-    """The SNAPSHOT and CHANGE packets of a restore, in blocks that are good to send."""
-    changes = iter(reading)
+def blocks(steps: Iterable[Step], directory: str) -> Iterator[bytes]:
+    """The SNAPSHOT and CHANGE packets of a restore, in blocks that are good to send.
+
+    Raises:
+        Dropped: behind them stands damage.
+    """
+    all_found = (step.found for step in steps)
     block = bytearray()
-    for change in changes:
-        if change.snapshot is not None:
-            rest = itertools.chain([change], changes)
-            first = yield from _snapshot_blocks(rest, directory)
-            if first is None:
-                return
-            change = first
-        block += protocol.encode_change(change)
+    for found in all_found:
+        while isinstance(found, Beginning):
+            found = yield from _snapshot_blocks(found, all_found, directory)
+        if isinstance(found, Ending):
+            yield bytes(block)
+            if found.damage is not None:
+                raise Dropped(f"the backup is damaged: {found.damage}")
+            return
+        block += protocol.encode_change(found)
         if len(block) >= BLOCK_SIZE:
             yield bytes(block)
             block.clear()
-    yield bytes(block)
 
 
 def _snapshot_blocks(
-    changes: Iterator[Change], directory: str
-) -> Generator[bytes, None, Change | None]:
-    """The SNAPSHOT packet of the pieces that come first; returns the change after them."""
-    deflate, version, following = zlib.compressobj(1), 0, None
+    beginning: Beginning, following: Iterator[Found], directory: str
+) -> Generator[bytes, None, Found]:
+    """The SNAPSHOT packet of the pieces that come first; returns what comes after them."""
+    deflate = zlib.compressobj(1)
     # The packet begins with its length, and memory is bounded: hence a scratch file.
     with tempfile.TemporaryFile(dir=directory) as packed:
-        for change in changes:
-            if change.snapshot is None:
-                following = change
+        for found in following:
+            if not isinstance(found, Change) or found.snapshot is None:
                 break
-            version = change.version
-            packed.write(deflate.compress(change.snapshot))
+            packed.write(deflate.compress(found.snapshot))
         packed.write(deflate.flush())
-        yield protocol.snapshot_header(version, packed.tell())
+        yield protocol.snapshot_header(beginning.version, packed.tell())
         packed.seek(0)
         while block := packed.read(BLOCK_SIZE):
             yield block
-    return following
+    return found
 
 
 class Server:

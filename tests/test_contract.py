@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from backend import FOREIGN_KEYS_OFF, Change, Destination, Snapshot
+from backend import FOREIGN_KEYS_OFF, Change, Destination, Ending, Snapshot
 from destinations import backend_for
 from errors import BackupBusy, BackupError, BackupExists, ConfigError
 from socketbackend import SocketBackend
@@ -94,17 +94,9 @@ def state(backend: Destination) -> tuple[int, int, bool, int]:
 
 def restored(connect: Connect) -> tuple[bytes, list[Call]]:
     """The snapshot and the calls that a restore would apply."""
-    reading = connect().read()
-    snapshot, calls = b"", list[Call]()
-    for change in reading:
-        if change.snapshot is None:
-            calls.append((change.version, list(change.transaction or ())))
-        else:
-            assert not calls, "a snapshot comes first"
-            snapshot += change.snapshot
-    reading.close()
-    assert (reading.damage, reading.torn_tail) == (None, False)
-    return snapshot, calls
+    calls, pieces, ending = support.passed(connect().read())
+    assert (ending.damage, ending.torn_tail) == (None, False)
+    return b"".join(pieces), calls
 
 
 def snapshot(directory: Path, version: int, size: int = 8192) -> Snapshot:
@@ -356,8 +348,8 @@ def test_reading_in_mid_session_and_going_on(connect: Connect) -> None:
     with opened(connect) as backend:
         add(backend, *CALLS[:2])
         reading = connect().read()
-        found = next(iter(reading))
-        assert list(found.transaction or ()) == CALLS[0][1]
+        found = next(iter(reading)).found
+        assert isinstance(found, Change) and found.transaction == CALLS[0][1]
         add(backend, *CALLS[2:])
         reading.close()  # A pass may end early.
         assert restored(connect) == (b"", CALLS)
@@ -368,10 +360,14 @@ def test_reading_tells_how_far_it_came(connect: Connect) -> None:
     with opened(connect) as backend:
         add(backend, *CALLS)
     reading = connect().read()
-    assert len(list(reading)) == len(CALLS)
-    assert (reading.version, reading.damage, reading.torn_tail) == (6, None, False)
-    assert reading.total == 0 or reading.position == reading.total
+    *changes, (ending, position, total) = reading
     reading.close()
+    assert [getattr(step.found, "version", 0) for step in changes] == [call[0] for call in CALLS]
+    places = [step.position for step in changes]
+    assert places == sorted(places) and places[-1] <= position
+    assert isinstance(ending, Ending)
+    assert (ending.version, ending.damage, ending.torn_tail) == (6, None, False)
+    assert total == 0 or position == total
 
 
 # Status.
@@ -473,7 +469,7 @@ def test_only_who_keeps_the_file_tells_whether_it_is_old(connect: Connect) -> No
     with pytest.raises(ConfigError, match="is kept by a server"):
         backend.is_old()
     with pytest.raises(ConfigError, match="is kept by a server"):
-        backend.rebuild(bytes(16), lambda reading: None)
+        backend.rebuild(bytes(16), lambda *_: None)
 
 
 def test_commands_and_plugin_ask_the_interface() -> None:
