@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import os
 import sqlite3
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backend import FOREIGN_KEYS_OFF, Change, Destination, Ending, Snapshot
+from backend import FOREIGN_KEYS_OFF, Beginning, Change, Destination, Ending, Snapshot
 from destinations import backend_for
 from errors import BackupBusy, BackupError, BackupExists, ConfigError
 from socketbackend import SocketBackend
@@ -368,6 +369,33 @@ def test_reading_tells_how_far_it_came(connect: Connect) -> None:
     assert isinstance(ending, Ending)
     assert (ending.version, ending.damage, ending.torn_tail) == (6, None, False)
     assert total == 0 or position == total
+
+
+def test_pass_begins_with_the_snapshot_and_ends_once(connect: Connect, tmp_path: Path) -> None:
+    source = snapshot(tmp_path, 4, 3 << 20)
+    connect().create(source)
+    with opened(connect) as backend:
+        add(backend, change(5))
+    with contextlib.closing(connect().read()) as reading:
+        found = [step.found for step in reading]
+    assert isinstance(found[0], Beginning) and found[0].version == 4
+    assert found[0].size in (None, os.path.getsize(source.path))
+    assert [getattr(each, "snapshot", None) is None for each in found[1:]].index(True) >= 3
+    assert found[-2] == Change(5, None, change(5)[1])
+    assert isinstance(found[-1], Ending) and found[-1].version == 5
+    assert {type(each) for each in found[1:-1]} == {Change}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are listed elsewhere")
+def test_pass_that_is_closed_early_keeps_nothing_open(connect: Connect, tmp_path: Path) -> None:
+    connect().create(snapshot(tmp_path, 4))
+    before = len(os.listdir("/proc/self/fd"))
+    for steps in range(3):
+        reading = connect().read()
+        taken = list(itertools.islice(reading, steps))
+        assert len(taken) == steps
+        reading.close()
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 # Status.
