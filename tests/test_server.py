@@ -41,7 +41,7 @@ from wallet.database import compare
 
 OFF = ["PRAGMA foreign_keys = OFF;"]
 MIB = 1 << 20
-QUICK = "import server; server.FIRST_PACKET_S = server.GRACE_S = 0.5"
+QUICK = "from serving import incoming; incoming.FIRST_PACKET_S = incoming.GRACE_S = 0.5"
 
 
 @pytest.fixture
@@ -494,7 +494,9 @@ def test_byte_a_time_is_too_slow(url: str, backup: Path) -> None:
 def test_restore_that_nobody_reads_ends(url: str, acks: bool) -> None:
     big = f"INSERT INTO items VALUES (1, '{random.randbytes(MIB).hex()}')"
     support.make_backup(url, [support.change(number, big) for number in range(1, 13)])
-    with ServerProcess(url, patch="import server; server.SEND_TIMEOUT_S = 0.5") as server:
+    with ServerProcess(
+        url, patch="from serving import outgoing; outgoing.SEND_TIMEOUT_S = 0.5"
+    ) as server:
         with server.client() as lazy:
             lazy.send(RESTORE)
             while not server.logged("it took nothing for"):
@@ -542,7 +544,8 @@ def test_bombs_are_refused_and_cost_no_memory(server: ServerProcess, backup: Pat
 
 
 def test_snapshot_may_not_fill_the_disk(url: str, backup: Path) -> None:
-    patch = "import server; server.MIN_FREE_BYTES = 1 << 60; server.SPACE_CHECK_BYTES = 1 << 20"
+    limits = "spool.MIN_FREE_BYTES = 1 << 60; spool.SPACE_CHECK_BYTES = 1 << 20"
+    patch = f"from serving import spool; {limits}"
     before = names(backup) | {"node.bkp.writer"}
     with ServerProcess(url, patch=patch) as server, server.client() as client:
         data = b"SQLite format 3\0" + bytes(2 * MIB)
@@ -553,7 +556,7 @@ def test_snapshot_may_not_fill_the_disk(url: str, backup: Path) -> None:
 
 
 def test_who_reads_no_answers_holds_nobody_up(url: str, backup: Path) -> None:
-    patch = "import server; server.SEND_TIMEOUT_S = 10_000"
+    patch = "from serving import outgoing; outgoing.SEND_TIMEOUT_S = 10_000"
     server = ServerProcess(url, patch=patch, options=("--log-level", "error"))
     with contextlib.ExitStack() as stack:
         stack.push(server.__exit__)

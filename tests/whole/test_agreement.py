@@ -934,12 +934,12 @@ def test_refusal_of_the_server_reaches_the_log_of_the_plugin(url: str, node_dir:
     """Code and text of a NACK, where the client itself sees nothing wrong."""
     support.make_backup(url)
     patch = (
-        "import server\n"
-        "from protocol import NackCode\n"
-        "real = server.Keeper._refusal\n"
-        "server.Keeper._refusal = lambda keeper, connection, head: (\n"
-        "    (NackCode.LOST_STATE, 'the reason of the day') if head.version == 3\n"
-        "    else real(keeper, connection, head))"
+        "from serving import rules\n"
+        "real = rules.record\n"
+        "rules.record = lambda state, head: (\n"
+        "    rules.Decision(rules.Act.REFUSE, rules.Reason.LOST_STATE) if head.version == 3\n"
+        "    else real(state, head))\n"
+        "rules.Reason.LOST_STATE.text = 'the reason of the day'"
     )
     with ServerProcess(url, patch=patch) as server, PluginProcess(node_dir) as plugin:
         name_in_lock(node_dir, server.url)

@@ -336,7 +336,7 @@ def deadly(flag: Path, patch: str) -> str:
     """A patch: the server kills itself at the point that the file ``flag`` names."""
     return (
         f"{patch}\n"
-        "import filebackend, os, server, signal\n"
+        "import filebackend, os, signal\nfrom serving.connection import Connection\n"
         "def at(point):\n"
         f"    flag = {str(flag)!r}\n"
         "    if os.path.exists(flag) and open(flag).read() == point:\n"
@@ -350,7 +350,7 @@ def deadly(flag: Path, patch: str) -> str:
         "        at(after)\n"
         "    setattr(owner, name, call)\n"
         "around(filebackend.FileBackend, '_append', 'before write', 'after write')\n"
-        "around(server.Connection, 'acknowledge', 'before ack', 'after ack')"
+        "around(Connection, 'answer', 'before ack', 'after ack')"
     )
 
 
