@@ -103,14 +103,13 @@ class Connection:
 
     def _introduce(self, payload: bytes) -> None:
         """REQ_METADATA: agree on a protocol, hear who it is, and tell what there is."""
-        agreed = protocol.agreed_protocol(payload)
-        self._speaks = self._spoken[agreed]
+        self._speaks = self._spoken[protocol.agreed_protocol(payload)]
         owner, machine = protocol.claimed_owner(payload)
         self.machine = machine or self._peer
         if owner is not None and self._keeper.is_foreign(owner):
             text = f"{self.machine} as a writer: {self._keeper.whose()}"
             return self.refuse(text, NackCode.TAKEN_OVER)
-        self._outgoing.send(protocol.encode_metadata(self._keeper.metadata(agreed)))
+        self._outgoing.send(self._speaks.metadata())
 
     def _compact(self) -> None:
         try:

@@ -41,15 +41,10 @@ class Keeper:
 
     # What is asked without writing
 
-    def metadata(self, agreed: int) -> Metadata:
-        """What REQ_METADATA is told, in the protocol agreed on."""
+    def metadata(self) -> Metadata:
+        """What REQ_METADATA is told."""
         with self.lock:
             backend, newest = self.backend, self.backend.newest
-            metadata = Metadata(
-                agreed, backend.version, backend.prev_version, backend.version_count
-            )
-            if agreed == 1:
-                return metadata
             details = Details(
                 newest.backup_id,
                 newest.sequence,
@@ -60,7 +55,9 @@ class Keeper:
                 backend.size,
                 SERVER_NAME,
             )
-            return metadata._replace(details=details)
+            return Metadata(
+                2, backend.version, backend.prev_version, backend.version_count, details
+            )
 
     def is_foreign(self, owner: bytes) -> bool:
         """Whether the backup is not ``owner``'s."""
@@ -106,10 +103,8 @@ class Keeper:
 
     def take_over(self, client: Client, head: Head, payload: bytes) -> Answer:
         """Let another owner write from here on, or refuse it."""
-        decision, stored = (
-            rules.take_over(self.state(client), head),
-            Stored(head.version, head.chain),
-        )
+        decision = rules.take_over(self.state(client), head)
+        stored = Stored(head.version, head.chain)
         if decision.act is Act.KNOWN:
             return stored  # And whoever writes by now goes on.
 
@@ -119,16 +114,22 @@ class Keeper:
 
         return self.carry_out(client, decision, "the take-over", add, stored)
 
-    def replace(self, client: Client, snapshot: Snapshot, owner: bytes | None) -> Answer:
+    def replace(
+        self,
+        client: Client,
+        snapshot: Snapshot,
+        owner: bytes,
+        rule: Callable[[State, int], Decision] = rules.snapshot,
+    ) -> Answer:
         """Start over with ``snapshot``, or refuse it.
 
         Args:
-            owner: whose the backup is then; None in protocol 1.
+            owner: whose the backup is then.
+            rule: says whether that may be.
         """
-        rule = rules.snapshot_1 if owner is None else rules.snapshot
 
         def start_over() -> None:
-            kept = self.backend.replace(snapshot, owner or NOBODY, machine=client.machine)
+            kept = self.backend.replace(snapshot, owner, machine=client.machine)
             log.log(
                 NOTICE,
                 f"{client}: the backup starts over with a snapshot of version"

@@ -58,10 +58,17 @@ class Protocol2:
 
     def _take_piece(self, head: Head, payload: bytes) -> None:
         if self._arrival.chain != head.chain:
-            self._arrival.begin(head.version, head.chain, head.session)
+            self._arrival.begin(head.version, head.chain)
         self._arrival.add(payload)
         if head.flags & layout2.FINAL:
-            self._arrival.end(head.version)
+            owner = head.session
+            self._arrival.end(
+                head.version, lambda found: self._keeper.replace(self._client, found, owner)
+            )
+
+    def metadata(self) -> bytes:
+        """The answer to REQ_METADATA."""
+        return protocol.encode_metadata(self._keeper.metadata())
 
     @staticmethod
     def encode(answer: Answer) -> bytes:

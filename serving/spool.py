@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import durable
 import space
 from backend import Snapshot
 from errors import DiskError
 from protocol import NackCode, ProtocolError
-from serving.client import Client, Dropped
+from serving.client import Answer, Client, Dropped
 from serving.keeper import Keeper
 from wallet import database, restore
 
@@ -26,14 +26,13 @@ class Arrival:
     """The snapshot that a client sends, one at a time: in pieces, the last of which is answered.
 
     Attributes:
-        chain: names the snapshot that has begun, None if there is none or in protocol 1.
+        chain: that of the snapshot that has begun, if its client named one; else None.
     """
 
     def __init__(self, client: Client, keeper: Keeper) -> None:
         self.chain: bytes | None = None
         self._client = client
         self._keeper = keeper
-        self._owner: bytes | None = None
         self._refused = ""
         self._spool: Spool | None = None
 
@@ -42,14 +41,10 @@ class Arrival:
         """Whether its pieces are of any use: it was not refused when it began."""
         return self._spool is not None
 
-    def begin(self, version: int, chain: bytes | None = None, owner: bytes | None = None) -> None:
-        """Another snapshot comes; what came of the one before is dropped.
-
-        Args:
-            chain, owner: of the backup that begins with it; None in protocol 1.
-        """
+    def begin(self, version: int, chain: bytes | None = None) -> None:
+        """Another snapshot comes; what came of the one before is dropped."""
         self.drop()
-        self.chain, self._owner = chain, owner
+        self.chain = chain
         self._refused = self._keeper.old_snapshot(version)
         if not self._refused:
             path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
@@ -61,15 +56,15 @@ class Arrival:
         if self._spool is not None:
             self._spool.add(piece)
 
-    def end(self, version: int) -> None:
-        """All of it came: start the backup over with it, if that may be, and answer."""
+    def end(self, version: int, replace: Callable[[Snapshot], Answer]) -> None:
+        """All of it came: call ``replace`` with it if it holds ``version``, and answer."""
         self.chain = None
         if self._spool is None:
             what = f"a snapshot of version {version}: {self._refused}"
             return self._client.refuse(what, NackCode.OLD_SNAPSHOT)
         self._spool.finish()
-        snapshot, owner = self._spool.snapshot, self._owner
-        self._client.ask(lambda: self._keeper.replace(self._client, snapshot, owner))
+        snapshot = self._spool.snapshot
+        self._client.ask(lambda: replace(snapshot))
         self.drop()
 
     def drop(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import select
 import selectors
 import signal
 import socket
@@ -21,7 +22,6 @@ from pathlib import Path
 import pytest
 
 from backend import MAX_CHANGE_SIZE
-from filebackend import FileBackend
 from tests import peers, support
 from tests.peers import (
     ACK,
@@ -81,11 +81,7 @@ def write(client: OldClient, calls: list[support.Call]) -> None:
 
 def stored(url: str) -> list[tuple[int, list[str]]]:
     """The changes in the backup file that a restore would apply."""
-    reading = FileBackend(url).read()
-    found = [(c.version, list(c.transaction)) for c in reading if c.transaction]
-    reading.close()
-    assert reading.damage is None
-    return found
+    return support.stored(url)
 
 
 def database(path: Path, version: int) -> bytes:
@@ -426,6 +422,36 @@ def test_take_over_waits_for_an_append_in_flight(url: str, backup: Path, tmp_pat
         assert old.is_closed()
         write(new, calls[3:])
     assert stored(url) == calls
+
+
+def test_take_over_waits_for_an_answer_in_flight(url: str, backup: Path, tmp_path: Path) -> None:
+    """Else the one before is cut off between its change and the ACK for that."""
+    flag, calls = tmp_path / "flag", support.first_changes(3)
+    patch = (
+        f"import os, time\nflag = {str(flag)!r}\n"
+        "from serving.outgoing import Outgoing\n"
+        "real = Outgoing.send_now\n"
+        "def send_now(outgoing, packet):\n"
+        "    if os.path.exists(flag) and not os.path.exists(flag + '.waiting'):\n"
+        "        open(flag + '.waiting', 'w').close()\n"
+        "        while os.path.exists(flag):\n"
+        "            time.sleep(0.005)\n"
+        "    real(outgoing, packet)\n"
+        "Outgoing.send_now = send_now"
+    )
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(ServerProcess(url, patch=patch))
+        old, new = (stack.enter_context(server.client()) for _ in range(2))
+        write(old, calls[:1])
+        flag.touch()
+        old.send(CHANGE, peers.pack_change(*calls[1]))
+        eventually((tmp_path / "flag.waiting").exists)
+        new.send(CHANGE, peers.pack_change(*calls[2]))
+        assert select.select([new.sock], [], [], 0.3)[0] == []
+        flag.unlink()
+        assert old.receive() == (ACK, struct.pack("!I", 2))
+        assert new.receive() == (ACK, struct.pack("!I", 3))
+        assert old.is_closed()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -799,8 +825,8 @@ def test_restart_goes_on_where_it_was(url: str, backup: Path) -> None:
 def failing_disk(flag: Path, retry_for_s: float) -> str:
     """A patch: while ``flag`` exists, every flush fails."""
     return (
-        "import durable, errno, filebackend, os\n"
-        f"filebackend.RETRY_FOR_S = {retry_for_s}\n"
+        "import durable, errno, os; from filelog import appender\n"
+        f"appender.RETRY_FOR_S = {retry_for_s}\n"
         "real = durable.flush\n"
         "def flush(fd):\n"
         f"    if os.path.exists({str(flag)!r}):\n"

@@ -108,13 +108,13 @@ class Node:
         path = directory / "check.sqlite3"
         restore.remove_database(str(path))
         with contextlib.closing(FileBackend(self.url).read()) as reading:
-            found = restore.restore(reading, str(path), False, lambda: None)
+            found = restore.restore(reading, str(path), False, lambda *_: None)
         assert found.problems == []
-        assert found.version in (self.version, self.announced)
+        assert found.ending.version in (self.version, self.announced)
         with database.opened(str(path)) as connection:
             items = dict(connection.execute("SELECT id, body FROM items"))
-        if found.version != self.version:
-            assert items.pop(found.version).startswith("try ")
+        if found.ending.version != self.version:
+            assert items.pop(found.ending.version).startswith("try ")
         assert items == self.items
 
     def strays(self) -> list[str]:
@@ -522,8 +522,8 @@ def test_new_log_that_ends_early_is_refused(backend: FileBackend, tmp_path: Path
     offset = records[5][0].offset
     with pytest.raises(BackupError):
         backend.adopt(str(twin), offset, offset)
-    assert backend._file is not None
-    assert os.fstat(backend._file.fd).st_ino == os.stat(backend.path).st_ino
+    assert backend._log is not None
+    assert os.fstat(backend._log.file.fd).st_ino == os.stat(backend.path).st_ino
 
 
 def test_session_goes_on_after_a_failed_compaction(backend: FileBackend) -> None:

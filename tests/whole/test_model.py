@@ -35,11 +35,11 @@ from hypothesis.stateful import (
 )
 
 import durable
-import filebackend
 import server
 from backend import FOREIGN_KEYS_OFF, Backend, Change, Session, Snapshot, bump
 from errors import BackupError, DiskError, LostState, OutOfDate
 from filebackend import FileBackend
+from filelog import appender
 from remote import address, delivery
 from socketbackend import SocketBackend
 from tests import peers, support
@@ -242,7 +242,7 @@ class Life(RuleBasedStateMachine):
         path = self.directory / "restored.sqlite3"
         reading = self.make().read()
         try:
-            restore.build(reading, str(path), False, lambda: None)
+            restore.build(reading, str(path), False, lambda *_: None)
             target = sqlite3.connect(":memory:", isolation_level=None)
             with contextlib.closing(sqlite3.connect(path)) as source:
                 source.backup(target)
@@ -373,7 +373,7 @@ def failing_disk(kind: str, after: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(durable, "write_all", write)
         patch.setattr(durable, "flush", flush)
-        patch.setattr(filebackend, "RETRY_FOR_S", 0.0)
+        patch.setattr(appender, "RETRY_FOR_S", 0.0)
         yield
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from backend import Change, Session
-from filebackend import FileBackend
 from remote import delivery
 from remote.link import Diverged
 from socketbackend import SocketBackend
@@ -53,11 +52,7 @@ def write(session: Session, *calls: support.Call) -> None:
 
 def stored(url: str) -> list[support.Call]:
     """The changes in the backup file that a restore would apply."""
-    reading = FileBackend(url).read()
-    found = [(c.version, list(c.transaction)) for c in reading if c.transaction]
-    reading.close()
-    assert reading.damage is None
-    return found
+    return support.stored(url)
 
 
 # Recorded sessions
@@ -367,7 +362,8 @@ def deadly(flag: Path, patch: str) -> str:
     """A patch: the server kills itself at the point that the file ``flag`` names."""
     return (
         f"{patch}\n"
-        "import filebackend, os, signal\nfrom serving.connection import Connection\n"
+        "import os, signal\nfrom filelog import appender\n"
+        "from serving.connection import Connection\n"
         "def at(point):\n"
         f"    flag = {str(flag)!r}\n"
         "    if os.path.exists(flag) and open(flag).read() == point:\n"
@@ -380,7 +376,7 @@ def deadly(flag: Path, patch: str) -> str:
         "        real(*arguments, **options)\n"
         "        at(after)\n"
         "    setattr(owner, name, call)\n"
-        "around(filebackend.FileBackend, '_append', 'before write', 'after write')\n"
+        "around(appender.LogAppender, '_put', 'before write', 'after write')\n"
         "around(Connection, 'answer', 'before ack', 'after ack')"
     )
 
