@@ -477,8 +477,8 @@ class Backend(ABC):
         """Take back the last change, durably; only if ``rewindable``."""
 
     @abstractmethod
-    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str | None:
-        """Start over with ``snapshot``, whoever's the backup was.
+    def replace(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> str | None:
+        """Start over with ``snapshot``, or empty, whoever's the backup was.
 
         Returns:
             Where the old backup is kept, None if it was empty.
@@ -542,12 +542,15 @@ class Destination(Backend):
     """
 
     @abstractmethod
-    def keep_house(self, lock: threading.Lock, least: int | None) -> None:
+    def keep_house(
+        self, lock: threading.Lock, least: int | None, turn: threading.Lock | None = None
+    ) -> None:
         """Compact and check it when it is time, as far as that is not done elsewhere.
 
         Args:
             lock: held by whoever changes the backup, which is open.
             least: bytes of changes from which on it is compacted, or None: never.
+            turn: held by whoever compacts by himself, where several do not at once.
         """
 
     @abstractmethod

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 
 from backend import Destination, Progress
 from errors import ConfigError
 from filebackend import FileBackend
+from mirrorbackend import MirrorBackend
+from quorum import Roster
+from replica import Replica
 from socketbackend import SocketBackend
 from upkeep import upgrade
 from upkeep.compaction import Compactor, Housekeeper
 
 
-def backend_for(url: str) -> Destination:
+def destination_for(urls: Sequence[str], acks: int | None, epoch: int) -> Destination:
+    """The Destination of one URL or of several, not open yet.
+
+    Args:
+        acks: how many of several acknowledge; None: all.
+        epoch: see quorum.Roster.
+    """
+    if len(urls) == 1:
+        return backend_for(urls[0])
+    return MirrorBackend(Roster(epoch, acks or len(urls), tuple(urls)), backend_for)
+
+
+def backend_for(url: str) -> Replica:
     """The Destination of ``url``, not open yet; ConfigError for a URL of no known form."""
     if url.startswith("file:"):
         return FileDestination(url)
@@ -24,15 +40,28 @@ def backend_for(url: str) -> Destination:
     )
 
 
-class FileDestination(FileBackend, Destination):
+class FileDestination(FileBackend, Replica):
     """A FileBackend and its upkeep, which it cannot know itself: that imports FileBackend."""
 
     _compactor: Compactor | None = None
+    _housekeeper: Housekeeper | None = None
 
-    def keep_house(self, lock: threading.Lock, least: int | None) -> None:
+    def keep_house(
+        self, lock: threading.Lock, least: int | None, turn: threading.Lock | None = None
+    ) -> None:
         """See Destination."""
+        if self._housekeeper is not None:
+            return
         self._compactor = Compactor(self, lock)
-        Housekeeper(self, self._compactor, least).start()
+        self._housekeeper = Housekeeper(self, self._compactor, least, turn)
+        self._housekeeper.start()
+
+    def close(self) -> None:
+        """See Backend."""
+        if self._housekeeper is not None:
+            self._housekeeper.stop()
+        self._compactor = self._housekeeper = None
+        super().close()
 
     def compact(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
         """See Destination. BackupBusy if another process writes to it."""

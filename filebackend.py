@@ -26,9 +26,11 @@ from backend import (
 from errors import CLI, BackupError, BackupExists, ConfigError, DiskError
 from filelog import adoption, appender, layout1, layout2, look, proof
 from filelog.appender import LogAppender
-from filelog.layout2 import BEFORE_FIRST, Head, Kind
+from filelog.layout2 import BEFORE_FIRST, Head, Kind, TailKind
 from filelog.reader import FileReading, LogReader, is_foreign_keys_off
 from filelog.writer import write_log
+from quorum import Roster
+from replica import Look
 
 
 def parse_file_url(url: str) -> str:
@@ -44,6 +46,12 @@ def parse_file_url(url: str) -> str:
     return path
 
 
+def _sound(reader: LogReader) -> Iterator[tuple[Head, bytes]]:
+    yield from reader
+    if reader.damage is not None:
+        raise reader.damage
+
+
 class FileBackend(Backend):
     """A destination ``file:///path``.
 
@@ -56,6 +64,7 @@ class FileBackend(Backend):
 
     can_be_served = True
     snapshot_copies = 2  # The new log is one, too.
+    newest: Head = BEFORE_FIRST
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -65,7 +74,6 @@ class FileBackend(Backend):
         self.scratch_prefix: str = f"{self.path}.scratch-"
         self._lock: durable.WriterLock | None = None
         self._log: LogAppender | None = None
-        self.newest = BEFORE_FIRST
         self._log_start = layout2.FIRST_RECORD
         self._session = new_session(NOBODY)
 
@@ -247,7 +255,9 @@ class FileBackend(Backend):
         self.begin_session()
 
     def add_record(self, head: Head, payload: bytes) -> None:
-        """Store a change or a rewind as another log holds it: see LogAppender."""
+        """Store a change, a rewind or an owner as another log holds it: see LogAppender."""
+        if head.kind == Kind.OWNER:
+            return self.add_owner(head.session, payload)
         self._open_log.add_record(head, payload)
         self._settle()
 
@@ -289,6 +299,8 @@ class FileBackend(Backend):
 
     def adopt(self, path: str, copied: int, last: int) -> None:
         """Go on with the compacted log ``path`` in place of this one: see adoption.adopt."""
+        if self._log is None:
+            raise BackupError(f"{self.path} was closed meanwhile.")
         self._log = adoption.adopt(self._open_log, path, copied, last)
         self._settle()
 
@@ -345,6 +357,30 @@ class FileBackend(Backend):
             return reader.rules != layout2.RULES
 
     # Looking
+
+    def look(self) -> Look:
+        """See replica.Replica."""
+        with contextlib.closing(LogReader(self.path)) as reader:
+            newest, tail = reader.settled()
+            if reader.rules != layout2.RULES:
+                raise reader.of_old_rules()
+            if tail.kind is TailKind.DAMAGED:
+                reader.last = newest
+                raise reader.as_damage(tail.offset, tail.reason)
+            last = newest or BEFORE_FIRST
+            has_snapshot = (reader.log_start or 0) > layout2.FIRST_RECORD
+            return Look(reader.backup_id or b"", last, last.changes + has_snapshot)
+
+    def roster(self) -> Roster | None:
+        """See replica.Replica."""
+        with contextlib.closing(LogReader(self.path)) as reader:
+            return reader.roster()
+
+    @contextlib.contextmanager
+    def records(self) -> Iterator[Iterator[tuple[Head, bytes]]]:
+        """See replica.Replica."""
+        with contextlib.closing(LogReader(self.path)) as reader:
+            yield _sound(reader)
 
     def read(self) -> Reading:
         """See Backend."""

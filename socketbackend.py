@@ -8,7 +8,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import protocol
@@ -18,7 +18,6 @@ from backend import (
     NOBODY,
     TAG_SIZE,
     Change,
-    Destination,
     Progress,
     Reading,
     Snapshot,
@@ -28,15 +27,17 @@ from backend import (
 from errors import CLI, BackupExists, ConfigError
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
-from protocol import Metadata, PacketType, ProtocolError
+from protocol import Details, Metadata, PacketType, ProtocolError
+from quorum import Roster
 from remote import protocol1
 from remote.address import parse_socket_url
 from remote.delivery import Delivery
 from remote.link import COMPACT_TIMEOUT_S, SNAPSHOT_TIMEOUT_S, Link, Refused, Unreachable
 from remote.reading import SocketReading
+from replica import Look, Replica
 
 
-class SocketBackend(Destination):
+class SocketBackend(Replica):
     """A destination ``socket:<host>:<port>``.
 
     Args:
@@ -99,8 +100,13 @@ class SocketBackend(Destination):
             for change in changes:
                 self.add_change(change)
 
-    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str:
+    def replace(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
+        if snapshot is None:
+            raise ConfigError(
+                f"The server of {self.url} cannot begin anew with an empty backup.",
+                f"Run `{CLI} compact` on another destination.",
+            )
         link, _ = self._once()
         try:
             self._send_snapshot(link, snapshot, owner)
@@ -146,12 +152,57 @@ class SocketBackend(Destination):
             status.owner = found.details.session[:TAG_SIZE].hex()
         return status
 
+    # One of several
+
+    def look(self) -> Look:
+        """See Replica."""
+        link, found = self._once()
+        link.close()
+        return Look(self._details(found).backup_id, _newest(found), found.version_count)
+
+    def _details(self, found: Metadata) -> Details:
+        if found.details is None:
+            raise ConfigError(
+                f"{self.url} is kept by a server of protocol 1, which cannot be one of several.",
+                "Update that server.",
+            )
+        return found.details
+
+    @property
+    def newest(self) -> Head:
+        """See Replica."""
+        self._details(self._delivery.known)
+        return _newest(self._delivery.known)
+
+    def roster(self) -> Roster | None:
+        """See Replica. All of the log comes over the line for that."""
+        owner = b""
+        with self.records() as records:
+            for head, payload in records:
+                owner = payload if head.kind == Kind.OWNER else owner
+        return layout2.decode_roster(owner)
+
+    def add_record(self, head: Head, payload: bytes) -> None:
+        """See Replica."""
+        self._delivery.session = head.session
+        self._delivery.deliver(head._replace(sequence=0), payload)
+
+    @contextlib.contextmanager
+    def records(self) -> Iterator[Iterator[tuple[Head, bytes]]]:
+        """See Replica."""
+        link, found = self._once()
+        with contextlib.closing(SocketReading(link, found, self._url.target)) as reading:
+            self._details(found)
+            yield reading.records()
+
     def read(self) -> Reading:
         """See Backend."""
         link, found = self._once()
         return SocketReading(link, found, self._url.target)
 
-    def keep_house(self, lock: threading.Lock, least: int | None) -> None:
+    def keep_house(
+        self, lock: threading.Lock, least: int | None, turn: threading.Lock | None = None
+    ) -> None:
         """See Destination. The server does."""
 
     def compact(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
@@ -253,6 +304,21 @@ class SocketBackend(Destination):
     def close(self) -> None:
         """See Backend."""
         self._delivery.close()
+
+
+def _newest(found: Metadata) -> Head:
+    details = found.details
+    assert details is not None
+    rewindable = found.prev_version == found.version - 1
+    return Head(
+        kind=Kind.CHANGE,
+        flags=layout2.BUMPS if rewindable else 0,
+        version=found.version,
+        time_ns=details.time_ns,
+        session=details.session,
+        chain_before=details.chain_before,
+        chain=details.chain,
+    )
 
 
 def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:

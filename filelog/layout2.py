@@ -31,7 +31,8 @@ trailer of 4 bytes:
         48     8  changes       changes that count since the snapshot, this one included
         56     8  time          Unix time in nanoseconds, informative
         64    16  session       8 bytes of the owner, then random, one for each start of the
-                                plugin; of an owner, all of it
+                                plugin; of an owner, all of it; for several
+                                destinations, the term is in place of what is random
         80     8  length        of the payload
         88    16  chain before  names the history before this record
        104    16  chain         names the history with this record
@@ -43,7 +44,9 @@ trailer of 4 bytes:
 Payloads: of a snapshot, a piece of at most 1 MiB of an SQLite file; of a change, its
 statements in UTF-8, joined by one NUL byte (no statement is empty or holds a NUL); of a
 rewind, nothing; of an owner, Unix time in nanoseconds as 8 bytes and the name in UTF-8 of
-the machine that took over.
+the machine that took over. Where the backup has several destinations, each keeps the list of
+them there: behind the name a NUL byte, and in JSON [epoch, acknowledgements, [URL, ...]]; and
+then the last 8 bytes of the owner are the term, a number that each start of the node raises.
 
 A snapshot is all of the records before "log start", the last one flagged, or there is
 none. It is written and verified before the file gets its name. Its chain is random, or
@@ -67,12 +70,14 @@ never finished, so was never acknowledged (``judge_tail``).
 from __future__ import annotations
 
 import enum
+import json
 import struct
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 from backend import (
+    CHAIN_SIZE,
     EMPTY_CHAIN,
     MAX_CHANGE_SIZE,
     MAX_CHUNK_SIZE,
@@ -81,6 +86,8 @@ from backend import (
     Change,
     chain_after,
 )
+from errors import ConfigError
+from quorum import Roster
 
 MAGIC = b"\x89CLN backup\r\n\x1a\n\x00"
 LAYOUT = 2
@@ -100,7 +107,8 @@ WINDOW = 1 << 20
 assert (FILE_HEADER.size, HEAD.size, len(MAGIC)) == (64, 124, 16)
 FIRST_RECORD = FILE_HEADER.size
 OVERHEAD = HEAD.size + _TRAILER_SIZE
-MAX_OWNER_PAYLOAD = 1 << 10
+MAX_OWNER_PAYLOAD = 16 << 10
+MAX_MACHINE = 1 << 10
 _CRC = struct.Struct("!I")
 
 
@@ -251,14 +259,48 @@ def owner_behind(before: Head, owner: bytes, payload: bytes) -> Head:
     )
 
 
-def encode_owner(time_ns: int, machine: str) -> bytes:
-    """The payload of an owner record: when which machine took over."""
-    return time_ns.to_bytes(8, "big") + machine.encode()[: MAX_OWNER_PAYLOAD - 8]
+def encode_owner(time_ns: int, machine: str, roster: Roster | None = None) -> bytes:
+    """The payload of an owner record: when which machine took over, and the destinations.
+
+    Raises:
+        ConfigError: the list of destinations is too long.
+    """
+    payload = time_ns.to_bytes(8, "big") + machine.encode()[:MAX_MACHINE]
+    if roster is not None:
+        payload += b"\0" + json.dumps(roster).encode()
+    if len(payload) > MAX_OWNER_PAYLOAD:
+        raise ConfigError("The URLs are too long to be kept.", "Use shorter ones.")
+    return payload
 
 
 def decode_owner(payload: bytes) -> tuple[int, str]:
     """Unix time in nanoseconds and machine of an owner record."""
-    return int.from_bytes(payload[:8], "big"), payload[8:].decode(errors="replace")
+    machine, _, _ = payload[8:].partition(b"\0")
+    return int.from_bytes(payload[:8], "big"), machine.decode(errors="replace")
+
+
+def decode_roster(payload: bytes) -> Roster | None:
+    """The list of destinations in an owner record; None if it has none, or no valid one."""
+    _, _, text = payload[8:].partition(b"\0")
+    try:
+        epoch, acks, urls = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+        return None
+    if type(epoch) is not int or type(acks) is not int or not 1 <= acks <= len(urls):
+        return None
+    return Roster(epoch, acks, tuple(urls))
+
+
+def term_of(session: bytes) -> int:
+    """The term that a session of one of several destinations tells."""
+    return int.from_bytes(session[TAG_SIZE:], "big")
+
+
+def session_of(owner: bytes, term: int) -> bytes:
+    """The session of ``owner`` that a start of the node with ``term`` writes."""
+    return owner[:TAG_SIZE] + term.to_bytes(CHAIN_SIZE - TAG_SIZE, "big")
 
 
 class HeaderError(ValueError):

@@ -26,6 +26,7 @@ from backend import (
 from errors import CLI, BackupError, BackupMissing, Damaged, DiskError, UnsupportedLayout
 from filelog import layout1, layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind, Tail, TailKind
+from quorum import Roster
 
 GROWING_TAIL_S = 1.0
 """How long a reader waits for an append in flight before it judges the tail."""
@@ -100,13 +101,21 @@ class LogReader:
 
     def taken_over(self) -> str:
         """When and by which machine the backup was taken over, in words; "" if never."""
-        start = self.log_start or layout2.FIRST_RECORD
-        head = layout2.find_last(self.pread, start, self.allocated, self.backup_id, Kind.OWNER)
-        if head is None:
+        payload = self._newest_owner()
+        if not payload:
             return ""
-        payload = self.pread(head.offset + layout2.HEAD.size, head.length)
         time_ns, machine = layout2.decode_owner(payload)
         return f"{machine} took it over at {utc(time_ns)}"
+
+    def roster(self) -> Roster | None:
+        """The list of destinations that the log keeps, None if it is the only one."""
+        return layout2.decode_roster(self._newest_owner())
+
+    def _newest_owner(self) -> bytes:
+        """The payload of the newest owner record, b"" if there is none."""
+        start = self.log_start or layout2.FIRST_RECORD
+        head = layout2.find_last(self.pread, start, self.allocated, self.backup_id, Kind.OWNER)
+        return self.pread(head.offset + layout2.HEAD.size, head.length) if head else b""
 
     def start_after(self, head: Head) -> None:
         """Begin behind ``head``, a record of this file, in place of the beginning."""

@@ -55,6 +55,18 @@ class SocketReading(Reading):
             self._version = found.version
             yield Step(found, 0, 0)
 
+    def records(self) -> Iterator[tuple[Head, bytes]]:
+        """The log's records as they stand, in place of the pass; protocol 2 only.
+
+        Raises:
+            BackupError: they do not check, or the line was lost.
+        """
+        try:
+            self._link.send(protocol.encode(PacketType.RESTORE))
+            yield from self._records()
+        except OSError as error:
+            raise Unreachable(self._target, error) from error
+
     def _steps(self) -> Iterator[Step]:
         for head, found in effective(self._records()):
             yield Step(found, head.end, self._total)

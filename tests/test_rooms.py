@@ -18,12 +18,13 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"plugin": "backup pylnclient", "server": "server"},
     {"destinations": "destinations", "serving": "serving"},
     {"upkeep": "upkeep"},
-    {"file": "filebackend", "socket": "socketbackend"},
+    {"file": "filebackend", "socket": "socketbackend", "mirror": "mirrorbackend several"},
     {"remote": "remote"},
     {"wire": "protocol stream"},
+    {"replica": "replica"},
     {"filelog": "filelog", "wallet": "wallet"},
     {"ground": "backend durable scratch space"},
-    {"bottom": "decisions errors environment unwind"},
+    {"bottom": "decisions quorum errors environment unwind"},
 )
 """From the top down: the rooms of each level, and the modules and packages in each.
 

@@ -167,12 +167,20 @@ class Housekeeper:
 
     Args:
         least: see parse_least.
+        turn: held during a compaction, where several do not compact at once.
     """
 
-    def __init__(self, backend: FileBackend, compactor: Compactor, least: int | None) -> None:
+    def __init__(
+        self,
+        backend: FileBackend,
+        compactor: Compactor,
+        least: int | None,
+        turn: threading.Lock | None = None,
+    ) -> None:
         self._backend = backend
         self._compactor = compactor
         self._least = least
+        self._turn = turn or threading.Lock()
         self._not_before = self._no_check_before = time.monotonic() + FIRST_AFTER_S
         self._next_disk_check = 0.0
         self._stopped = False
@@ -192,7 +200,8 @@ class Housekeeper:
                 self._next_disk_check = now + DISK_CHECK_S
                 self._check_disk()
             if now >= self._not_before and self._is_due():
-                self._compact()
+                with self._turn:
+                    self._compact()
             if now >= self._no_check_before and self._compactor.scrubber.run_if_due():
                 self._no_check_before = time.monotonic() + AFTER_CHECK_S
             time.sleep(PAUSE_S)

@@ -1,0 +1,629 @@
+"""One backup at several destinations: K of them acknowledge, and the others catch up."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from backend import (
+    NOBODY,
+    Change,
+    Destination,
+    Progress,
+    Reading,
+    Snapshot,
+    Status,
+    log,
+)
+from errors import BackupBusy, BackupError, ConfigError, OtherOwner
+from filelog import layout2
+from filelog.layout2 import BEFORE_FIRST, Head
+from protocol import NackCode
+from quorum import Part, Relation, Roster, compare, may_go_on, may_start
+from replica import Record, Replica
+from several import hearing
+from several.catchup import CatchUp, continues, marks
+from several.hearing import Branched, Heard, Make, Silent, end_of, hear
+
+BACKLOG_SIZE = 8 << 20
+"""Bytes of records that are kept for destinations that are slower; at least the newest one."""
+PATIENCE_S = 2.0
+"""How long a start waits for the answers of destinations that it does not need."""
+RETRY_FOR_S = 60.0
+"""How long a change waits for destinations that have failed to come back, before it is refused."""
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 30.0
+LEAVE_S = 5.0
+"""The longest wait for the slower destinations when the backup is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStatus:
+    """How one destination does; ``since_ns`` is Unix time, nanoseconds."""
+
+    url: str
+    version: int
+    part: str
+    since_ns: int
+    last_error: str | None
+
+
+class Member:
+    """One destination, and the thread that brings it all records.
+
+    Attributes:
+        part: what it does; changed under the mirror's lock, as all that follows.
+        done: how many of the mirror's records it has on stable storage.
+        heard: it has answered, and what it holds is known.
+        failed: its first try to answer has failed.
+    """
+
+    def __init__(self, url: str, make: Make) -> None:
+        self.url = url
+        self.lock = threading.Lock()
+        self.backend = make(url)
+        self.part = Part.OPENING
+        self.since_ns = time.time_ns()
+        self.error: BackupError | None = None
+        self.done = 0
+        self.heard = self.failed = False
+        self.thread: threading.Thread | None = None
+        self.reconnects = 0
+
+    def status(self) -> MemberStatus:
+        """How it does."""
+        return MemberStatus(
+            self.url,
+            self.backend.version,
+            self.part.value,
+            self.since_ns,
+            str(self.error) if self.error else None,
+        )
+
+
+class MirrorBackend(Destination):
+    """Several destinations as one.
+
+    Args:
+        roster: the list of them; ConfigError if it is none.
+        make: see hearing.Make.
+    """
+
+    def __init__(self, roster: Roster, make: Make) -> None:
+        if len(set(roster.urls)) < len(roster.urls):
+            raise ConfigError("One of the destinations is named twice.")
+        if not 1 <= roster.acks <= len(roster.urls):
+            raise ConfigError(
+                f"{roster.acks} of {len(roster.urls)} destinations cannot acknowledge.",
+                f"--acks is 1 to {len(roster.urls)}.",
+            )
+        super().__init__(" ".join(roster.urls))
+        self.roster = roster
+        self._make = make
+        self._rule = roster.rule
+        found = [make(url) for url in roster.urls]
+        self.directories = [place for each in found for place in each.directories]
+        self.snapshot_copies = sum(each.snapshot_copies for each in found if each.directories) or 1
+        self.medium = f"{roster.acks} of {len(found)} destinations"
+        self.allow_missing = False
+        """Whether ``read`` takes what there is; ``doubt`` says then what it lacks."""
+        self.doubt: Silent | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Back to what it was before ``open``."""
+        self._changed = threading.Condition()
+        self._members: list[Member] = []
+        self._tail: deque[Record] = deque()
+        self._first = 0
+        """Number of the first record in ``_tail``."""
+        self._tail_size = 0
+        self._acknowledged = 0
+        """Number of records that K have."""
+        self._newest = BEFORE_FIRST
+        self._leader: Replica | None = None
+        self._started = self._closing = False
+        self._owner: bytes | None = None
+        self._start_record: Record | None = None
+        self._session = NOBODY
+        self._house: Callable[[Member], None] | None = None
+        self._turn = threading.Lock()
+
+    # Its destinations one by one
+
+    def _all(self) -> list[Replica]:
+        found = [self._make(url) for url in self.roster.urls]
+        for each in found:
+            each.home = self.home
+        return found
+
+    def require_absent(self) -> None:
+        """See Backend."""
+        for each in self._all():
+            each.require_absent()
+
+    def create(
+        self, snapshot: Snapshot | None, owner: bytes = NOBODY, changes: Sequence[Change] = ()
+    ) -> None:
+        """See Backend. All of them get the same snapshot, with the same chain."""
+        self.require_absent()
+        for each in self._all():
+            each.create(snapshot)
+        self._claim(owner, changes)
+
+    def replace(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> str | None:
+        """See Backend. As many as a start needs must be there; the others catch up later."""
+        found = hear(self._all())
+        term = max((end_of(h.look.newest).term for h in found if h.look is not None), default=0)
+        kept, errors = [], []
+        for each in found:
+            try:
+                where = each.replica.replace(snapshot, layout2.session_of(owner, 2 * term))
+                kept.append(f"{each.url}: {where}" if where else "")
+            except BackupError as error:
+                errors.append(f"{each.url}: {error.problem}")
+        if len(kept) < self._rule.to_start:
+            raise Silent(
+                f"{len(kept)} of {self._rule.n} destinations could be replaced, and"
+                f" {self._rule.to_start} are needed: {' '.join(errors)}"
+            )
+        self._claim(owner, (), term + 1)
+        return ", ".join(filter(None, kept)) or None
+
+    def _claim(self, owner: bytes, changes: Sequence[Change], term: int = 1) -> None:
+        """Let each of them keep the list, and ``owner`` write to it."""
+        for each in self._all():
+            try:
+                with contextlib.closing(each):
+                    each.open()
+                    session, payload = layout2.session_of(owner, 2 * term), self._payload()
+                    head = layout2.owner_behind(each.newest, session, payload)
+                    each.add_record(head, payload)
+            except BackupError as error:
+                if term == 1:
+                    raise
+                log.warning(f"{each.url} is left behind: {error}")
+        if changes:
+            with contextlib.closing(self):
+                self.open(owner)
+                for change in changes:
+                    self.add_change(change)
+
+    def _payload(self) -> bytes:
+        return layout2.encode_owner(time.time_ns(), platform.node(), self.roster)
+
+    # Looking
+
+    def hear(self) -> list[Heard]:
+        """What each of them says of itself."""
+        return hear(self._all())
+
+    def read(self) -> Reading:
+        """See Backend: a pass over the one that has all there is."""
+        chosen, self.doubt = hearing.choose(self.hear(), self.allow_missing)
+        return chosen.replica.read()
+
+    def status(self, check: bool = False) -> Status:
+        """See Backend: of the one that has all there is, with warnings of the others."""
+        found = self.hear()
+        chosen, _ = hearing.choose(found)
+        status = chosen.replica.status(check)
+        status.url = self.url
+        for heard in found:
+            how = hearing.standing(heard, chosen)
+            if how != "in step":
+                status.warnings.append(f"{heard.url} is not in step: {how}")
+        return status
+
+    def note_proven(self) -> None:
+        """See Backend."""
+
+    def is_old(self) -> bool:
+        """See Backend: none that is one of several can be."""
+        return False
+
+    def members(self) -> list[MemberStatus]:
+        """How each of them does, by what the open backup knows."""
+        with self._changed:
+            return [member.status() for member in self._members]
+
+    # The start
+
+    def open(self, owner: bytes | None = None) -> None:
+        """See Backend.
+
+        Raises:
+            Silent: too few of them answer.
+            Branched: two of them are of different histories.
+            BackupBusy: another process holds one that is needed.
+            OtherOwner: another node took the backup over.
+        """
+        self._owner = owner
+        self._members = [Member(url, self._make) for url in self.roster.urls]
+        for member in self._members:
+            member.thread = threading.Thread(target=self._run, args=(member,), daemon=True)
+            member.thread.start()
+        try:
+            self._await_answers()
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_answers(self) -> None:
+        deadline_s: float | None = None
+        with self._changed:
+            while True:
+                for member in self._members:
+                    if member.error is not None and _is_taken(member.error):
+                        raise member.error
+                heard = sum(member.heard for member in self._members)
+                silent = sum(not m.heard and not m.failed for m in self._members)
+                now = time.monotonic()
+                if heard >= self._rule.to_start and deadline_s is None:
+                    deadline_s = now + PATIENCE_S
+                patient = deadline_s is None or now < deadline_s
+                verdict = may_start(self._rule, heard, silent, patient)
+                if verdict:
+                    return
+                if verdict is False:
+                    raise self._too_few(heard)
+                self._changed.wait(deadline_s and deadline_s - now)
+
+    def _too_few(self, heard: int) -> BackupError:
+        errors = [(m.url, m.error) for m in self._members if not m.heard and m.error is not None]
+        for _, error in errors:
+            if isinstance(error, BackupBusy):
+                return error
+        told = " ".join(f"{url}: {error.problem}" for url, error in errors)
+        return Silent(
+            f"{heard} of {self._rule.n} destinations answered, and {self._rule.to_start} are"
+            f" needed: the newest change may be on those that are missing. {told}"
+        )
+
+    def _begin(self) -> None:
+        """Find out what was acknowledged, and let K of them have it, with a new term."""
+        with self._changed:
+            heard = [member for member in self._members if member.heard]
+            heads = [member.backend.newest for member in heard]
+        leader = heard[hearing.leader_of([self._make(m.url) for m in heard], heads)]
+        newest = leader.backend.newest
+        term = 1 + max(end_of(head).term for head in heads)
+        owner = newest.session if self._owner is None else self._owner
+        with self._changed:
+            self._leader, self._newest = self._make(leader.url), newest
+            self.version_count = leader.backend.version_count
+            self._settle()
+        self._claim_as(owner, term)
+
+    def _claim_as(self, owner: bytes, term: int) -> None:
+        """Begin a term of ``owner``."""
+        payload = self._payload()
+        session = layout2.session_of(owner, 2 * term)
+        self._session = layout2.session_of(owner, 2 * term + 1)
+        with self._changed:
+            self._started = True
+            self._changed.notify_all()
+        self._store(layout2.owner_behind(self._newest, session, payload), payload, is_start=True)
+
+    # Writing
+
+    def add_change(self, change: Change) -> None:
+        """See Backend."""
+        assert change.base == self.version, "the version rule comes first"
+        head = layout2.change_behind(self._newest, change, self._session, time.time_ns())
+        self._store(head, change.payload)
+
+    def rewind(self) -> None:
+        """See Backend."""
+        head = layout2.rewind_behind(self._newest, self._session, time.time_ns())
+        self._store(head, b"")
+
+    def take_over(self, owner: bytes) -> None:
+        """See Backend. Each of them must have it."""
+        self._owner = owner
+        self._claim_as(owner, 1 + (layout2.term_of(self._session) >> 1))
+        self._await_all()
+
+    def _await_all(self) -> None:
+        """Wait until each destination has all."""
+        deadline_s = time.monotonic() + RETRY_FOR_S
+        with self._changed:
+            number = self._first + len(self._tail)
+            while not all(self._has(member, number) for member in self._members):
+                if time.monotonic() > deadline_s:
+                    lacking = [m for m in self._members if not self._has(m, number)]
+                    raise Silent(
+                        "These destinations could not be brought up to date: "
+                        + " ".join(f"{m.url}: {m.error or 'it does not answer.'}" for m in lacking)
+                    )
+                self._changed.wait(1.0)
+
+    def _store(self, head: Head, payload: bytes, is_start: bool = False) -> None:
+        """Give a record to all; returns when K have it on stable storage."""
+        began_s = time.monotonic()
+        with self._changed:
+            if is_start:
+                self._start_record = head, payload
+            self._tail.append((head, payload))
+            self._tail_size += len(payload)
+            number = self._first + len(self._tail)
+            self._trim()
+            self._changed.notify_all()
+            while True:
+                stored = sum(self._has(member, number) for member in self._members)
+                late = time.monotonic() - began_s > RETRY_FOR_S
+                verdict = may_go_on(self._rule, stored, self._working(number, late))
+                if verdict:
+                    break
+                if verdict is False:
+                    raise self._not_stored(stored)
+                self._changed.wait(1.0)
+            self._acknowledged = number
+            self._newest = head
+            self.version_count += layout2.CHANGES_STEP[head.kind]
+            self._settle()
+            self._trim()
+
+    @staticmethod
+    def _has(member: Member, number: int) -> bool:
+        return member.part is Part.IN_STEP and member.done >= number
+
+    def _working(self, number: int, late: bool) -> int:
+        """How many may come to have record ``number``: those that failed not for ever."""
+        return sum(
+            not self._has(member, number) and (member.part is Part.IN_STEP or not late)
+            for member in self._members
+        )
+
+    def _not_stored(self, stored: int) -> BackupError:
+        told = " ".join(f"{m.url}: {m.error.problem}" for m in self._members if m.error is not None)
+        return Silent(
+            f"{stored} of {self._rule.n} destinations have stored the change, and {self._rule.k}"
+            f" must. {told}"
+        )
+
+    def _settle(self) -> None:
+        self.version, self.rewindable = self._newest.version, self._newest.rewindable
+        self.reconnects = sum(m.reconnects + m.backend.reconnects for m in self._members)
+
+    def _trim(self) -> None:
+        """Keep no more than BACKLOG_SIZE of what is acknowledged; who lacks more falls behind."""
+        while self._tail_size > BACKLOG_SIZE and self._first < self._acknowledged:
+            _, payload = self._tail.popleft()
+            self._tail_size -= len(payload)
+            self._first += 1
+        for member in self._members:
+            if member.part is Part.IN_STEP and member.done < self._first:
+                self._lag(member, BackupError(f"{member.url} is too slow and fell behind."))
+
+    def close(self) -> None:
+        """See Backend. Those that are slower get LEAVE_S to store what they have not yet."""
+        members = self._members
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        began_s = time.monotonic()
+        for member in members:
+            # One that does not answer is not waited for.
+            longest_s = LEAVE_S if member.part is Part.IN_STEP or not member.failed else 0.5
+            if member.thread is not None:
+                member.thread.join(max(0.0, began_s + longest_s - time.monotonic()))
+        self._forget()
+
+    # The thread of each
+
+    def _run(self, member: Member) -> None:
+        changed, pause_s = self._changed, FIRST_PAUSE_S
+        try:
+            while True:
+                try:
+                    return self._serve(member)
+                except BackupError as error:
+                    was_in_step = member.part is Part.IN_STEP
+                    with changed:
+                        self._lag(member, error)
+                except Exception as error:
+                    was_in_step = False
+                    with changed:
+                        self._lag(member, BackupError(f"{member.url}: internal error: {error!r}."))
+                pause_s = FIRST_PAUSE_S if was_in_step else min(2 * pause_s, LONGEST_PAUSE_S)
+                with changed:
+                    changed.wait_for(lambda: self._is_closing(changed), pause_s)
+                    if self._is_closing(changed):
+                        return
+        finally:
+            self._close(member)
+
+    def _is_closing(self, changed: threading.Condition) -> bool:
+        return self._closing or changed is not self._changed
+
+    def _lag(self, member: Member, error: BackupError) -> None:
+        """``member`` is out of the path of a change from now on."""
+        if member.error is None or member.part is Part.IN_STEP:
+            log.warning(f"{member.url} is not in step any more: {error}")
+        if member.part is not Part.LAGGING:
+            member.since_ns = time.time_ns()
+        member.part, member.error, member.failed = Part.LAGGING, error, True
+        self._changed.notify_all()
+
+    def _close(self, member: Member) -> None:
+        with contextlib.suppress(BackupError, OSError), member.lock:
+            member.backend.close()
+
+    def _serve(self, member: Member) -> None:
+        """Open it, bring it up to date, and give it what comes, until the end."""
+        changed = self._changed
+        self._close(member)
+        with member.lock:
+            member.reconnects += member.backend.reconnects
+            backend = self._make(member.url)
+            backend.home = self.home
+            backend.open(self._owner)
+            member.backend = backend
+        with changed:
+            member.heard = True
+            changed.notify_all()
+            changed.wait_for(lambda: self._started or self._is_closing(changed))
+        while not self._is_closing(changed):
+            self._bring_up(member)
+            self._follow(member)
+
+    def _bring_up(self, member: Member) -> None:
+        """Let it catch up until it is in step."""
+        changed = self._changed
+        catch_up = CatchUp(member.backend, member.lock, self._owner or self._session)
+        pause_s = FIRST_PAUSE_S
+        while not self._is_closing(changed):
+            if self._join(member, catch_up):
+                return
+            source = self._source(member)
+            if source is not None and self._bring(member, catch_up, source):
+                continue
+            with changed:
+                changed.wait_for(lambda: self._is_closing(changed), pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _join(self, member: Member, catch_up: CatchUp) -> bool:
+        """Take it in, if what it lacks is in memory."""
+        with self._changed:
+            place = self._place_of(member.backend.newest)
+            if place is None:
+                return False
+            late = self._start_record
+            start = 0 if late is None else self._number_of(late)
+            needs_start = late is not None and place >= start and _is_before(member, late[0])
+        if needs_start and late is not None:
+            # Not before: whoever has the term has all that was acknowledged before it.
+            newest = member.backend.newest
+            catch_up.add(layout2.owner_behind(newest, late[0].session, late[1]), late[1])
+        with self._changed:
+            place = self._place_of(member.backend.newest)
+            if place is None or place < self._first:
+                return False
+            if member.error is not None:
+                log.info(f"{member.url} is in step again")
+            member.done, member.part, member.error = place, Part.IN_STEP, None
+            member.since_ns = time.time_ns()
+            self._changed.notify_all()
+        if self._house is not None:
+            self._house(member)
+        return True
+
+    def _number_of(self, record: Record) -> int:
+        """How many records there were with ``record``, 0 if it is not in memory any more."""
+        for number, each in enumerate(self._tail, self._first + 1):
+            if each is record or each[0] is record[0]:
+                return number
+        return 0
+
+    def _place_of(self, newest: Head) -> int | None:
+        """How many of the mirror's records one has that ends in ``newest``; None: unknown."""
+        found = None
+        for number, (head, _) in enumerate(self._tail, self._first):
+            if continues(newest, head):
+                found = number
+            if (head.chain, head.rewindable) == (newest.chain, newest.rewindable):
+                found = number + 1
+        last = self._tail[-1][0] if self._tail else self._newest
+        # Whoever took back a change that nobody else has stands at the same chain.
+        if last.chain == newest.chain and (last.rewindable or not newest.rewindable):
+            found = self._first + len(self._tail)
+        return found
+
+    def _source(self, member: Member) -> Replica | None:
+        """One that has more than ``member``: another in step, or the one that led the start."""
+        with self._changed:
+            for other in self._members:
+                if other is not member and other.part is Part.IN_STEP:
+                    return self._make(other.url)
+            leader = self._leader
+        return leader if leader is not None and leader.url != member.url else None
+
+    def _bring(self, member: Member, catch_up: CatchUp, source: Replica) -> bool:
+        """Bring it to what ``source`` has; False if that is no more than it has already."""
+        with source.records() as records:
+            relation, place = compare(end_of(member.backend.newest), marks(records))
+        if relation is Relation.APART:
+            raise Branched(member.url, source.url)
+        if relation is Relation.EQUAL:
+            return False
+        catch_up.bring(source, relation, place)
+        return True
+
+    def _follow(self, member: Member) -> None:
+        """Give it what comes, until it falls behind or all ends."""
+        changed = self._changed
+        while True:
+            with changed:
+                changed.wait_for(
+                    lambda: (
+                        member.part is not Part.IN_STEP
+                        or member.done < self._first + len(self._tail)
+                        or self._is_closing(changed)
+                    )
+                )
+                if member.part is not Part.IN_STEP or changed is not self._changed:
+                    return
+                if member.done == self._first + len(self._tail):
+                    return  # All ends.
+                head, payload = self._tail[member.done - self._first]
+            with member.lock:
+                member.backend.add_record(head, payload)
+            with changed:
+                member.done += 1
+                changed.notify_all()
+
+    # Beside the node
+
+    def keep_house(
+        self, lock: threading.Lock, least: int | None, turn: threading.Lock | None = None
+    ) -> None:
+        """See Destination. Each compacts by itself, one at a time."""
+
+        def keep(member: Member) -> None:
+            member.backend.keep_house(member.lock, least, self._turn)
+
+        with self._changed:
+            self._house = keep
+            in_step = [member for member in self._members if member.part is Part.IN_STEP]
+        for member in in_step:
+            keep(member)
+
+    def compact(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
+        """See Destination: of all that are in step, or of all; the sums."""
+        total = {when: {"backupsize": 0, "version_count": 0} for when in ("before", "after")}
+        for each in self._to_compact():
+            found = each.compact(progress)
+            for when, sizes in total.items():
+                for key in sizes:
+                    sizes[key] += found[when][key]
+        return total
+
+    def _to_compact(self) -> Iterator[Replica]:
+        if not self._members:
+            yield from self._all()
+        for member in self._members:
+            if member.part is Part.IN_STEP:
+                yield member.backend
+
+    def rebuild(self, owner: bytes, progress: Progress) -> str | None:
+        """See Destination."""
+        raise ConfigError("None of several destinations is of an old layout.")
+
+
+def _is_taken(error: BackupError) -> bool:
+    """Whether another node took the backup over."""
+    if isinstance(error, OtherOwner):
+        return bool(error.taken)
+    return getattr(error, "code", None) is NackCode.TAKEN_OVER
+
+
+def _is_before(member: Member, start: Head) -> bool:
+    """Whether ``member`` lacks the record of this start, or a later one."""
+    return end_of(member.backend.newest).term < end_of(start).term
