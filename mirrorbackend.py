@@ -220,6 +220,13 @@ class MirrorBackend(Destination):
                 status.warnings.append(f"{heard.url} is not in step: {how}")
         return status
 
+    def scratch_paths(self, chosen: str | None, otherwise: str | None = None) -> str:
+        """See Backend: beside the first that is a file."""
+        beside = next((each for each in self._all() if each.directories), None)
+        if beside is None:
+            return super().scratch_paths(chosen, otherwise)
+        return beside.scratch_paths(chosen, otherwise)
+
     def note_proven(self) -> None:
         """See Backend."""
 
@@ -265,14 +272,14 @@ class MirrorBackend(Destination):
                 heard = sum(member.heard for member in self._members)
                 silent = sum(not m.heard and not m.failed for m in self._members)
                 now = time.monotonic()
-                if heard >= self._rule.to_start and deadline_s is None:
-                    deadline_s = now + PATIENCE_S
                 patient = deadline_s is None or now < deadline_s
                 verdict = may_start(self._rule, heard, silent, patient)
                 if verdict:
                     return
-                if verdict is False:
+                if verdict is False and not (silent and patient):
                     raise self._too_few(heard)
+                if deadline_s is None and (verdict is False or heard >= self._rule.to_start):
+                    deadline_s = now + PATIENCE_S
                 self._changed.wait(deadline_s and deadline_s - now)
 
     def _too_few(self, heard: int) -> BackupError:
@@ -596,13 +603,14 @@ class MirrorBackend(Destination):
             keep(member)
 
     def compact(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
-        """See Destination: of all that are in step, or of all; the sums."""
+        """See Destination: of all that are in step, or of all; their sizes in sum."""
         total = {when: {"backupsize": 0, "version_count": 0} for when in ("before", "after")}
         for each in self._to_compact():
             found = each.compact(progress)
             for when, sizes in total.items():
-                for key in sizes:
-                    sizes[key] += found[when][key]
+                sizes["backupsize"] += found[when]["backupsize"]
+                count = found[when]["version_count"]
+                sizes["version_count"] = max(sizes["version_count"], count)
         return total
 
     def _to_compact(self) -> Iterator[Replica]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from backend import FOREIGN_KEYS_OFF, Beginning, Change, Destination, Ending, Snapshot
-from destinations import backend_for
+from destinations import backend_for, destination_for
 from errors import BackupBusy, BackupError, BackupExists, ConfigError
 from socketbackend import SocketBackend
 from tests import support
@@ -26,6 +26,8 @@ ON = ["PRAGMA foreign_keys = ON;"]
 
 Connect = Callable[[], Destination]
 """A new Destination object for the destination of this test."""
+Kind = Callable[[Path], contextlib.AbstractContextManager[Connect]]
+"""Makes a destination without a backup in a directory."""
 
 
 @contextlib.contextmanager
@@ -56,10 +58,29 @@ def protocol_1_destination(directory: Path) -> Iterator[Connect]:
         yield of_protocol_1
 
 
-DESTINATIONS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Connect]]] = {
+def mirror_of(*kinds: Kind) -> Kind:
+    """Several destinations as one, all of which acknowledge."""
+
+    @contextlib.contextmanager
+    def mirror_destination(directory: Path) -> Iterator[Connect]:
+        with contextlib.ExitStack() as stack:
+            urls = []
+            for number, kind in enumerate(kinds):
+                place = directory / str(number)
+                place.mkdir()
+                urls.append(stack.enter_context(kind(place))().url)
+            yield lambda: destination_for(urls, None, 1)
+
+    return mirror_destination
+
+
+DESTINATIONS: dict[str, Kind] = {
     "file": file_destination,
     "socket": socket_destination,
     "protocol 1": protocol_1_destination,
+    "file, file": mirror_of(file_destination, file_destination),
+    "file, socket": mirror_of(file_destination, socket_destination),
+    "three": mirror_of(*[file_destination] * 3),
 }
 
 
@@ -121,7 +142,7 @@ def change(version: int, text: str = "") -> Call:
 
 
 def test_missing_backup_is_refused_by_everyone(connect: Connect) -> None:
-    if isinstance(connect(), SocketBackend):
+    if "socket:" in connect().url:
         pytest.skip("a server does not start without its backup")
     connect().require_absent()
     with pytest.raises(BackupError):
@@ -491,7 +512,7 @@ def test_a_held_file_has_no_other_writer(tmp_path: Path) -> None:
 def test_only_who_keeps_the_file_tells_whether_it_is_old(connect: Connect) -> None:
     connect().create(None)
     backend = connect()
-    if backend.can_be_served:
+    if not isinstance(backend, SocketBackend):
         assert not backend.is_old()
         return
     with pytest.raises(ConfigError, match="is kept by a server"):
