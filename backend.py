@@ -303,6 +303,8 @@ class Status:
         last_proven_ns: Unix time at which it was last replayed, too, and found sound.
         unsound: what a check beside the node found, or None.
         disk_free: free bytes for the writer.
+        destinations: all that the backup has, if those are several and it keeps the list.
+        acks: how many of them acknowledge a change.
         notes: what else was found and does no harm.
         warnings: what the operator should act on.
     """
@@ -326,8 +328,27 @@ class Status:
     last_proven_ns: int | None = None
     unsound: str | None = None
     disk_free: int | None = None
+    destinations: tuple[str, ...] | None = None
+    acks: int | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStatus:
+    """How one of several destinations does, by what the writer knows.
+
+    Attributes:
+        part: in step, lagging or being opened.
+        since_ns: Unix time, nanoseconds, from which on it has been that.
+        last_error: why it lags, or None.
+    """
+
+    url: str
+    version: int
+    part: str
+    since_ns: int
+    last_error: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -563,6 +584,10 @@ class Destination(Backend):
         Returns:
             ``{"before": {"backupsize", "version_count"}, "after": {...}}``, sizes in bytes.
         """
+
+    def members(self) -> list[MemberStatus]:
+        """How each of several does, if it is several and open."""
+        return []
 
     @abstractmethod
     def rebuild(self, owner: bytes, progress: Progress) -> str | None:

@@ -12,6 +12,7 @@ import environment
 
 environment.ensure("pyln.client")
 
+import dataclasses  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -144,7 +145,7 @@ class Hook:
         directory = os.getcwd()
         lock_file = node.read_lock_file(directory)
         least = compaction.parse_least(lock_file.compact)
-        backend = destinations.backend_for(lock_file.backend_url)
+        backend = destinations.destination_of(lock_file)
         _open_patiently(backend, lock_file.owner)
         backend.keep_house(self.lock, least)
         self.backend = backend
@@ -190,13 +191,14 @@ def status(hook: Hook) -> dict[str, Any]:
     if hook.backend is None:
         return hook.statistics()
     # Reading the whole log in this process would make the hook wait for its turn.
-    command = [sys.executable, CLI_PATH, "status", "--json", hook.backend.url]
+    command = [sys.executable, CLI_PATH, "status", "--json", "--lightning-dir", os.getcwd()]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     try:
         found: dict[str, Any] = json.loads(done.stdout)
     except ValueError as error:
         raise BackupError(f"{CLI} status failed: {done.stderr}") from error
-    return found | hook.statistics()
+    members = [dataclasses.asdict(each) for each in hook.backend.members()]
+    return found | hook.statistics() | ({"destinations": members} if members else {})
 
 
 def answer_later(request: Request, work: Callable[[], dict[str, Any]]) -> None:

@@ -15,9 +15,15 @@ from replica import Replica
 from socketbackend import SocketBackend
 from upkeep import upgrade
 from upkeep.compaction import Compactor, Housekeeper
+from wallet.node import LockFile
 
 
-def destination_for(urls: Sequence[str], acks: int | None, epoch: int) -> Destination:
+def destination_of(lock_file: LockFile) -> Destination:
+    """The Destination that backup.lock names, not open yet."""
+    return destination_for(lock_file.urls, lock_file.acks, lock_file.epoch)
+
+
+def destination_for(urls: Sequence[str], acks: int | None = None, epoch: int = 1) -> Destination:
     """The Destination of one URL or of several, not open yet.
 
     Args:

@@ -27,6 +27,7 @@ import os
 import pwd
 import re
 import shlex
+from collections.abc import Sequence
 
 _HERE = os.path.dirname(os.path.realpath(__file__))
 CLI_PATH = os.path.join(_HERE, "backup-cli")
@@ -275,10 +276,10 @@ class DoesNotReplay(DatabaseError):
         super().__init__(
             path,
             f"the change to version {version} does not replay: {reason}, in {statement[:100]!r}",
-            self.way_out("URL", "DEST"),
+            self.way_out(["URL"], "DEST"),
         )
 
-    def way_out(self, url: str, dest: str) -> str:
-        """The command that restores what stands before the change, from ``url`` to ``dest``."""
-        words = [CLI, "restore", "--up-to", str(self.base), url, dest]
+    def way_out(self, urls: Sequence[str], dest: str) -> str:
+        """The command that restores what stands before the change, from ``urls`` to ``dest``."""
+        words = [CLI, "restore", "--up-to", str(self.base), *urls, dest]
         return f"What stands before it: `{shlex.join(words)}`." if self.base else ""

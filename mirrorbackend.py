@@ -8,12 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from backend import (
     NOBODY,
     Change,
     Destination,
+    MemberStatus,
     Progress,
     Reading,
     Snapshot,
@@ -40,17 +40,6 @@ FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
 LEAVE_S = 5.0
 """The longest wait for the slower destinations when the backup is closed."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemberStatus:
-    """How one destination does; ``since_ns`` is Unix time, nanoseconds."""
-
-    url: str
-    version: int
-    part: str
-    since_ns: int
-    last_error: str | None
 
 
 class Member:
@@ -216,7 +205,7 @@ class MirrorBackend(Destination):
         status.url = self.url
         for heard in found:
             how = hearing.standing(heard, chosen)
-            if how != "in step":
+            if how != hearing.IN_STEP:
                 status.warnings.append(f"{heard.url} is not in step: {how}")
         return status
 

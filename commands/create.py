@@ -8,7 +8,8 @@ import os
 import pwd
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import click
 
@@ -26,7 +27,9 @@ from backend import (
     outcome,
 )
 from commands.shared import (
+    acks_option,
     directory_option,
+    in_words,
     main,
     node_database,
     node_snapshot,
@@ -46,6 +49,8 @@ from errors import (
     OutOfDate,
     UnsupportedLayout,
 )
+from quorum import Roster, Rule
+from several import joining
 from upkeep import upgrade as upgrading
 from wallet import database, node
 from wallet import restore as restoring
@@ -59,22 +64,27 @@ from wallet import restore as restoring
     " directory if it is one, else an empty backup is made, for a server.",
 )
 @wallet_option
-@click.argument("url")
-def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
+@acks_option
+@click.argument("urls", metavar="URL...", nargs=-1, required=True)
+def init(
+    lightning_dir: str | None, wallet: str | None, acks: int | None, urls: tuple[str, ...]
+) -> None:
     """Create a backup at URL for a stopped node, and its backup.lock.
 
-    If the node has a database, the backup starts with a snapshot of it.
+    If the node has a database, the backup starts with a snapshot of it. With several URLs each
+    of them gets it, and --acks says how many must have stored a change before the node goes on.
 
     \b
     Examples:
         backup-cli init --lightning-dir ~/.lightning/bitcoin file:///mnt/disk2/node.bkp
         backup-cli init file:///srv/node.bkp          (an empty one, for a server)
+        backup-cli init --lightning-dir DIR --acks 1 file:///mnt/disk2/node.bkp socket:host:8700
     """
-    backend = destinations.backend_for(url)
+    backend = destinations.destination_for(urls, acks)
     if lightning_dir is None and node.is_network_dir(os.getcwd()):
         lightning_dir = os.getcwd()
     if lightning_dir is None:
-        return _init_for_server(url)
+        return _init_for_server(urls)
     directory = node.network_dir(lightning_dir)
     wallet_path = node_database(directory, wallet)
     lock_path = os.path.join(directory, node.LOCK_NAME)
@@ -95,12 +105,38 @@ def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
             # First the small file that is easily taken back: a server's backup is not. It gets
             # its name last: a node finds no backup.lock without a backup.
             owner = new_owner()
-            with node.new_lock_file(directory, node.LockFile(url, owner=owner)):
+            lock_file = node.LockFile(urls[0], owner=owner)
+            with node.new_lock_file(directory, _with_destinations(lock_file, urls, acks)):
                 backend.create(snapshot, owner)
             stored = readable(os.path.getsize(snapshot.path)) if snapshot else "nothing yet"
     if snapshot is not None:
-        click.echo(f"Successfully written initial snapshot to {url}")
-    _report_init(backend, url, directory, wallet_path, stored, snapshot)
+        click.echo(f"Successfully written initial snapshot to {backend.url}")
+    _report_init(backend, shlex.join(urls), directory, wallet_path, stored, snapshot)
+    _report_rule(urls, acks)
+
+
+def _with_destinations(
+    lock_file: node.LockFile, urls: Sequence[str], acks: int | None, epoch: int = 1
+) -> node.LockFile:
+    """``lock_file``, naming one destination or several; of those ``acks`` acknowledge, or all."""
+    several: dict[str, Any] = {"backend_urls": (), "acks": 1, "epoch": 0}
+    if len(urls) > 1:
+        several = {"backend_urls": tuple(urls), "acks": acks or len(urls), "epoch": epoch}
+    return dataclasses.replace(lock_file, backend_url=urls[0], **several)
+
+
+def _report_rule(urls: Sequence[str], acks: int | None) -> None:
+    """What several destinations are good for."""
+    if len(urls) == 1:
+        return
+    rule = Rule(len(urls), acks or len(urls))
+    click.echo(f"{in_words(rule)}.")
+    if rule.may_split:
+        click.echo(
+            f"Warning: {rule.k} of {rule.n} is no majority: two nodes that cannot see each other"
+            " could each find enough destinations.",
+            err=True,
+        )
 
 
 def _check_owner_can_write(directory: str, place: str) -> None:
@@ -122,7 +158,10 @@ def _check_owner_can_write(directory: str, place: str) -> None:
     )
 
 
-def _init_for_server(url: str) -> None:
+def _init_for_server(urls: Sequence[str]) -> None:
+    if len(urls) > 1:
+        raise click.UsageError("Several destinations are of a node: add --lightning-dir DIR.")
+    url = urls[0]
     backend = destinations.backend_for(url)
     if not backend.can_be_served:
         raise ConfigError(
@@ -145,7 +184,7 @@ def _report_init(
 ) -> None:
     click.echo(f"Stored: {stored}, data_version {snapshot.version if snapshot else 0}")
     click.echo(f"Add to lightningd's config: important-plugin={PLUGIN}")
-    click.echo(f"This will restore it: {CLI} restore {shlex.quote(url)} {shlex.quote(wallet)}")
+    click.echo(f"This will restore it: {CLI} restore {url} {shlex.quote(wallet)}")
     click.echo(
         f"Keep a copy of {os.path.join(directory, 'hsm_secret')} elsewhere, once: it is not"
         " part of this backup, and without it a restored database is useless."
@@ -177,8 +216,8 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
     wallet_path = node_database(directory, wallet)
     with node.stopped(directory, wallet_path):
         lock_file = node.read_lock_file(directory)
-        url = lock_file.backend_url
-        backend = destinations.backend_for(url)
+        backend = destinations.destination_of(lock_file)
+        url = backend.url
         version = _version_reached(backend, None if override else lock_file.owner)
         with node_snapshot(backend, directory, wallet_path) as snapshot:
             found = snapshot.version if snapshot else 0
@@ -221,7 +260,7 @@ def upgrade(lightning_dir: str | None, wallet: str | None, file_url: str | None)
     wallet_path = node_database(directory, wallet)
     with node.stopped(directory, wallet_path):
         lock_file = node.read_lock_file(directory)
-        backend = destinations.backend_for(lock_file.backend_url)
+        backend = destinations.destination_of(lock_file)
         _upgrade(backend, lock_file, wallet_path, directory)
 
 
@@ -341,11 +380,20 @@ def _check_resync(node_version: int, backup_version: int, url: str) -> None:
 @click.option(
     "--no-compare", is_flag=True, help="Compare versions only, not content: for huge databases."
 )
-@click.argument("url")
+@acks_option
+@click.argument("urls", metavar="URL...", nargs=-1, required=True)
 def attach(
-    lightning_dir: str, wallet: str | None, scratch: str | None, no_compare: bool, url: str
+    lightning_dir: str,
+    wallet: str | None,
+    scratch: str | None,
+    no_compare: bool,
+    acks: int | None,
+    urls: tuple[str, ...],
 ) -> None:
     """Go on with the existing backup at URL: after a restore, or after it was put elsewhere.
+
+    With several URLs: those are the backup's destinations from then on. One that is empty or
+    behind is brought up to date.
 
     Writes backup.lock, if the node's database and the backup agree, version and content. From
     then on no other node can write to this backup.
@@ -357,7 +405,9 @@ def attach(
     directory = node.network_dir(lightning_dir)
     wallet_path = node_database(directory, wallet)
     with node.stopped(directory, wallet_path):
-        backend = destinations.backend_for(url)
+        plan = _plan(directory, urls, acks)
+        backend = plan.leader.replica if plan else destinations.backend_for(urls[0])
+        url = backend.url
         status = backend.status()
         if status.damage:
             raise BackupError(status.damage)
@@ -383,13 +433,59 @@ def attach(
         elif version:
             prefix = scratch_prefix(backend, scratch, directory)
             _check_same(backend, prefix, wallet_path, version)
-        kept = _take_over(backend, directory)
+        kept = _take_over_all(plan, directory) if plan else _take_over(backend, directory)
     if kept is not None:
         click.echo(f"The former backup.lock is kept: {kept}")
     click.echo(
-        f"{os.path.join(directory, node.LOCK_NAME)} now names {url}, at version {status.version}."
+        f"{os.path.join(directory, node.LOCK_NAME)} now names {' '.join(urls)}, at version"
+        f" {status.version}."
     )
+    _report_rule(urls, acks)
     click.echo(f"Add to lightningd's config: important-plugin={PLUGIN}")
+
+
+def _plan(directory: str, urls: Sequence[str], acks: int | None) -> joining.Plan | None:
+    """What has to be done for several destinations; None: it is one, and was one."""
+    destinations.destination_for(urls, acks)  # Checks what was typed.
+    former = None
+    with contextlib.suppress(BackupError):  # One that is damaged is moved out of the way.
+        lock_file = node.read_lock_file(directory)
+        if lock_file.backend_urls:
+            former = Roster(lock_file.epoch, lock_file.acks, lock_file.backend_urls)
+    if not joining.is_of_several(urls, former, destinations.backend_for):
+        return None
+    return joining.plan(urls, acks or len(urls), former, destinations.backend_for)
+
+
+def _take_over_all(plan: joining.Plan, directory: str) -> str | None:
+    """Make the node in ``directory`` the owner of all destinations of ``plan``."""
+    with progress_bar("Copying", 0) as advance:
+        joining.bring_all(plan, destinations.backend_for, advance)
+    owner, urls = new_owner(), plan.roster.urls
+    compact_at = None
+    with contextlib.suppress(BackupError):
+        compact_at = node.read_lock_file(directory).compact
+    lock_file = node.LockFile(urls[0], compact_at, owner)
+    lock_file = _with_destinations(lock_file, urls, plan.roster.acks, plan.roster.epoch)
+    with _in_place_of_the_former(directory) as kept, node.new_lock_file(directory, lock_file, kept):
+        joining.take_over(plan, owner, destinations.backend_for)
+    return kept
+
+
+@contextlib.contextmanager
+def _in_place_of_the_former(directory: str) -> Iterator[str | None]:
+    """Put backup.lock aside, and back if the block fails; where it is kept."""
+    lock_path, kept = os.path.join(directory, node.LOCK_NAME), None
+    if os.path.lexists(lock_path):
+        kept = durable.free_name(f"{lock_path}.old")
+        durable.keep(lock_path, kept)
+        durable.remove(lock_path)
+    try:
+        yield kept
+    except BaseException:
+        if kept is not None:
+            durable.replace(kept, lock_path)
+        raise
 
 
 def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> None:
@@ -416,25 +512,18 @@ def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> Non
 
 def _take_over(backend: Backend, directory: str) -> str | None:
     """Make the node in ``directory`` the backup's owner; where its old backup.lock is kept."""
-    lock_path = os.path.join(directory, node.LOCK_NAME)
-    compact_at = kept = None
+    compact_at = None
+    with contextlib.suppress(BackupError):
+        compact_at = node.read_lock_file(directory).compact
     with contextlib.closing(backend):
         owner = _claim(backend)
-        if os.path.lexists(lock_path):
-            with contextlib.suppress(BackupError):
-                compact_at = node.read_lock_file(directory).compact
-            kept = durable.free_name(f"{lock_path}.old")
-            durable.keep(lock_path, kept)
-            durable.remove(lock_path)
         lock_file = node.LockFile(backend.url, compact_at, owner)
-        try:
-            with node.new_lock_file(directory, lock_file, kept):
-                if owner != NOBODY:
-                    backend.take_over(owner)
-        except BaseException:
-            if kept is not None:
-                durable.replace(kept, lock_path)
-            raise
+        with (
+            _in_place_of_the_former(directory) as kept,
+            node.new_lock_file(directory, lock_file, kept),
+        ):
+            if owner != NOBODY:
+                backend.take_over(owner)
     return kept
 
 
@@ -478,7 +567,13 @@ def move(
     directory = node.network_dir(lightning_dir)
     wallet_path = node_database(directory, wallet)
     with node.stopped(directory, wallet_path):
-        found = node.read_lock_file(directory).backend_url
+        lock_file = node.read_lock_file(directory)
+        if lock_file.backend_urls:
+            raise ConfigError(
+                f"The backup of the node in {directory} has several destinations.",
+                f"Run `{CLI} attach` with those that it is to have.",
+            )
+        found = lock_file.backend_url
         if found != url:
             raise ConfigError(
                 f"The backup of the node in {directory} is {found}, not {url}.", "Check the URL."

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -17,7 +19,10 @@ from backend import (
 )
 from commands.shared import (
     EXIT_WARNING,
+    backup_of_option,
+    chosen_urls,
     expand,
+    in_words,
     main,
     progress_bar,
     readable,
@@ -28,24 +33,97 @@ from errors import (
     BackupError,
     DoesNotReplay,
 )
+from quorum import Roster
+from several import hearing
+from several.hearing import IN_STEP, Heard
 from wallet import restore as restoring
 
 NOT_CHECKED = "none at its end (--check reads all of it)"
 
 
 @main.command()
-@click.argument("url")
+@click.argument("urls", metavar="URL...", nargs=-1)
+@backup_of_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--check", is_flag=True, help="Read and check all of it, not only its end.")
-def status(url: str, as_json: bool, check: bool) -> None:
+def status(urls: tuple[str, ...], lightning_dir: str | None, as_json: bool, check: bool) -> None:
     """Say what the backup at URL holds, by a look at its end. Works beside a running node.
 
-    Exit code for cron: 0 sound, 1 unreadable or damaged, 4 a warning.
+    With several URLs, or --lightning-dir for those of a node: how each of them stands.
+
+    Exit code for cron: 0 sound, 1 unreadable or damaged, or too few of several destinations are
+    in step; 4 a warning, or not all of several are in step.
 
     \b
     Example:
         backup-cli status file:///mnt/disk2/node.bkp
+        backup-cli status --lightning-dir ~/.lightning/bitcoin
     """
+    chosen = chosen_urls(urls, lightning_dir)
+    if len(chosen) == 1:
+        _status_of_one(chosen[0], as_json, check)
+    else:
+        _status_of_several(chosen, as_json, check)
+
+
+def _status_of_several(urls: Sequence[str], as_json: bool, check: bool) -> None:
+    found = hearing.hear([destinations.backend_for(url) for url in urls])
+    leader, doubt = hearing.choose(found, allow_missing=True)
+    roster = hearing.newest_roster(found, None) or Roster(0, len(urls), tuple(urls))
+    rows = [_row(heard, leader, check) for heard in found]
+    in_step = sum(row["standing"] == IN_STEP and not row["damage"] for row in rows)
+    rule = roster.rule
+    about = {
+        "destinations": rows,
+        "acks": rule.k,
+        "in_step": in_step,
+        "survives_loss_of": max(0, in_step - 1),
+        "goes_on_without": max(0, in_step - rule.k),
+    }
+    if as_json:
+        shown = dataclasses.asdict(leader.replica.status()) | about
+        click.echo(json.dumps(shown, indent=2))
+    else:
+        click.echo("\n\n".join(map(_describe_row, rows)))
+        click.echo(
+            f"\n{in_words(rule)}. Now {in_step} are in step: it survives the loss of"
+            f" {about['survives_loss_of']}, and the node goes on without"
+            f" {about['goes_on_without']}."
+        )
+    for url in roster.urls:
+        if url not in urls:
+            click.echo(f"Warning: {url} is one of the destinations, too.", err=True)
+    if doubt is not None or in_step < rule.k or any(row["damage"] for row in rows):
+        click.echo(f"Error: {doubt or 'Too few destinations are in step.'}", err=True)
+        sys.exit(1)
+    warned = in_step < rule.n or any(row["warnings"] for row in rows)
+    sys.exit(EXIT_WARNING if warned else 0)
+
+
+def _row(heard: Heard, leader: Heard, check: bool) -> dict[str, Any]:
+    """What is shown of one of several destinations."""
+    row: dict[str, Any] = {"url": heard.url, "standing": hearing.standing(heard, leader)}
+    found = None
+    with contextlib.suppress(BackupError):
+        found = heard.replica.status(check)
+    row["version"] = found.version if found else None
+    row["last_change_ns"] = found.last_change_ns if found else None
+    row["damage"] = (found.damage or found.unsound) if found else None
+    row["warnings"] = found.warnings if found else []
+    row["error"] = str(heard.error) if heard.error else None
+    return row
+
+
+def _describe_row(row: dict[str, Any]) -> str:
+    last = utc(row["last_change_ns"]) if row["last_change_ns"] else "none"
+    lines = [("destination", row["url"]), ("version", row["version"]), ("last change", last)]
+    lines += [("", row["standing"])]
+    lines += [("damage", row["damage"])] if row["damage"] else []
+    lines += [("warning", warning) for warning in row["warnings"]]
+    return "\n".join(f"{name + ':' if name else '':16}{value}" for name, value in lines)
+
+
+def _status_of_one(url: str, as_json: bool, check: bool) -> None:
     try:
         backend = destinations.backend_for(url)
         with backend.checking() if check else contextlib.nullcontext():
@@ -67,7 +145,8 @@ def status(url: str, as_json: bool, check: bool) -> None:
 
 
 @main.command()
-@click.argument("url")
+@click.argument("urls", metavar="URL...", nargs=-1)
+@backup_of_option
 @click.option(
     "--against",
     metavar="DB",
@@ -75,14 +154,36 @@ def status(url: str, as_json: bool, check: bool) -> None:
     help="A stopped node's database that must be the same.",
 )
 @scratch_option
-def verify(url: str, against: str | None, scratch: str | None) -> None:
+def verify(
+    urls: tuple[str, ...], lightning_dir: str | None, against: str | None, scratch: str | None
+) -> None:
     """Prove that the backup at URL restores: check every byte, replay it, check the result.
+
+    Of several destinations each one is proven.
 
     \b
     Example:
         backup-cli verify file:///mnt/disk2/node.bkp
         backup-cli verify URL --against ~/.lightning/bitcoin/lightningd.sqlite3
     """
+    chosen = chosen_urls(urls, lightning_dir)
+    failed: list[BackupError] = []
+    for url in chosen:
+        try:
+            _verify(url, against, scratch)
+        except BackupError as error:
+            if len(chosen) == 1:
+                raise
+            failed.append(error)
+            click.echo(f"Error: {url}: {error}", err=True)
+    if failed:
+        raise BackupError(f"{len(failed)} of {len(chosen)} destinations could not be proven.")
+    if len(chosen) > 1:
+        # That each of them is sound does not make them the same.
+        _status_of_several(chosen, as_json=False, check=False)
+
+
+def _verify(url: str, against: str | None, scratch: str | None) -> None:
     backend = destinations.backend_for(url)
     prefix = scratch_prefix(backend, scratch)
     with (
@@ -93,7 +194,7 @@ def verify(url: str, against: str | None, scratch: str | None) -> None:
         try:
             ending, problems = restoring.verify(reading, base, against, advance)
         except DoesNotReplay as error:
-            raise BackupError(error.problem, error.way_out(url, "DEST")) from error
+            raise BackupError(error.problem, error.way_out([url], "DEST")) from error
     version = ending.version
     for note in ending.notes:
         click.echo(note)
@@ -131,5 +232,8 @@ def _describe(found: Status) -> str:
             ("damage", found.damage or ("none" if found.checked else NOT_CHECKED)),
             ("disk free", readable(found.disk_free)),
         ]
+    if found.destinations is not None:
+        rows.append(("one of several", f"{found.acks} of {len(found.destinations)} acknowledge"))
+        rows += [("destination", url) for url in found.destinations]
     rows += [("note", note) for note in found.notes]
     return "\n".join(f"{name + ':':16}{value}" for name, value in rows)

@@ -17,6 +17,8 @@ from backend import (
 )
 from commands.shared import (
     EXIT_UNSOUND,
+    backup_of_option,
+    chosen_urls,
     expand,
     main,
     progress_bar,
@@ -26,12 +28,14 @@ from errors import (
     BackupError,
     DoesNotReplay,
 )
+from several import hearing
 from wallet import restore as restoring
 
 
 @main.command()
-@click.argument("url")
+@click.argument("urls", metavar="URL...", nargs=-1)
 @click.argument("dest", callback=expand)
+@backup_of_option
 @click.option(
     "--allow-damaged", is_flag=True, help="Deliver what stands before damage. The last resort."
 )
@@ -41,22 +45,36 @@ from wallet import restore as restoring
     metavar="VERSION",
     help="Stop there, where a later change does not replay. An OLD state.",
 )
-def restore(url: str, dest: str, allow_damaged: bool, up_to: int | None) -> None:
+@click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Deliver the newest of what answers, though too few of several destinations do.",
+)
+def restore(
+    urls: tuple[str, ...],
+    dest: str,
+    lightning_dir: str | None,
+    allow_damaged: bool,
+    up_to: int | None,
+    allow_missing: bool,
+) -> None:
     """Restore the backup at URL to DEST, a new file or an existing directory.
 
-    Nothing is overwritten.
+    Nothing is overwritten. Of several destinations name all that you have: what was acknowledged
+    last may be on any of them.
 
     \b
     Example:
         backup-cli restore file:///mnt/disk2/node.bkp ~/.lightning/bitcoin
     """
-    backend = destinations.backend_for(url)
-    incomplete: BackupError | None = None
+    chosen = chosen_urls(urls, lightning_dir)
+    backend, incomplete = _leader(chosen, allow_missing)
+    url = shlex.join(chosen)
     try:
         result = _restored(backend, dest, allow_damaged, up_to)
     except DoesNotReplay as error:
         if not allow_damaged or not error.base:
-            raise BackupError(error.problem, error.way_out(url, dest)) from error
+            raise BackupError(error.problem, error.way_out(chosen, dest)) from error
         result = _restored(backend, dest, allow_damaged, error.base)
         incomplete = error
     ending = result.ending
@@ -80,12 +98,21 @@ def restore(url: str, dest: str, allow_damaged: bool, up_to: int | None) -> None
     )
     directory = os.path.dirname(result.path)
     click.echo(
-        "To go on with this backup: "
-        f"{CLI} attach --lightning-dir {shlex.quote(directory)} {shlex.quote(url)}"
+        f"To go on with this backup: {CLI} attach --lightning-dir {shlex.quote(directory)} {url}"
     )
     _warn_problems(result.problems)
     if result.problems:
         sys.exit(EXIT_UNSOUND)
+
+
+def _leader(urls: Sequence[str], allow_missing: bool) -> tuple[Backend, BackupError | None]:
+    """The destination that has all there is, and what makes that doubtful."""
+    backends = [destinations.backend_for(url) for url in urls]
+    found = hearing.hear(backends)
+    if len(found) == 1 and found[0].look is None:
+        return backends[0], None  # Of an old layout, or damaged: a pass over it says more.
+    chosen, doubt = hearing.choose(found, allow_missing)
+    return chosen.replica, doubt
 
 
 def _restored(

@@ -17,6 +17,8 @@ from backend import (
     log,
 )
 from commands.shared import (
+    backup_of_option,
+    chosen_urls,
     main,
     progress_bar,
 )
@@ -84,8 +86,9 @@ def server(
 
 
 @main.command()
-@click.argument("url")
-def compact(url: str) -> None:
+@click.argument("urls", metavar="URL...", nargs=-1)
+@backup_of_option
+def compact(urls: tuple[str, ...], lightning_dir: str | None) -> None:
     """Make the backup at URL small again: one snapshot in place of its changes.
 
     For a file the node is stopped; on a running node use `lightning-cli backup-compact`.
@@ -95,7 +98,7 @@ def compact(url: str) -> None:
     Example:
         backup-cli compact file:///mnt/disk2/node.bkp
     """
-    backend = destinations.backend_for(url)
+    backend = destinations.destination_for(chosen_urls(urls, lightning_dir))
     try:
         with contextlib.ExitStack() as shown:
             # Not before there is something to show: a server does not say how far it is.

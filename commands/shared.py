@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import click
 
@@ -23,6 +23,7 @@ from errors import (
     BackupError,
     ConfigError,
 )
+from quorum import Rule
 from wallet import database, node
 
 EXIT_UNSOUND = 3
@@ -89,6 +90,38 @@ scratch_option = click.option(
 
 wallet_option = click.option(
     "--wallet", metavar="FILE", help="The node's database, if it is not in DIR."
+)
+
+
+acks_option = click.option(
+    "--acks",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="How many of several destinations must have stored a change.  [default: all]",
+)
+
+
+def in_words(rule: Rule) -> str:
+    """What ``rule`` means for an operator."""
+    return (
+        f"{rule.k} of {rule.n} destinations acknowledge: the backup survives the loss of"
+        f" {rule.survives}, and the node goes on without {rule.goes_on_without}"
+    )
+
+
+def chosen_urls(urls: Sequence[str], lightning_dir: str | None) -> tuple[str, ...]:
+    """The URLs that were typed, or those of the node's backup.lock."""
+    if bool(urls) == (lightning_dir is not None):
+        raise click.UsageError("Give either URLs or --lightning-dir DIR.")
+    if lightning_dir is None:
+        return tuple(urls)
+    return node.read_lock_file(node.network_dir(lightning_dir)).urls
+
+
+backup_of_option = click.option(
+    "--lightning-dir",
+    metavar="DIR",
+    help="In place of URLs: those of the backup.lock in this network directory.",
 )
 
 

@@ -24,6 +24,7 @@ def status(url: str, path: str, check: bool) -> Status:
         last, tail, damage = _checked(reader) if check else _seen(reader)
         log_start = reader.log_start or layout2.FIRST_RECORD
         known = proof.read(path, reader.backup_id)
+        roster = reader.roster()
         return Status(
             url=url,
             layout=f"file layout {layout2.LAYOUT}",
@@ -43,6 +44,8 @@ def status(url: str, path: str, check: bool) -> Status:
             last_checked_ns=known.checked_ns,
             last_proven_ns=known.proven_ns,
             unsound=known.unsound,
+            destinations=roster.urls if roster else None,
+            acks=roster.acks if roster else None,
             disk_free=shutil.disk_usage(os.path.dirname(path)).free,
             warnings=[*space.disk_warnings(path, tail.offset), *proof.warnings(known, url)],
         )

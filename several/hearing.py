@@ -178,15 +178,16 @@ def standing(heard: Heard, leader: Heard) -> str:
         return f"unknown: {heard.error}"
     mine, theirs = end_of(heard.look.newest), end_of(leader.look.newest)
     if (mine.chain, mine.rewindable) == (theirs.chain, theirs.rewindable):
-        return "in step"
+        return IN_STEP
     with leader.replica.records() as records:
         relation, _ = compare(mine, marks(records))
     if relation is Relation.EQUAL:
-        return "in step"
+        return IN_STEP
     if relation in BY_RECORDS or relation is not Relation.APART:
         return f"lagging: {relation.value}"
     return str(relation.value)
 
 
+IN_STEP = "in step"
 Make = Callable[[str], Replica]
 """The destination of a URL, not open yet; ConfigError for a URL of no known form."""

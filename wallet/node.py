@@ -35,16 +35,29 @@ NETWORKS = (
 class LockFile:
     """What backup.lock says: JSON ``{"backend_url": "<url>", "owner": "<32 hex digits>"}``.
 
-    A file of the earlier plugin has no owner. ``"compact"`` may be added by hand.
+    A file of the earlier plugin has no owner. ``"compact"`` may be added by hand. Several
+    destinations are ``"backend_urls"``, ``"acks"`` and ``"epoch"`` (see quorum.Roster); then
+    ``"backend_url"`` is the first of them.
 
     Attributes:
         compact: see compaction.parse_least; None if not given.
         owner: what the backup knows this node by, 16 bytes.
+        backend_urls: all of several destinations, else empty.
+        acks: how many of them acknowledge.
+        epoch: of the list of them.
     """
 
     backend_url: str
     compact: object = None
     owner: bytes = NOBODY
+    backend_urls: tuple[str, ...] = ()
+    acks: int = 1
+    epoch: int = 0
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of all destinations."""
+        return self.backend_urls or (self.backend_url,)
 
 
 def read_lock_file(directory: str) -> LockFile:
@@ -63,7 +76,9 @@ def read_lock_file(directory: str) -> LockFile:
         owner = bytes.fromhex(content.get("owner", NOBODY.hex()))
         if len(owner) != len(NOBODY):
             raise ValueError("owner is not of 16 bytes")
-        url.encode(errors="surrogateescape")  # JSON can hold what is no text, nor bytes.
+        urls, acks, epoch = _several(content)
+        for each in (url, *urls):
+            each.encode(errors="surrogateescape")  # JSON can hold what is no text, nor bytes.
     except FileNotFoundError as error:
         raise ConfigError(
             f"Could not find backup.lock in the lightning-dir {directory}.",
@@ -77,7 +92,21 @@ def read_lock_file(directory: str) -> LockFile:
             f'{path} is damaged: it should read {{"backend_url": "<url>"}}.',
             f"Move it away and run `{CLI} attach --lightning-dir {shlex.quote(directory)} URL`.",
         ) from error
-    return LockFile(url, content.get("compact"), owner)
+    return LockFile(url, content.get("compact"), owner, urls, acks, epoch)
+
+
+def _several(content: dict[str, object]) -> tuple[tuple[str, ...], int, int]:
+    """URLs, acknowledgements and epoch of several destinations; no URLs if there is one."""
+    urls, acks, epoch = (content.get(name) for name in ("backend_urls", "acks", "epoch"))
+    if urls is None:
+        return (), 1, 0
+    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+        raise TypeError("backend_urls is no list of strings")
+    if type(acks) is not int or type(epoch) is not int or not 1 <= acks <= len(urls):
+        raise ValueError("acks or epoch is out of range")
+    if urls[:1] != [content["backend_url"]]:
+        raise ValueError("backend_url is not the first of backend_urls")
+    return tuple(urls), acks, epoch
 
 
 def write_lock_file(
@@ -104,6 +133,9 @@ def new_lock_file(
         content["owner"] = lock_file.owner.hex()
     if lock_file.compact is not None:
         content["compact"] = lock_file.compact
+    if lock_file.backend_urls:
+        content["backend_urls"] = list(lock_file.backend_urls)
+        content["acks"], content["epoch"] = lock_file.acks, lock_file.epoch
     try:
         beside = durable.prepare(path, json.dumps(content).encode(), path if replace else like)
     except OSError as error:
