@@ -162,9 +162,8 @@ def test_help_shows_an_example(command: str) -> None:
         ["attach", "--lightning-dir", "/tmp"],
         ["restore"],
         ["restore", "file:///x"],
-        ["restore", "file:///x", "dest", "more"],
         ["status"],
-        ["status", "file:///x", "more"],
+        ["status", "file:///x", "--lightning-dir", "/tmp"],
     ],
 )
 def test_wrong_usage(arguments: list[str], tmp_path: Path) -> None:
