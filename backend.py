@@ -477,8 +477,14 @@ class Backend(ABC):
         """Take back the last change, durably; only if ``rewindable``."""
 
     @abstractmethod
-    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str | None:
-        """Start over with ``snapshot``, whoever's the backup was.
+    def replace(
+        self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False
+    ) -> str | None:
+        """Start over with ``snapshot``.
+
+        Args:
+            owner: who may write to it from then on.
+            override: also if the backup is another owner's, or of another node: a server asks.
 
         Returns:
             Where the old backup is kept, None if it was empty.

@@ -28,7 +28,7 @@ from filelog import adoption, appender, layout1, layout2, look, proof
 from filelog.appender import LogAppender
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
 from filelog.reader import FileReading, LogReader, is_foreign_keys_off
-from filelog.writer import write_log
+from filelog.writer import FLUSH_STEP, SMALL_FLUSH_STEP, write_log
 
 
 def parse_file_url(url: str) -> str:
@@ -86,7 +86,9 @@ class FileBackend(Backend):
         self.require_absent()
         with self._locked():
             try:
-                durable.publish(self._build(snapshot, owner, changes), self.path)
+                beside = f"{self.scratch_prefix}log"
+                self.build(beside, snapshot, owner, changes)
+                durable.publish(beside, self.path)
             except BaseException as error:
                 durable.discard(f"{self.scratch_prefix}log")
                 durable.discard(f"{self.path}.writer")  # There is no backup that it is for.
@@ -108,32 +110,38 @@ class FileBackend(Backend):
         snapshot: Snapshot | None,
         owner: bytes = NOBODY,
         changes: Sequence[Change] = (),
-        machine: str | None = None,
+        *,
+        override: bool = False,
     ) -> str | None:
-        """See Backend.
+        """See Backend. Whose a file was does not matter.
 
         Args:
             changes: what follows the snapshot, so that the last of it can be rewound.
-            machine: whose node it is, by default this one.
         """
         with self._locked():
-            beside, kept = f"{self.scratch_prefix}log", None
+            beside = f"{self.scratch_prefix}log"
             try:
-                self._build(snapshot, owner, changes, machine)
-                if not self._is_empty():
-                    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-                    kept = durable.free_name(f"{self.path}.old-{stamp}")
-                    # Before the rename, which would free it: a crash leaves both names.
-                    durable.keep(self.path, kept)
-                self._put_in_place(beside)
-            except BaseException as error:
-                if kept is not None and os.path.lexists(beside):
-                    durable.unkeep(self.path, kept)  # The old file is the backup still.
-                if isinstance(error, OSError):
-                    raise DiskError(self.path, error, "replace") from error
-                raise
+                self.build(beside, snapshot, owner, changes)
+                return self.put(beside)
             finally:
                 durable.discard(beside)
+
+    def put(self, beside: str) -> str | None:
+        """Go on with the file ``beside``, which ``build`` wrote; as ``replace``, once open."""
+        kept = None
+        try:
+            if not self._is_empty():
+                stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+                kept = durable.free_name(f"{self.path}.old-{stamp}")
+                # Before the rename, which would free it: a crash leaves both names.
+                durable.keep(self.path, kept)
+            self._put_in_place(beside)
+        except BaseException as error:
+            if kept is not None and os.path.lexists(beside):
+                durable.unkeep(self.path, kept)  # The old file is the backup still.
+            if isinstance(error, OSError):
+                raise DiskError(self.path, error, "replace") from error
+            raise
         return kept
 
     def _put_in_place(self, beside: str) -> None:
@@ -159,19 +167,31 @@ class FileBackend(Backend):
     def _is_empty(self) -> bool:
         return not layout1.is_layout_1(self.path) and look.is_empty(self.path)
 
-    def _build(
+    def build(
         self,
+        beside: str,
         snapshot: Snapshot | None,
         owner: bytes,
         changes: Sequence[Change] = (),
         machine: str | None = None,
-    ) -> str:
-        """Write a complete, flushed, verified file beside the log; returns its name."""
-        beside = f"{self.scratch_prefix}log"
-        durable.remove(beside)
-        like = self.path if os.path.exists(self.path) else self.home
-        write_log(beside, snapshot, owner, machine or platform.node(), changes, like)
-        return beside
+    ) -> None:
+        """Write a complete, flushed, verified file ``beside`` the log.
+
+        Args:
+            machine: whose node it is, by default this one.
+
+        Raises:
+            DiskError, Damaged.
+        """
+        try:
+            durable.remove(beside)
+            like = self.path if os.path.exists(self.path) else self.home
+            # Of one that is open a node may wait for the same disk.
+            step = FLUSH_STEP if self._lock is None else SMALL_FLUSH_STEP
+            owner_of = owner, machine or platform.node()
+            write_log(beside, snapshot, *owner_of, changes, like, step)
+        except OSError as error:
+            raise DiskError(self.path, error, "write a new file beside") from error
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -51,7 +51,9 @@ the crc:
 
     offset  size  field         meaning
          0     1  kind          1 snapshot, 2 change, 3 rewind, 4 owner
-         1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot
+         1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot; bit 2, of a
+                                snapshot to the server: also in place of another owner's or
+                                another node's backup
          2     4  data_version
          6     8  sequence      in a restore; 0 from a client
         14     4  crc           CRC-32 of all of the record, with 0 here
@@ -63,7 +65,8 @@ the crc:
 
 The records of one direction of one connection are one raw deflate stream, with a sync
 flush after each: it keeps its window, and a new connection begins with a new one. A
-snapshot's pieces are records of at most 1 MiB; only the last is answered. RESTORE is
+snapshot's pieces are records of at most 1 MiB; only the last is answered, unless a NACK comes
+before: the pieces after that are of no use. RESTORE is
 answered by COMING, the log's records as they stand, rewinds included, and DONE; or by
 NACK where the log is damaged. A client appends only onto the chain it knows; once another
 session has written, every record of the session before gets a NACK, and so does a record
@@ -94,6 +97,8 @@ NACK = struct.Struct("!IH")
 ACK = struct.Struct("!I16s")
 COMING = struct.Struct("!Q")
 RECORD = struct.Struct("!BBIQIQ16s16s16s")
+OVERRIDE = 4
+"""Flag of a snapshot's pieces on their way to a server."""
 _CRC = struct.Struct("!I")
 _CRC_AT = 14
 _NO_CRC = bytes(_CRC.size)
@@ -217,6 +222,9 @@ class NackCode(enum.IntEnum):
     OLD_SNAPSHOT = 5
     INVALID = 6
     DAMAGED = 7
+    NO_ROOM = 8
+    OTHER_NODE = 9
+    MANY_KEPT = 10
 
 
 class Nack(NamedTuple):

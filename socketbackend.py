@@ -99,18 +99,19 @@ class SocketBackend(Destination):
             for change in changes:
                 self.add_change(change)
 
-    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str:
+    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
         link, _ = self._once()
         try:
-            self._send_snapshot(link, snapshot, owner)
+            self._send_snapshot(link, snapshot, owner, protocol.OVERRIDE if override else 0)
         finally:
             link.close()
         return f"on {self._url.target}, under the name that the server's log gives"
 
-    def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes) -> None:
+    def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes, flags: int = 0) -> None:
         head = BEFORE_FIRST._replace(
             kind=Kind.SNAPSHOT,
+            flags=flags,
             version=snapshot.version,
             time_ns=time.time_ns(),
             session=owner,
@@ -124,7 +125,7 @@ class SocketBackend(Destination):
                     protocol1.send_snapshot(link.send, source, snapshot)
             packet = link.answer(SNAPSHOT_TIMEOUT_S)
         except OSError as error:
-            raise Unreachable(self._url.target, error) from error
+            raise link.last_words() or Unreachable(self._url.target, error) from error
         link.check_ack(packet, link.ack_of(head))
 
     def status(self, check: bool = False) -> Status:
@@ -256,7 +257,8 @@ class SocketBackend(Destination):
 
 
 def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:
+    """Send all of ``source``, unless the server has answered before: it refuses then."""
     size = os.fstat(source.fileno()).st_size
-    while piece := source.read(MAX_CHUNK_SIZE):
-        flags = layout2.FINAL if source.tell() == size else 0
+    while not link.has_answer() and (piece := source.read(MAX_CHUNK_SIZE)):
+        flags = head.flags | (layout2.FINAL if source.tell() == size else 0)
         link.send_record(head._replace(flags=flags, length=len(piece)), piece)

@@ -188,7 +188,7 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
             if not yes:
                 click.confirm("Replace the backup by a snapshot of the node?", abort=True)
             with _new_owner(backend, directory, lock_file, keep=not override) as owner:
-                kept = backend.replace(snapshot, owner)
+                kept = backend.replace(snapshot, owner, override=override)
     click.echo(f"The backup {url} is now at version {found}.")
     if kept is not None:
         click.echo(f"The old one is kept: {kept}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections import deque
 
@@ -22,6 +23,7 @@ TIMEOUT_STEP_S = 10
 """A timeout grows in steps: to set another one is a call of the system."""
 SNAPSHOT_TIMEOUT_S = 3600.0
 """A server verifies a snapshot before it answers."""
+LAST_WORDS_S = 1.0
 COMPACT_TIMEOUT_S = 6 * 3600.0
 """Keepalive notices a server that is gone much earlier."""
 
@@ -65,6 +67,10 @@ NEXT_STEPS = {
     f" `{CLI} resync --lightning-dir DIR`.",
     NackCode.OLD_SNAPSHOT: "The backup is the newer copy: restore it in place of the node's.",
     NackCode.INVALID: "Look at both logs before you start lightningd again.",
+    NackCode.NO_ROOM: "Make room on the disk of the server, then try again.",
+    NackCode.OTHER_NODE: "Check the URL: nodes never share a backup. If it is right that this"
+    f" node's takes its place, stop it and run `{CLI} resync --override --lightning-dir DIR`.",
+    NackCode.MANY_KEPT: "Move them away on the server's machine, then try again.",
     NackCode.DAMAGED: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
 }
 
@@ -104,6 +110,18 @@ class Link:
         if not isinstance(event, Packet):
             raise ProtocolError("The server sent a SNAPSHOT that nobody asked for.")
         return event
+
+    def has_answer(self) -> bool:
+        """Whether something came already, before all was sent that it may be the answer to."""
+        return bool(self._events) or self._stream.has_data()
+
+    def last_words(self) -> Refused | None:
+        """The refusal that came before the connection was lost, if one did."""
+        with contextlib.suppress(OSError, ProtocolError):
+            packet = self.answer(LAST_WORDS_S)
+            if packet.type is PacketType.NACK:
+                return Refused(protocol.decode_nack(packet.payload))
+        return None
 
     def metadata(self, owner: bytes | None = None) -> Metadata:
         """Ask for METADATA, and agree on a protocol.

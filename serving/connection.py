@@ -120,16 +120,22 @@ class Connection:
 
     # See client.Client
 
-    def ask(self, decide: Callable[[], Answer]) -> None:
+    def ask(self, decide: Callable[[], Answer]) -> Answer:
         """Call ``decide`` under the keeper's lock and send what it returns."""
         # The answer, too, under the lock: else who takes over, or a stop of the server, could end
         # this connection between a deed and its ACK. So it is sent at once or never.
         with self._keeper.lock:
-            self.answer(decide())
+            answer = decide()
+            self.answer(answer)
+        return answer
 
     def write(self, decide: Callable[[], Answer]) -> None:
         """``ask`` for what is appended: if the disk fails then, the server stops."""
-        self._host.guard(lambda: self.ask(decide))
+
+        def ask() -> None:
+            self.ask(decide)
+
+        self._host.guard(ask)
 
     def refuse(self, reason: str, code: NackCode = NackCode.OTHER) -> None:
         """Answer that nothing was stored, and why."""

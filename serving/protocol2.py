@@ -11,9 +11,11 @@ from filelog import layout2
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
 from protocol import Event, Nack, NackCode, PacketType, SnapshotPart
+from serving import rules
 from serving.client import Answer, Client, Dropped
 from serving.keeper import Keeper
 from serving.outgoing import BLOCK_SIZE, Outgoing
+from serving.rules import Offer
 from serving.spool import Arrival
 
 
@@ -58,13 +60,12 @@ class Protocol2:
 
     def _take_piece(self, head: Head, payload: bytes) -> None:
         if self._arrival.chain != head.chain:
-            self._arrival.begin(head.version, head.chain)
+            override = bool(head.flags & protocol.OVERRIDE)
+            offer = Offer(head.version, head.session, override)
+            self._arrival.begin(offer, rules.snapshot, head.chain)
         self._arrival.add(payload)
         if head.flags & layout2.FINAL:
-            owner = head.session
-            self._arrival.end(
-                head.version, lambda found: self._keeper.replace(self._client, found, owner)
-            )
+            self._arrival.end()
 
     def metadata(self) -> bytes:
         """The answer to REQ_METADATA."""

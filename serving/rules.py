@@ -9,11 +9,14 @@ import enum
 from collections.abc import Set
 from typing import NamedTuple
 
-from backend import NOBODY, TAG_SIZE
-from decisions import Verdict, judge, may_write
-from filelog import layout2
+from backend import EMPTY_CHAIN, NOBODY, TAG_SIZE
+from decisions import Verdict, judge, may_replace, may_write
+from filelog import former, layout2
 from filelog.layout2 import Head, Kind
 from protocol import NackCode
+
+MOST_KEPT = 2 * former.AT_MOST
+"""Backups kept beside a served one, at which a snapshot with ``override`` is refused."""
 
 
 class Act(enum.Enum):
@@ -30,7 +33,7 @@ class Reason(enum.Enum):
     Attributes:
         code: for the client's program.
         text: for people; ``{version}`` is the backup's, ``{previous}`` the one before its last
-            change, ``{whose}`` and ``{taken_over}`` tell of who else wrote.
+            change, ``{whose}`` and ``{taken_over}`` tell of who else wrote, ``{path}`` is its file.
     """
 
     code: NackCode
@@ -60,6 +63,15 @@ class Reason(enum.Enum):
         "it is older than the backup, at version {version}",
     )
     NEWER_CONNECTION = NackCode.OTHER, "a newer connection has written"
+    OTHER_NODE = (
+        NackCode.OTHER_NODE,
+        "it is of another node than the backup: only `resync --override` may put it in its place",
+    )
+    MANY_KEPT = (
+        NackCode.MANY_KEPT,
+        "backups that were replaced are kept beside it already, {path}.old-*, and none of them is"
+        " removed for another node",
+    )
 
     # Protocol 1, whose clients are told no reason: for the log alone.
     OWNED = NackCode.OTHER, "the backup belongs to a node that writes with protocol 2"
@@ -87,6 +99,19 @@ class State(NamedTuple):
     def is_owned(self) -> bool:
         """Whether the backup has an owner."""
         return self.newest.tag != NOBODY[:TAG_SIZE]
+
+
+class Offer(NamedTuple):
+    """A snapshot that the backup is to start over with.
+
+    Attributes:
+        owner: whose the backup is to be.
+        override: its sender knows that the backup is another owner's, or another node's.
+    """
+
+    version: int
+    owner: bytes = NOBODY
+    override: bool = False
 
 
 class Decision(NamedTuple):
@@ -159,11 +184,31 @@ def take_over(state: State, head: Head) -> Decision:
     return _KNOWN if head.session == newest.session else _STORE
 
 
-def snapshot(state: State, version: int) -> Decision:
-    """A snapshot that the backup is to start over with, whoever's that was."""
+def snapshot(state: State, offer: Offer) -> Decision:
+    """A snapshot that the backup is to start over with."""
     if state.outdated:
         return _refuse(Reason.NEWER_CONNECTION)
-    return _refuse(Reason.OLD_SNAPSHOT) if version < state.newest.version else _STORE
+    newest = state.newest
+    # An empty one is everybody's: an `init` that was given up leaves its owner there.
+    is_owners = newest.chain == EMPTY_CHAIN or may_replace(newest.tag, offer.owner)
+    if not is_owners and not offer.override:
+        return _refuse(Reason.OTHER_OWNER)
+    return _refuse(Reason.OLD_SNAPSHOT) if offer.version < newest.version else _STORE
+
+
+def in_place(offer: Offer, node: str | None, of_backup: str | None, kept: int) -> Decision:
+    """A snapshot that was looked at, when it is to take the backup's place.
+
+    Args:
+        node: whose database it is, None: it does not say.
+        of_backup: that of the backup, None: not known.
+        kept: backups beside it whose place another one has taken.
+    """
+    if offer.override:  # None of them is removed then: one may be the copy that is missed.
+        return _refuse(Reason.MANY_KEPT) if kept >= MOST_KEPT else _STORE
+    if None not in (node, of_backup) and node != of_backup:
+        return _refuse(Reason.OTHER_NODE)
+    return _STORE
 
 
 # Protocol 1, whose clients name neither owner nor chain: they write what is nobody's.
@@ -201,8 +246,8 @@ def rewind_1(state: State, version: int) -> Decision:
     return _refuse(Reason.NEWER_CONNECTION) if state.outdated else _STORE
 
 
-def snapshot_1(state: State, version: int) -> Decision:
+def snapshot_1(state: State, offer: Offer) -> Decision:
     """A snapshot of protocol 1."""
     if state.is_owned and not state.outdated:
         return _refuse(Reason.OWNED)
-    return snapshot(state, version)
+    return snapshot(state, offer)
