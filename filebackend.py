@@ -23,7 +23,7 @@ from backend import (
     chain_after,
     new_session,
 )
-from errors import CLI, BackupError, BackupExists, ConfigError, DiskError
+from errors import CLI, BackupError, BackupExists, ConfigError, Damaged, DiskError
 from filelog import adoption, appender, layout1, layout2, look, proof
 from filelog.appender import LogAppender
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
@@ -52,6 +52,7 @@ class FileBackend(Backend):
 
     Attributes:
         newest: head of the last record, layout2.BEFORE_FIRST if there is none; once open.
+        damage: what keeps changes from it, where it is open all the same.
     """
 
     can_be_served = True
@@ -66,6 +67,7 @@ class FileBackend(Backend):
         self._lock: durable.WriterLock | None = None
         self._log: LogAppender | None = None
         self.newest = BEFORE_FIRST
+        self.damage: Damaged | None = None
         self._log_start = layout2.FIRST_RECORD
         self._session = new_session(NOBODY)
 
@@ -153,15 +155,17 @@ class FileBackend(Backend):
             if self._log is not None:
                 self._log.fail(failure)
             raise failure from error
-        if self._log is None:
+        if self._lock is None:
             return
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
         try:
             self._load()
         except BackupError as error:
             # The old log is not at its place any more, so it may not go on either.
-            problem = OSError(errno.EIO, error.problem)
-            self._log.fail(DiskError(self.path, problem, "go on with"))
+            if self._log is not None:
+                problem = OSError(errno.EIO, error.problem)
+                self._log.fail(DiskError(self.path, problem, "go on with"))
             raise
 
     def _is_empty(self) -> bool:
@@ -211,8 +215,12 @@ class FileBackend(Backend):
 
     # Writing
 
-    def open(self, owner: bytes | None = None) -> None:
+    def open(self, owner: bytes | None = None, though_damaged: bool = False) -> None:
         """See Backend.
+
+        Args:
+            though_damaged: take the writer's place also if it is damaged: only ``put`` may
+                come then.
 
         Raises:
             BackupMissing, BackupBusy, Damaged, OtherOwner, UnsupportedLayout, DiskError.
@@ -221,13 +229,30 @@ class FileBackend(Backend):
         self._lock = durable.WriterLock(self.path)
         try:
             scratch.clear(self.scratch_prefix, writers=True)
-            self._load(owner)
+            try:
+                self._load(owner)
+            except Damaged as error:
+                if not though_damaged:
+                    raise
+                self._stay_damaged(error)
         except BaseException:
             self.close()
             raise
 
+    def _stay_damaged(self, damage: Damaged) -> None:
+        """Know what the file says of its owner and its newest version, also behind ``damage``."""
+        with contextlib.closing(LogReader(self.path)) as reader:
+            if reader.rules != layout2.RULES:
+                raise reader.of_old_rules()
+            seen = reader.newest_anywhere() or BEFORE_FIRST
+            self.newest = seen._replace(backup_id=reader.backup_id or seen.backup_id)
+            self._log_start = reader.log_start or layout2.FIRST_RECORD
+        self.damage, self.version, self.rewindable = damage, self.newest.version, False
+        self.version_count = self.newest.changes + (self._log_start > layout2.FIRST_RECORD)
+
     def _load(self, owner: bytes | None = None) -> None:
         self._log = appender.open_log(self.path, self.url, owner)
+        self.damage = None
         self._session = self._log.newest.tag + self._session[TAG_SIZE:]
         self._settle()
 

@@ -60,8 +60,8 @@ def server(
 ) -> None:
     """Keep a remote node's backup in FILE_URL; the node uses socket:HOST:PORT.
 
-    The backup must exist: make an empty one with init on this host. SIGTERM, SIGINT
-    and SIGHUP end the server once the change in hand is stored.
+    The backup must exist: make an empty one with init on this host. One that is damaged is
+    served up to the damage, and takes a resync of its node. SIGTERM, SIGINT and SIGHUP end the server once the change in hand is stored.
 
     \b
     Example:
@@ -73,7 +73,9 @@ def server(
     _log_to_stderr(log_mode, LOG_LEVELS[log_level])
     least = compaction.parse_least(compact_at)
     backend = FileBackend(file_url)
-    backend.open()
+    backend.open(though_damaged=True)
+    if backend.damage is not None:
+        log.error(f"{backend.damage} It is served, and takes nothing but that resync.")
     try:
         running = Server(backend, address, least)
     except BaseException:

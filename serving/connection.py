@@ -109,6 +109,9 @@ class Connection:
         if owner is not None and self._keeper.is_foreign(owner):
             text = f"{self.machine} as a writer: {self._keeper.whose()}"
             return self.refuse(text, NackCode.TAKEN_OVER)
+        damage = self._keeper.backend.damage
+        if owner is not None and damage is not None:
+            return self.refuse(f"{self.machine} as a writer: {damage.problem}", NackCode.DAMAGED)
         self._outgoing.send(self._speaks.metadata())
 
     def _compact(self) -> None:

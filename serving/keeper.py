@@ -197,7 +197,10 @@ class Keeper:
     def state(self, client: Client) -> State:
         """What the rules need to know when ``client`` asks."""
         outdated = client.number < self._newest_writer
-        return State(self.backend.newest, self._superseded, self.is_writer(client), outdated)
+        damaged = self.backend.damage is not None
+        return State(
+            self.backend.newest, self._superseded, self.is_writer(client), outdated, damaged
+        )
 
     def carry_out(
         self,
@@ -234,6 +237,7 @@ class Keeper:
             whose=self.whose() if reason is Reason.OTHER_OWNER else "",
             taken_over=taken_over(newest.version, newest.time_ns),
             path=self.backend.path,
+            damage=self.backend.damage.problem if self.backend.damage else "",
         )
 
     def _become_writer(self, client: Client) -> None:

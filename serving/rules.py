@@ -33,7 +33,8 @@ class Reason(enum.Enum):
     Attributes:
         code: for the client's program.
         text: for people; ``{version}`` is the backup's, ``{previous}`` the one before its last
-            change, ``{whose}`` and ``{taken_over}`` tell of who else wrote, ``{path}`` is its file.
+            change, ``{whose}`` and ``{taken_over}`` tell of who else wrote, ``{path}`` is its
+            file, ``{damage}`` what does not hold.
     """
 
     code: NackCode
@@ -49,6 +50,7 @@ class Reason(enum.Enum):
         "it continues another history than the backup's, which is at version {version}",
     )
     MOVED_ON = NackCode.OTHER_HISTORY, "the backup has moved on, or is of another history"
+    DAMAGED = NackCode.DAMAGED, "{damage}"
     NO_REWIND = NackCode.INVALID, "the last change cannot be taken back"
     OUT_OF_DATE = (
         NackCode.OUT_OF_DATE,
@@ -88,12 +90,14 @@ class State(NamedTuple):
         superseded: sessions that wrote, or tried to, and after which another one wrote.
         is_writer: the connection that asks was the last to write.
         outdated: a connection that came after it has written.
+        damaged: the backup is, so ``newest`` may stand behind the damage.
     """
 
     newest: Head
     superseded: Set[bytes]
     is_writer: bool
     outdated: bool
+    damaged: bool = False
 
     @property
     def is_owned(self) -> bool:
@@ -137,6 +141,8 @@ def _refuse(reason: Reason, superseded: bytes | None = None) -> Decision:
 def record(state: State, head: Head) -> Decision:
     """A change or a rewind: owner and session first, then the chain, then the version."""
     newest = state.newest
+    if state.damaged:
+        return _refuse(Reason.DAMAGED)
     if (head.chain, head.session) == (newest.chain, newest.session) and not state.outdated:
         return _KNOWN
     if not may_write(newest.tag, head.session):
@@ -178,6 +184,8 @@ def _verdict(newest: Head, base: int) -> Reason | None:
 def take_over(state: State, head: Head) -> Decision:
     """The record of another owner, which is taken from whoever knows the newest record."""
     newest = state.newest
+    if state.damaged:
+        return _refuse(Reason.DAMAGED)
     known = (head.chain_before, head.chain) == (newest.chain_before, newest.chain)
     if not known or state.outdated:
         return _refuse(Reason.MOVED_ON)
@@ -190,7 +198,7 @@ def snapshot(state: State, offer: Offer) -> Decision:
         return _refuse(Reason.NEWER_CONNECTION)
     newest = state.newest
     # An empty one is everybody's: an `init` that was given up leaves its owner there.
-    is_owners = newest.chain == EMPTY_CHAIN or may_replace(newest.tag, offer.owner)
+    is_owners = newest.chain == EMPTY_CHAIN and not state.damaged or may_replace(newest.tag, offer.owner)
     if not is_owners and not offer.override:
         return _refuse(Reason.OTHER_OWNER)
     return _refuse(Reason.OLD_SNAPSHOT) if offer.version < newest.version else _STORE
@@ -221,8 +229,8 @@ def change_1(state: State, base: int, bumps: bool, is_last: bool) -> Decision:
         base, bumps: see backend.Change.
         is_last: it is, by content, the backup's newest record.
     """
-    if state.is_owned:
-        return _refuse(Reason.OWNED)
+    if state.is_owned or state.damaged:
+        return _refuse(Reason.OWNED if state.is_owned else Reason.DAMAGED)
     # A PRAGMA that comes twice over one connection was announced twice.
     if is_last and (bumps or not state.is_writer) and not state.outdated:
         return _KNOWN
@@ -235,8 +243,8 @@ def change_1(state: State, base: int, bumps: bool, is_last: bool) -> Decision:
 def rewind_1(state: State, version: int) -> Decision:
     """A rewind of protocol 1, back to ``version``: the first that a connection writes."""
     newest = state.newest
-    if state.is_owned:
-        return _refuse(Reason.OWNED)
+    if state.is_owned or state.damaged:
+        return _refuse(Reason.OWNED if state.is_owned else Reason.DAMAGED)
     if not newest.rewindable:
         return _refuse(Reason.NOTHING_TO_REWIND)
     if version != newest.version - 1:
