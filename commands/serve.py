@@ -61,7 +61,8 @@ def server(
     """Keep a remote node's backup in FILE_URL; the node uses socket:HOST:PORT.
 
     The backup must exist: make an empty one with init on this host. One that is damaged is
-    served up to the damage, and takes a resync of its node. SIGTERM, SIGINT and SIGHUP end the server once the change in hand is stored.
+    served up to the damage, and takes a resync of its node. SIGTERM, SIGINT and SIGHUP end
+    the server once the change in hand is stored.
 
     \b
     Example:

@@ -7,6 +7,7 @@ import platform
 from collections import deque
 
 import protocol
+from backend import Status
 from errors import CLI, BackupError
 from filelog.layout2 import Head
 from protocol import Metadata, Nack, NackCode, Packet, PacketType, ProtocolError
@@ -138,6 +139,16 @@ class Link:
         metadata = protocol.decode_metadata(packet.payload)
         self.protocol = metadata.protocol
         return metadata
+
+    def status(self) -> Status:
+        """Ask a server of protocol 2 for all that it knows of its backup."""
+        self.send(protocol.encode(PacketType.STATUS))
+        packet = self.answer()
+        if packet.type is PacketType.NACK:
+            raise Refused(protocol.decode_nack(packet.payload))
+        if packet.type is not PacketType.STATUS_RES:
+            raise ProtocolError(f"The server answered {packet.type.name} to STATUS.")
+        return protocol.decode_status(packet.payload)
 
     def send_record(self, head: Head, payload: bytes) -> None:
         """Send a change, a rewind or, in protocol 2, a piece of a snapshot."""

@@ -6,7 +6,7 @@ import contextlib
 
 import protocol
 from backend import log, payload_bumps
-from errors import InvalidChange
+from errors import BackupError, InvalidChange
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
@@ -41,6 +41,8 @@ class Protocol2:
         """Store what the client sends; Dropped if that may not come."""
         if isinstance(event, SnapshotPart):
             raise Dropped("SNAPSHOT may not come now")
+        if event.type is PacketType.STATUS:
+            return self._tell_status()
         if event.type is not PacketType.RECORD:
             raise Dropped(f"{event.type.name} may not come now")
         head, payload = self._unpacker.unpack(event.payload)
@@ -57,6 +59,13 @@ class Protocol2:
                 what = f"the change to version {head.version}: its flags do not fit"
                 return self._client.refuse(what, NackCode.INVALID)
         self._client.write(lambda: self._keeper.record(self._client, head, payload))
+
+    def _tell_status(self) -> None:
+        try:
+            found = self._keeper.backend.status()
+        except BackupError as error:
+            return self._client.refuse(f"a status: {error.problem}")
+        self._outgoing.send(protocol.encode_status(found))
 
     def _take_piece(self, head: Head, payload: bytes) -> None:
         if self._arrival.chain != head.chain:

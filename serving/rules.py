@@ -198,7 +198,9 @@ def snapshot(state: State, offer: Offer) -> Decision:
         return _refuse(Reason.NEWER_CONNECTION)
     newest = state.newest
     # An empty one is everybody's: an `init` that was given up leaves its owner there.
-    is_owners = newest.chain == EMPTY_CHAIN and not state.damaged or may_replace(newest.tag, offer.owner)
+    is_owners = (newest.chain == EMPTY_CHAIN and not state.damaged) or may_replace(
+        newest.tag, offer.owner
+    )
     if not is_owners and not offer.override:
         return _refuse(Reason.OTHER_OWNER)
     return _refuse(Reason.OLD_SNAPSHOT) if offer.version < newest.version else _STORE

@@ -151,6 +151,21 @@ def test_an_empty_backup_is_everybodys() -> None:
     newest = Head(kind=Kind.OWNER, session=OTHER)
     state = State(newest, frozenset(), False, False)
     assert rules.snapshot(state, Offer(VERSION, OURS)) == Decision(Act.STORE)
+    # Of a damaged one nobody knows that it is empty.
+    found = rules.snapshot(state._replace(damaged=True), Offer(VERSION, OURS))
+    assert found.reason is Reason.OTHER_OWNER
+
+
+def test_a_damaged_backup_takes_nothing_but_a_snapshot() -> None:
+    for state in (found._replace(damaged=True) for found in states()):
+        for head in heads():
+            for rule in rules.record, rules.take_over:
+                assert rule(state, head) == Decision(Act.REFUSE, Reason.DAMAGED)
+        for decision in rules.change_1(state, VERSION, True, True), rules.rewind_1(state, 4):
+            assert decision.reason in (Reason.DAMAGED, Reason.OWNED)
+        offer = Offer(VERSION, state.newest.session)
+        sound = state._replace(damaged=False)
+        assert rules.snapshot(state, offer) == rules.snapshot(sound, offer)
 
 
 def test_what_takes_the_place_by_enumeration() -> None:
@@ -207,7 +222,7 @@ def test_every_reason_can_be_said() -> None:
     assert list(Reason.__members__) == [reason.name for reason in Reason]
     for reason in Reason:
         said = reason.text.format(
-            version=7, previous=6, whose="a node", taken_over="another", path="/x"
+            version=7, previous=6, whose="a node", taken_over="another", path="/x", damage="damage"
         )
         assert said and "{" not in said
 
