@@ -53,10 +53,20 @@ LOG_LEVELS = {
     metavar="SIZE|off",
     help="Compact once the changes outgrow the snapshot and SIZE.  [default: 64MiB]",
 )
+@click.option(
+    "--allow-protocol-1",
+    is_flag=True,
+    help="Let the earlier plugin write also after this one has: to go back to it.",
+)
 @click.argument("file_url")
 @click.argument("address", metavar="HOST:PORT")
 def server(
-    file_url: str, address: str, log_mode: str, log_level: str, compact_at: str | None
+    file_url: str,
+    address: str,
+    log_mode: str,
+    log_level: str,
+    compact_at: str | None,
+    allow_protocol_1: bool,
 ) -> None:
     """Keep a remote node's backup in FILE_URL; the node uses socket:HOST:PORT.
 
@@ -78,7 +88,7 @@ def server(
     if backend.damage is not None:
         log.error(f"{backend.damage} It is served, and takes nothing but that resync.")
     try:
-        running = Server(backend, address, least)
+        running = Server(backend, address, least, allow_protocol_1)
     except BaseException:
         backend.close()
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from backend import NOBODY, log, new_session, taken_over
+from backend import NOBODY, log, session_over_2, taken_over
 from errors import BackupError
 from filelog import layout2
 from filelog.layout2 import Head, Kind
@@ -54,11 +54,11 @@ class Delivery:
         self._owner = owner
         self._connect(time.monotonic())
         details = self.known.details
-        self.session = new_session(owner or (details.session if details else NOBODY))
+        self.session = session_over_2(owner or (details.session if details else NOBODY))
 
     def go_on_as(self, owner: bytes) -> None:
         """Write as ``owner`` from now on."""
-        self._owner, self.session = owner, new_session(owner)
+        self._owner, self.session = owner, session_over_2(owner)
 
     def deliver(self, head: Head, payload: bytes) -> None:
         """Send a record until its ACK came, or METADATA shows that it is stored.

@@ -50,9 +50,11 @@ class Keeper:
 
     Args:
         backend: open for writing.
+        allows_1: protocol 1 may write also after protocol 2 has.
     """
 
-    def __init__(self, backend: FileBackend) -> None:
+    def __init__(self, backend: FileBackend, allows_1: bool = False) -> None:
+        self._allows_1 = allows_1
         self.backend = backend
         self.lock = threading.Lock()
         self._writer: Client | None = None
@@ -198,9 +200,8 @@ class Keeper:
         """What the rules need to know when ``client`` asks."""
         outdated = client.number < self._newest_writer
         damaged = self.backend.damage is not None
-        return State(
-            self.backend.newest, self._superseded, self.is_writer(client), outdated, damaged
-        )
+        asking = self.is_writer(client), outdated, damaged, self._allows_1
+        return State(self.backend.newest, self._superseded, *asking)
 
     def carry_out(
         self,

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Set
 from typing import NamedTuple
 
-from backend import EMPTY_CHAIN, NOBODY, TAG_SIZE
+from backend import EMPTY_CHAIN, NOBODY, is_over_2
 from decisions import Verdict, judge, may_replace, may_write
 from filelog import former, layout2
 from filelog.layout2 import Head, Kind
@@ -76,7 +76,10 @@ class Reason(enum.Enum):
     )
 
     # Protocol 1, whose clients are told no reason: for the log alone.
-    OWNED = NackCode.OTHER, "the backup belongs to a node that writes with protocol 2"
+    OWNED = (
+        NackCode.OTHER,
+        "a node that speaks protocol 2 has written to the backup (see --allow-protocol-1)",
+    )
     NOTHING_TO_REWIND = NackCode.OTHER, "the last entry is not a change that can be taken back"
     OTHER_REWIND = NackCode.OTHER, "it could only go back to version {previous}"
     HAS_WRITTEN = NackCode.OTHER, "this connection has written already"
@@ -91,6 +94,7 @@ class State(NamedTuple):
         is_writer: the connection that asks was the last to write.
         outdated: a connection that came after it has written.
         damaged: the backup is, so ``newest`` may stand behind the damage.
+        allows_1: protocol 1 may write also after protocol 2.
     """
 
     newest: Head
@@ -98,11 +102,12 @@ class State(NamedTuple):
     is_writer: bool
     outdated: bool
     damaged: bool = False
+    allows_1: bool = False
 
     @property
     def is_owned(self) -> bool:
-        """Whether the backup has an owner."""
-        return self.newest.tag != NOBODY[:TAG_SIZE]
+        """Whether protocol 1 may not write to it: a node that speaks 2 has written."""
+        return is_over_2(self.newest.session) and not self.allows_1
 
 
 class Offer(NamedTuple):

@@ -81,7 +81,12 @@ def _look(path: str, log: str, limit_s: int) -> Message:
         version, node = database.version_of(path), database.node_id_of(path)
         problems = database.integrity_problems(path)[:NAMED_PROBLEMS]
     except BackupError as error:
-        return {"version": 0, "node": None, "of_backup": None, "problems": [error.problem]}
+        return {
+            "version": 0,
+            "node": None,
+            "of_backup": None,
+            "problems": [error.problem.removeprefix(f"{path}: ")],
+        }
     of_backup = _node_of(log, f"{path}-backup") if log and not problems else None
     return {"version": version, "node": node, "of_backup": of_backup, "problems": problems}
 

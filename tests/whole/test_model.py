@@ -457,7 +457,7 @@ class ServerThread:
     def __init__(self, file_url: str, port: int) -> None:
         backend = FileBackend(file_url)
         backend.open()
-        self.server = server.Server(backend, f"127.0.0.1:{port}", None)
+        self.server = server.Server(backend, f"127.0.0.1:{port}", None, allows_1=True)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 
