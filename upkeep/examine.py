@@ -75,8 +75,9 @@ def examine(path: str, log: str | None) -> Findings:
 
 
 def _look(path: str, log: str, limit_s: int) -> Message:
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s + 1))
+    for kind, most in (resource.RLIMIT_AS, MAX_MEMORY), (resource.RLIMIT_CPU, limit_s):
+        with contextlib.suppress(ValueError):  # A lower one is in force, or macOS takes none.
+            resource.setrlimit(kind, (most, most))
     try:
         version, node = database.version_of(path), database.node_id_of(path)
         problems = database.integrity_problems(path)[:NAMED_PROBLEMS]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import sqlite3
+import threading
 import zlib
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 from backend import NOBODY, Snapshot
 from errors import BackupError
 from filebackend import FileBackend
-from protocol import NackCode
-from remote.link import Refused
+from filelog.layout2 import Head
+from protocol import Details, Metadata, Nack, NackCode, encode_metadata, encode_nack
+from remote.link import Link, Refused
 from socketbackend import SocketBackend
 from tests import peers, support
 from tests.peers import ServerProcess
@@ -170,3 +173,58 @@ def test_what_is_kept_is_limited(url: str, tmp_path: Path) -> None:
             replace(6, True)
         SocketBackend(server.url).replace(node_database(tmp_path / "last", 7))
         eventually(lambda: len(list(path.parent.glob("*.old-*"))) == 2)
+
+
+FILLER = ["CREATE TABLE filler (x)", "INSERT INTO filler VALUES (randomblob(20 << 20))"]
+FULL = (
+    "import space; from serving import spool\n"
+    "space.RESERVE = 1 << 60; spool.SPACE_CHECK_BYTES = 1 << 20"
+)
+
+
+def test_a_full_disk_is_a_reason(url: str, node_dir: Path) -> None:
+    """`init` names it: that is not a server that cannot be reached."""
+    support.make_backup(url)
+    snapshot = node_database(node_dir / "lightningd.sqlite3", 3, None, *FILLER)
+    with ServerProcess(url, patch=FULL) as server:
+        found = refusal(server, snapshot)
+        assert found.code is NackCode.NO_ROOM
+        assert "MiB are free" in found.problem and "Make room" in found.next_step
+        done = support.run_cli("init", "--lightning-dir", node_dir, server.url, check=1)
+        assert "too little room" in done.stderr and "cannot be reached" not in done.stderr
+    assert not (node_dir / "backup.lock").exists()
+
+
+@pytest.mark.parametrize("heard", [0, 1000], ids=["at once", "when it closes"])
+def test_an_answer_is_heard_before_all_was_sent(
+    heard: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the server said, though the rest is of no use, or cannot be sent any more."""
+    snapshot = node_database(tmp_path / "node", 3, None, *FILLER)
+    nack = encode_nack(Nack(0, NackCode.NO_ROOM, "refused: the disk is full"))
+    details = Details(bytes(16), 0, bytes(16), bytes(16), bytes(16), 0, 64, "a server")
+    metadata = encode_metadata(Metadata(2, 0, 0, 0, details))
+    listener = socket.create_server(("127.0.0.1", 0))
+    sent: list[int] = []
+    real = Link.send_record
+
+    def counted(link: Link, head: Head, payload: bytes) -> None:
+        sent.append(len(payload))
+        real(link, head, payload)
+
+    monkeypatch.setattr(Link, "send_record", counted)
+
+    def serve() -> None:
+        with listener, listener.accept()[0] as sock:
+            sock.recv(1000)
+            sock.sendall(metadata + (nack if not heard else b""))
+            if heard:
+                sock.recv(heard)
+                sock.sendall(nack)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with pytest.raises(Refused, match="the disk is full"):
+        SocketBackend(f"socket:127.0.0.1:{listener.getsockname()[1]}").replace(snapshot)
+    thread.join()
+    assert bool(sent) == bool(heard)
