@@ -217,6 +217,8 @@ class NackCode(enum.IntEnum):
     OLD_SNAPSHOT = 5
     INVALID = 6
     DAMAGED = 7
+    READ_ONLY = 8
+    NOT_ALLOWED = 9
 
 
 class Nack(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections import deque
 
@@ -66,6 +67,9 @@ NEXT_STEPS = {
     NackCode.OLD_SNAPSHOT: "The backup is the newer copy: restore it in place of the node's.",
     NackCode.INVALID: "Look at both logs before you start lightningd again.",
     NackCode.DAMAGED: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
+    NackCode.READ_ONLY: "Use the server's other address, the one for the node.",
+    NackCode.NOT_ALLOWED: "Start the server with --allow-user (--read-only-user for a reader), or"
+    " run this as a user whom it lets in.",
 }
 
 
@@ -111,7 +115,9 @@ class Link:
         Args:
             owner: who means to write; Refused if the backup is not his.
         """
-        self.send(protocol.encode_request_metadata(owner, platform.node()))
+        # Who is turned away at the door can still read why.
+        with contextlib.suppress(BrokenPipeError):
+            self.send(protocol.encode_request_metadata(owner, platform.node()))
         packet = self.answer()
         if packet.type is PacketType.NACK:
             raise Refused(protocol.decode_nack(packet.payload))
