@@ -53,7 +53,7 @@ class Connection:
     ) -> None:
         self.number = number
         self.who = caller.who
-        self.machine = caller.at
+        self.machine = caller.who
         self.incoming = Incoming(stream)
         self._host = host
         self._keeper = host.keeper
@@ -116,7 +116,7 @@ class Connection:
         """REQ_METADATA: agree on a protocol, hear who it is, and tell what there is."""
         self._speaks = self._spoken[protocol.agreed_protocol(payload)]
         owner, machine = protocol.claimed_owner(payload)
-        self.machine = machine or self._peer
+        self.machine = machine or self.who
         if owner is not None and self._is_read_only:
             return self._refuse_to_write()
         if owner is not None and self._keeper.is_foreign(owner):
