@@ -50,8 +50,8 @@ PLUGIN = typed("cln-backup-plugin", "backup.py")
 """The plugin, for lightningd's configuration."""
 OWN_STATE = (
     "If this node's own database is its latest state, somebody else has written to the backup, or"
-    f" exchanged it: stop the node and run `{CLI} resync --override --lightning-dir DIR`, which keeps"
-    " the old backup."
+    f" exchanged it: stop the node and run `{CLI} resync --override --lightning-dir DIR`; the old"
+    " backup is kept."
 )
 """How to go on where the backup may be a stranger's."""
 OLD_COPY = "If the node's database is an old copy, move it away and run"

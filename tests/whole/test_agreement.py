@@ -460,7 +460,7 @@ def test_older_disk_image_is_refused_with_both_versions(lost: int, kind: str, lo
     for _ in range(2):
         with pytest.raises(Diverged, match=f"has lost acknowledged changes: {text}") as caught:
             write(session, call)
-        assert caught.value.code is NackCode.OTHER_HISTORY
+        assert caught.value.code is NackCode.OUT_OF_DATE
         assert "resync" in caught.value.next_step
     backend.close()
     assert local.stored() == support.first_changes(5 - lost)
