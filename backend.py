@@ -433,6 +433,8 @@ class Backend(ABC):
         version_count: changes since the snapshot, and one for the snapshot.
         medium: what a slow call waits for, in words.
         reconnects: how often the way to it was lost and found again since ``open``.
+        keeps_owner: it can hold who may write to it; known once it was looked at.
+        last_writer: who wrote last and when, in words, as far as it was heard.
         directories: those on this machine in which it keeps its files; none if it is elsewhere.
         home: the node's network directory, if known: what root creates belongs to its owner.
         can_be_served: `server` can keep it, so that an empty one can be made without a node.
@@ -443,6 +445,7 @@ class Backend(ABC):
     medium = "the disk"
     directories: Sequence[str] = ()
     can_be_served = False
+    keeps_owner = True
     snapshot_copies = 1
 
     def __init__(self, url: str) -> None:
@@ -451,6 +454,7 @@ class Backend(ABC):
         self.rewindable = False
         self.version_count = 0
         self.reconnects = 0
+        self.last_writer = ""
         self.home: str | None = None
 
     @property
@@ -502,7 +506,8 @@ class Backend(ABC):
 
         Args:
             owner: who may write to it from then on.
-            override: also if the backup is another owner's, or of another node: a server asks.
+            override: also if a server keeps another owner's backup, another node's, or a newer
+                state: what is there is somebody else's.
 
         Returns:
             Where the old backup is kept, None if it was empty.
@@ -640,7 +645,7 @@ class Session:
         if verdict is Verdict.OUT_OF_DATE:
             raise OutOfDate(backend.version, change.base, self._dir)
         if verdict is Verdict.LOST_STATE:
-            raise LostState(backend.version, change.base, backend.url)
+            raise LostState(backend.version, change.base, backend.url, backend.last_writer)
         if verdict is Verdict.REWIND:
             log.info("Last changes not applied, rewinding non-committed transaction")
             backend.rewind()

@@ -115,7 +115,7 @@ class FileBackend(Backend):
         *,
         override: bool = False,
     ) -> str | None:
-        """See Backend. Whose a file was does not matter.
+        """See Backend. A file takes any state, whosever it was: it is on the caller to compare.
 
         Args:
             changes: what follows the snapshot, so that the last of it can be rewound.

@@ -64,7 +64,9 @@ class SocketBackend(Destination):
         except OSError as error:
             raise Unreachable(self._url.target, error) from error
         try:
-            return link, link.metadata()
+            found = link.metadata()
+            self._hear(found)
+            return link, found
         except OSError as error:
             link.close()
             raise Unreachable(self._url.target, error) from error
@@ -206,7 +208,7 @@ class SocketBackend(Destination):
     def open(self, owner: bytes | None = None) -> None:
         """See Backend. Waits for the server as long as a change would.
 
-        A server of protocol 1 keeps no owner, and takes any.
+        A server of protocol 1 keeps no owner, so that it is refused to one who has one.
         """
         self._delivery.open(owner)
 
@@ -232,6 +234,11 @@ class SocketBackend(Destination):
         self.version, self.version_count = known.version, known.version_count
         self.rewindable = known.prev_version == known.version - 1
         self.reconnects = reconnects
+        self._hear(known)
+
+    def _hear(self, found: Metadata) -> None:
+        self.keeps_owner = found.details is not None
+        self.last_writer = found.details.last_writer if found.details else ""
 
     def add_change(self, change: Change) -> None:
         """See Backend."""

@@ -69,8 +69,7 @@ class Protocol2:
 
     def _take_piece(self, head: Head, payload: bytes) -> None:
         if self._arrival.chain != head.chain:
-            override = bool(head.flags & protocol.OVERRIDE)
-            offer = Offer(head.version, head.session, override)
+            offer = Offer(head.version, head.session, bool(head.flags & protocol.OVERRIDE))
             self._arrival.begin(offer, rules.snapshot, head.chain)
         self._arrival.add(payload)
         if head.flags & layout2.FINAL:

@@ -115,7 +115,8 @@ class Offer(NamedTuple):
 
     Attributes:
         owner: whose the backup is to be.
-        override: its sender knows that the backup is another owner's, or another node's.
+        override: its sender knows that what is there is somebody else's: another owner's or
+            another node's, or a newer state.
     """
 
     version: int
@@ -206,7 +207,9 @@ def snapshot(state: State, offer: Offer) -> Decision:
     is_owners = (newest.chain == EMPTY_CHAIN and not state.damaged) or may_replace(
         newest.tag, offer.owner
     )
-    if not is_owners and not offer.override:
+    if offer.override:
+        return _STORE
+    if not is_owners:
         return _refuse(Reason.OTHER_OWNER)
     return _refuse(Reason.OLD_SNAPSHOT) if offer.version < newest.version else _STORE
 

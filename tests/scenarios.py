@@ -507,6 +507,7 @@ class Client:
 
     number: int
     machine: str = "client"
+    who: str = "user client"
 
 
 class Life:

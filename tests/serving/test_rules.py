@@ -137,7 +137,7 @@ def test_snapshot_by_enumeration() -> None:
             reason = first(
                 (Reason.NEWER_CONNECTION, state.outdated),
                 (Reason.OTHER_OWNER, anothers and not override),
-                (Reason.OLD_SNAPSHOT, version < VERSION),
+                (Reason.OLD_SNAPSHOT, version < VERSION and not override),
             )
             act = Act.STORE if reason is None else Act.REFUSE
             assert rules.snapshot(state, offer) == Decision(act, reason)
