@@ -402,6 +402,7 @@ class Backend(ABC):
         medium: what a slow call waits for, in words.
         reconnects: how often the way to it was lost and found again since ``open``.
         directories: those on this machine in which it keeps its files; none if it is elsewhere.
+        unsound: what a check beside the node found, until it is mended or proven wrong.
         home: the node's network directory, if known: what root creates belongs to its owner.
         can_be_served: `server` can keep it, so that an empty one can be made without a node.
         snapshot_copies: copies of a snapshot that ``create`` takes of the disk where scratch
@@ -419,6 +420,7 @@ class Backend(ABC):
         self.rewindable = False
         self.version_count = 0
         self.reconnects = 0
+        self.unsound: str | None = None
         self.home: str | None = None
 
     @property
@@ -464,7 +466,7 @@ class Backend(ABC):
 
     @abstractmethod
     def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str | None:
-        """Start over with ``snapshot``, whoever's the backup was.
+        """Start over with ``snapshot``, whoever's the backup was, and go on with it if open.
 
         Returns:
             Where the old backup is kept, None if it was empty.

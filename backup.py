@@ -32,7 +32,16 @@ from pyln.client.plugin import Request, RpcException  # noqa: E402
 
 import destinations  # noqa: E402
 from backend import Backend, Change, Destination, Session, log, too_large  # noqa: E402
-from errors import CLI, CLI_PATH, BackupBusy, BackupError, InvalidChange  # noqa: E402
+from errors import (  # noqa: E402
+    CLI,
+    CLI_PATH,
+    BackupBusy,
+    BackupError,
+    InvalidChange,
+    LostState,
+    OutOfDate,
+)
+from healing import Healer  # noqa: E402
 from pylnclient import serve_db_write  # noqa: E402
 from upkeep import compaction  # noqa: E402
 from wallet import node  # noqa: E402
@@ -77,6 +86,7 @@ class Hook:
         self.worst_s = 0.0
         self.backend: Destination | None = None
         self._session: Session | None = None
+        self._healer: Healer | None = None
         self._refusal: Exception | None = None
         self._busy_since: float | None = None
 
@@ -134,12 +144,23 @@ class Hook:
         if writes is None:
             raise InvalidChange("lightningd announced a change without a list of statements.")
         change = Change(data_version, None, writes)
-        if self._session is None:
+        if first := self._session is None:
             # Not before the first write: lightningd also starts plugins for --help.
-            self._session = self._open()
-        self._session.write(change)
+            self._session, self._healer = self._open()
+        assert self._session is not None and self._healer is not None
+        self._healer.mend(change, first)
+        try:
+            self._session.write(change)
+        except LostState as error:
+            self._healer.note_lost(error)
+            raise
+        except OutOfDate as error:
+            if not first:
+                raise
+            self._healer.catch_up(change, error)
+            self._session.write(change)
 
-    def _open(self) -> Session:
+    def _open(self) -> tuple[Session, Healer]:
         threading.Thread(target=self._announce_waits, daemon=True).start()
         directory = os.getcwd()
         lock_file = node.read_lock_file(directory)
@@ -148,7 +169,7 @@ class Hook:
         _open_patiently(backend, lock_file.owner)
         backend.keep_house(self.lock, least)
         self.backend = backend
-        return Session(backend, directory)
+        return Session(backend, directory), Healer(backend, directory, lock_file)
 
     def _announce_waits(self) -> None:
         notice_s = FIRST_NOTICE_S

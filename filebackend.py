@@ -288,6 +288,7 @@ class FileBackend(Backend):
             assert reader.log_start is not None
             self._log_start = reader.log_start
             self._session = last.tag + self._session[TAG_SIZE:]
+            self.unsound = proof.read(self.path, reader.backup_id).unsound
             self._settle(last)
         except OSError as error:
             raise DiskError(self.path, error, "open for writing") from error

@@ -441,11 +441,15 @@ class SocketBackend(Destination):
 
     def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
-        link, _ = self._once()
-        try:
-            self._send_snapshot(link, snapshot, owner)
-        finally:
-            link.close()
+        if self._link is not None:  # Refused there if another one has written meanwhile.
+            self._send_snapshot(self._link, snapshot, owner)
+            self._refresh()
+        else:
+            link, _ = self._once()
+            try:
+                self._send_snapshot(link, snapshot, owner)
+            finally:
+                link.close()
         return f"on {self._url.target}, under the name that the server's log gives"
 
     def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes) -> None:

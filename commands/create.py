@@ -34,6 +34,7 @@ from commands.shared import (
     reading_bar,
     scratch_option,
     scratch_prefix,
+    to_note,
     wallet_option,
 )
 from decisions import Obstacle, may_attach, may_replace, may_resync, may_upgrade
@@ -95,7 +96,9 @@ def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
             # First the small file that is easily taken back: a server's backup is not. It gets
             # its name last: a node finds no backup.lock without a backup.
             owner = new_owner()
-            with node.new_lock_file(directory, node.LockFile(url, owner=owner)):
+            noted = to_note(directory, wallet_path)
+            lock_file = node.LockFile(url, owner=owner, wallet=noted)
+            with node.new_lock_file(directory, lock_file):
                 backend.create(snapshot, owner)
             stored = readable(os.path.getsize(snapshot.path)) if snapshot else "nothing yet"
     if snapshot is not None:
@@ -185,10 +188,18 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
             _check_resync(found, version, url)
             assert snapshot is not None
             click.echo(f"The node is at version {found}, the backup at version {version}.")
+            if lock_file.lost_state is not None:
+                click.echo(f"The node seemed to have lost some state: {lock_file.lost_state}.")
             if not yes:
                 click.confirm("Replace the backup by a snapshot of the node?", abort=True)
             with _new_owner(backend, directory, lock_file, keep=not override) as owner:
                 kept = backend.replace(snapshot, owner)
+                noted = to_note(directory, wallet_path)
+                if (noted, None) != (lock_file.wallet, lock_file.lost_state):
+                    lock_file = dataclasses.replace(
+                        lock_file, owner=owner, wallet=noted, lost_state=None
+                    )
+                    node.write_lock_file(directory, lock_file, replace=True)
     click.echo(f"The backup {url} is now at version {found}.")
     if kept is not None:
         click.echo(f"The old one is kept: {kept}")
@@ -384,7 +395,8 @@ def attach(
         elif version:
             prefix = scratch_prefix(backend, scratch, directory)
             _check_same(backend, prefix, wallet_path, version)
-        kept = _take_over(backend, directory)
+        noted = to_note(directory, wallet_path)
+        kept = _take_over(backend, directory, wallet=noted, lost_state=None)
     if kept is not None:
         click.echo(f"The former backup.lock is kept: {kept}")
     click.echo(
@@ -415,19 +427,24 @@ def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> Non
         )
 
 
-def _take_over(backend: Backend, directory: str) -> str | None:
-    """Make the node in ``directory`` the backup's owner; where its old backup.lock is kept."""
+def _take_over(backend: Backend, directory: str, **changes: str | None) -> str | None:
+    """Make the node in ``directory`` the backup's owner; where its old backup.lock is kept.
+
+    Args:
+        changes: what else the new one says, see node.LockFile.
+    """
     lock_path = os.path.join(directory, node.LOCK_NAME)
-    compact_at = kept = None
+    lock_file, kept = node.LockFile(backend.url), None
     with contextlib.closing(backend):
         owner = _claim(backend)
         if os.path.lexists(lock_path):
             with contextlib.suppress(BackupError):
-                compact_at = node.read_lock_file(directory).compact
+                lock_file = node.read_lock_file(directory)
             kept = durable.free_name(f"{lock_path}.old")
             durable.keep(lock_path, kept)
             durable.remove(lock_path)
-        lock_file = node.LockFile(backend.url, compact_at, owner)
+        lock_file = dataclasses.replace(lock_file, backend_url=backend.url, owner=owner)
+        lock_file = dataclasses.replace(lock_file, **changes)  # type: ignore[arg-type]
         try:
             with node.new_lock_file(directory, lock_file, kept):
                 if owner != NOBODY:

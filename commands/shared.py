@@ -94,7 +94,14 @@ wallet_option = click.option(
 
 
 def node_database(directory: str, wallet: str | None) -> str:
-    """The node's database: ``wallet`` as a path or as lightningd takes it."""
+    """The node's database: ``wallet`` as a path or as lightningd takes it.
+
+    Without it, what backup.lock says, by default the one in ``directory``.
+    """
+    if wallet is None:
+        with contextlib.suppress(BackupError):  # Who needs that file will say what is wrong.
+            wallet = node.read_lock_file(directory).wallet
+        wallet = wallet and os.path.join(directory, wallet)
     if wallet is None:
         return node.database(directory)
     if wallet.startswith("postgres:"):
@@ -109,6 +116,12 @@ def node_database(directory: str, wallet: str | None) -> str:
     if not os.path.isfile(path):
         raise ConfigError(f"There is no database at {path}.", "Check --wallet.")
     return path
+
+
+def to_note(directory: str, wallet_path: str) -> str | None:
+    """What backup.lock is to say of the node's database: nothing if it is in ``directory``."""
+    default = os.path.join(directory, node.DATABASE_NAME)
+    return None if os.path.realpath(wallet_path) == os.path.realpath(default) else wallet_path
 
 
 def scratch_prefix(backend: Backend, scratch: str | None, otherwise: str | None = None) -> str:

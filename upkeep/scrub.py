@@ -162,6 +162,7 @@ class Scrubber:
         with self._lock:
             if backup_id != self._backend.newest.backup_id:
                 return
+            self._backend.unsound = changes.get("unsound", self._backend.unsound)
             try:
                 proof.note(path, backup_id, **changes)
             except OSError as error:
