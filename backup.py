@@ -151,10 +151,7 @@ class Hook:
         self._healer.mend(change, first)
         try:
             self._session.write(change)
-        except LostState as error:
-            self._healer.note_lost(error)
-            raise
-        except OutOfDate as error:
+        except (LostState, OutOfDate) as error:
             if not first:
                 raise
             self._healer.catch_up(change, error)

@@ -37,7 +37,7 @@ from errors import (
     DiskError,
     OtherOwner,
 )
-from filelog import layout1, layout2, proof
+from filelog import kept, layout1, layout2, proof
 from filelog.layout2 import BEFORE_FIRST, Head, Kind, Tail, TailKind
 from filelog.reader import FileReading, LogReader, is_foreign_keys_off
 from filelog.writer import LogWriter, check_log
@@ -587,6 +587,7 @@ class FileBackend(Backend):
             with contextlib.suppress(OSError), contextlib.closing(LogReader(self.path)) as reader:
                 if reader.backup_id is not None:
                     proof.note(self.path, reader.backup_id, **proof.proven_now())
+                    kept.prune(self.path)
 
     def _is_checked(self) -> bool:
         return os.path.exists(self.path + proof.SUFFIX)

@@ -47,13 +47,17 @@ class Healer:
                 f" the database is the node's latest state, run `{CLI} attach` or `resync`."
             )
 
-    def catch_up(self, change: Change, refusal: OutOfDate) -> None:
-        """The node is ahead at its first ``change``: bring the backup to that one's base.
+    def catch_up(self, change: Change, refusal: OutOfDate | LostState) -> None:
+        """The first ``change`` does not fit: if the node is ahead, bring the backup to its base.
 
         Raises:
             OtherOwner: another node took the backup over meanwhile.
             OutOfDate: ``refusal``, with why it could not be healed.
+            LostState: ``refusal``, which is remembered.
         """
+        if isinstance(refusal, LostState):
+            self._note_lost(refusal)
+            raise refusal
         obstacle = self._obstacle(Verdict.OUT_OF_DATE, True, end_holds=True)
         try:
             if obstacle is not None:
@@ -89,7 +93,7 @@ class Healer:
         except BackupError as error:
             log.error(f"The backup {backend.url} does not hold, and was not healed: {error}")
 
-    def note_lost(self, refusal: LostState) -> None:
+    def _note_lost(self, refusal: LostState) -> None:
         """Remember ``refusal``: a run without the plugin would make the old database look ahead."""
         text = (
             f"{utc(time.time_ns())}: the backup was at version {refusal.backup_version},"

@@ -26,7 +26,7 @@ import durable
 from backend import Reading, log
 from errors import CLI, BackupError, CheckRunning, Unsound
 from filebackend import FileBackend
-from filelog import proof
+from filelog import kept, proof
 from filelog.proof import Proof
 from filelog.reader import FileReading
 from upkeep import child
@@ -171,6 +171,8 @@ class Scrubber:
     def note_proven(self, backup_id: bytes) -> None:
         """The whole backup was read, replayed and found sound just now."""
         self.note(backup_id, **proof.proven_now())
+        if backup_id == self._backend.newest.backup_id:
+            kept.prune(self._backend.path)
 
 
 def _scratch(prefix: str) -> str:

@@ -562,6 +562,7 @@ def test_resync_of_an_empty_backup(node_dir: Path, url: str, tmp_path: Path) -> 
 def test_resync_heals_what_the_plugin_refuses(
     outdated: Path, node_dir: Path, url: str, tmp_path: Path
 ) -> None:
+    support.change_lock(node_dir, heal="off")
     with support.PluginProcess(node_dir) as plugin:
         with pytest.raises(support.Refused):
             plugin.write(*first_changes(6)[-1])
