@@ -10,6 +10,9 @@ from errors import BackupError, DiskError
 
 RESERVE = 64 << 20
 """Bytes that stay free: the node's changes for a while, until somebody has made room."""
+LOW_DISK_BYTES = 512 << 20
+COMPACTION_FACTOR = 2
+"""A compaction replays into a database and writes that into a new log, beside the old one."""
 
 
 class NoRoom(BackupError):
@@ -38,3 +41,28 @@ def require(path: str, needed: int = 0, way_out: str = "") -> None:
             f"{RESERVE >> 20} MiB have to stay free for the node's changes.",
             f"Make room on that disk (`df -h {shlex.quote(directory)}`). {way_out}",
         )
+
+
+def disk_warnings(path: str, backup_size: int) -> list[str]:
+    """What to tell the operator about the space left on the disk of the backup ``path``.
+
+    Args:
+        backup_size: bytes of its snapshot and of its changes.
+    """
+    usage = shutil.disk_usage(os.path.dirname(path))
+    need = wanted(backup_size)
+    if usage.free >= need:
+        return []
+    return [
+        f"The disk of {path} is nearly full: {usage.free >> 20} MiB of"
+        f" {usage.total >> 20} MiB are free, and the backup may soon need {need >> 20} MiB."
+        " When it is full the node stops."
+    ]
+
+
+def wanted(backup_size: int) -> int:
+    """Free bytes below which a disk with a backup of ``backup_size`` bytes is nearly full.
+
+    A share of the disk would say nothing: a backup of 1 GB needs no 190 GB of 4 TB.
+    """
+    return max(LOW_DISK_BYTES, COMPACTION_FACTOR * backup_size)

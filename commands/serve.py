@@ -68,14 +68,14 @@ def server(
         backup-cli init file:///srv/node.bkp
         backup-cli server file:///srv/node.bkp 127.0.0.1:8700
     """
-    import server as serving  # Only this command needs it.
+    from server import Server  # Only this command needs it.
 
     _log_to_stderr(log_mode, LOG_LEVELS[log_level])
     least = compaction.parse_least(compact_at)
     backend = FileBackend(file_url)
     backend.open()
     try:
-        running = serving.Server(backend, address, least)
+        running = Server(backend, address, least)
     except BaseException:
         backend.close()
         raise

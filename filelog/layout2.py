@@ -72,7 +72,15 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, TAG_SIZE
+from backend import (
+    EMPTY_CHAIN,
+    MAX_CHANGE_SIZE,
+    MAX_CHUNK_SIZE,
+    NOBODY,
+    TAG_SIZE,
+    Change,
+    chain_after,
+)
 
 MAGIC = b"\x89CLN backup\r\n\x1a\n\x00"
 LAYOUT = 2
@@ -154,6 +162,65 @@ class Head(NamedTuple):
 _CRC_FIELD = Head._fields.index("payload_crc")
 BEFORE_FIRST = Head(offset=FIRST_RECORD - OVERHEAD, session=NOBODY)
 """Stands for the record before the first one: version 0, nothing to rewind, ends at 64."""
+
+
+def behind(
+    before: Head,
+    length: int,
+    *,
+    kind: int,
+    flags: int,
+    version: int,
+    time_ns: int,
+    session: bytes,
+    chain: bytes,
+) -> Head:
+    """The head of a new change or rewind of ``length`` bytes behind ``before``."""
+    return Head(
+        kind=kind,
+        flags=flags,
+        backup_id=before.backup_id,
+        sequence=before.sequence + 1,
+        offset=before.end,
+        version=version,
+        changes=before.changes + CHANGES_STEP[kind],
+        time_ns=time_ns,
+        session=session,
+        length=length,
+        chain_before=before.chain,
+        chain=chain,
+    )
+
+
+def change_behind(before: Head, change: Change, session: bytes, time_ns: int) -> Head:
+    """The head of ``change``, whose base is the version at ``before``."""
+    assert change.base == before.version, "the version rule comes first"
+    payload = change.payload
+    return behind(
+        before,
+        len(payload),
+        kind=Kind.CHANGE,
+        flags=BUMPS if change.bumps else 0,
+        version=change.version,
+        time_ns=time_ns,
+        session=session,
+        chain=chain_after(before.chain, change.version, payload),
+    )
+
+
+def rewind_behind(before: Head, session: bytes, time_ns: int) -> Head:
+    """The head of the rewind that takes back ``before``."""
+    assert before.rewindable, "the version rule comes first"
+    return behind(
+        before,
+        0,
+        kind=Kind.REWIND,
+        flags=0,
+        version=before.version - 1,
+        time_ns=time_ns,
+        session=session,
+        chain=before.chain_before,
+    )
 
 
 def moved(head: Head, before: Head) -> Head:

@@ -86,7 +86,7 @@ class LogReader:
             self.path,
             "of an early form of layout 2, which is not written any more",
             f"Stop the node and run `{CLI} upgrade --lightning-dir DIR`; for a server's"
-            f" file run `{CLI} upgrade file://{self.path}`.",
+            f" file run `{CLI} upgrade {shlex.quote(f'file://{self.path}')}`.",
         )
 
     def taken_over(self) -> str:

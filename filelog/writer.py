@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
+from collections.abc import Sequence
 
 import durable
-from backend import MAX_CHUNK_SIZE
+from backend import MAX_CHUNK_SIZE, NOBODY, Change, Snapshot, new_session
 from errors import ConfigError
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind, TailKind
@@ -84,6 +86,11 @@ class LogWriter:
         head = layout2.owner_behind(self.last, owner, payload)
         self._add(head, layout2.encode(head, payload))
 
+    def add_change(self, change: Change, session: bytes) -> None:
+        """Add a change of ``session`` that no log holds yet."""
+        head = layout2.change_behind(self.last, change, session, time.time_ns())
+        self._add(head, layout2.encode(head, change.payload))
+
     def add(self, head: Head, payload: bytes) -> None:
         """Add a record, but no snapshot, that another log holds."""
         moved = layout2.moved(head, self.last)
@@ -115,6 +122,45 @@ class LogWriter:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+
+def write_log(
+    path: str,
+    snapshot: Snapshot | None,
+    owner: bytes,
+    machine: str,
+    changes: Sequence[Change] = (),
+    like: str | None = None,
+) -> None:
+    """Write a new log of ``snapshot`` (or an empty one) to the new file ``path``.
+
+    It is complete, flushed and verified then, so it may be renamed into place.
+
+    Args:
+        owner: who may write to it, 16 bytes, on ``machine``.
+        changes: what follows the snapshot.
+        like: see durable.create.
+    """
+    size = os.path.getsize(snapshot.path) if snapshot else 0
+    writer = LogWriter(path, secrets.token_bytes(16), size, like=like)
+    try:
+        if snapshot is not None:
+            begin = BEFORE_FIRST._replace(
+                version=snapshot.version,
+                time_ns=time.time_ns(),
+                session=owner,
+                chain=snapshot.chain,
+            )
+            writer.add_snapshot(snapshot.path, begin)
+        if owner != NOBODY:
+            writer.add_owner(owner, layout2.encode_owner(time.time_ns(), machine))
+        session = new_session(owner)
+        for change in changes:
+            writer.add_change(change, session)
+        writer.finish()
+    finally:
+        writer.close()
+    check_log(path)
 
 
 def check_log(path: str) -> None:

@@ -19,20 +19,22 @@ import shutil
 import sqlite3
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
 import durable
 import filebackend
-import server
 from backend import FOREIGN_KEYS_OFF, NOBODY, Change, Session, Snapshot, bump
 from errors import BackupError, BackupMissing, LostState, OutOfDate, UnsupportedLayout
 from filebackend import FileBackend
-from filelog import layout1, layout2
+from filelog import adoption, appender, layout1, layout2
 from filelog import reader as logreader
 from filelog import writer as logwriter
 from filelog.layout2 import Tail, TailKind
+from serving import spool
+from serving.client import Stored
+from serving.keeper import Keeper
 from tests.disk import Disk, Fault, Files, Killed, Model, standing_in
 from upkeep import compaction, upgrade
 from wallet import restore
@@ -275,7 +277,7 @@ def prepared(rng: random.Random) -> Iterator[None]:
     with (
         mock.patch.object(durable, "PREALLOCATE_STEP", STEP),
         mock.patch.object(logreader, "GROWING_TAIL_S", -1.0),
-        mock.patch.object(filebackend, "RETRY_FOR_S", 0.4),
+        mock.patch.object(appender, "RETRY_FOR_S", 0.4),
         mock.patch("time.sleep", new=bool),
         mock.patch("time.time_ns", new=functools.partial(next, clock)),
         mock.patch("secrets.token_bytes", new=lambda size=32: rng.randbytes(size)),
@@ -287,7 +289,10 @@ def prepared(rng: random.Random) -> Iterator[None]:
             logger.setLevel(level)
 
 
-WRITERS = (durable, restore, compaction, server, filebackend, logreader, logwriter)
+WRITERS = (
+    *(durable, restore, compaction, spool, filebackend),
+    *(logreader, logwriter, appender, adoption),
+)
 """Modules whose ``os`` writes where the log is."""
 
 
@@ -499,17 +504,7 @@ class Client:
     """Stands for a connection of the server."""
 
     number: int
-    answers: list[str] = field(default_factory=list)
     machine: str = "client"
-
-    def acknowledge(self, version: int, chain: bytes = b"") -> None:
-        self.answers.append(f"ACK {version}")
-
-    def refuse(self, reason: str, code: int = 0) -> None:
-        self.answers.append(f"NACK {reason}")
-
-    def cut(self) -> None:
-        self.answers.append("cut")
 
 
 class Life:
@@ -771,23 +766,23 @@ class Life:
 
     def snapshot_arrives(self) -> None:
         """A client of the server starts over; changes came before and come after."""
-        keeper = server.Keeper(self.backend)
+        keeper = Keeper(self.backend)
         version = max(map(version_of, (self.node, self.stored))) + self.rng.randrange(1, 4)
         source, history = self.library.snapshot(version, self._text(20))
         client: Any = Client(1)
         with open(source, "rb") as file:
             data = file.read()
-        spool = server.Spool(Snapshot(f"{self.backend.scratch_prefix}in-1", version))
+        coming = spool.Spool(Snapshot(f"{self.backend.scratch_prefix}in-1", version))
         try:
             for start in range(0, len(data), 1000):
-                spool.add(data[start : start + 1000])
-            spool.finish()
+                coming.add(data[start : start + 1000])
+            coming.finish()
             redo, kept = Redo("replace", source, history), self._kept()
             self.mark({self.stored, history, *self._gone()}, (history,), redo, kept)
-            keeper.replace(client, spool.snapshot, self.rng.randbytes(16))
+            answer = keeper.replace(client, coming.snapshot, self.rng.randbytes(16))
         finally:
-            spool.close()
-        assert client.answers == [f"ACK {version}"]
+            coming.close()
+        assert answer == Stored(version, coming.snapshot.chain)
         self.node = self.stored = history
         self.mark({history}, (history,), redo, kept)
         self._session = Session(self.backend, "/nowhere")

@@ -20,10 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# As a program it has its own folder there, where the tests' folders have the packages' names.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
 import durable
 import filebackend
 import space
 from backend import log
+from filelog import adoption
 from filelog import writer as logwriter
 from upkeep import child, compaction
 from wallet import restore
@@ -154,7 +158,7 @@ def _patch_child() -> None:
 def _patch_writer() -> None:
     # The compacting process shall be this file, too.
     compaction.__file__ = __file__
-    _around(filebackend.FileBackend, "_copy_rest", "before-copy", "copied")
+    _around(adoption, "_completed", "before-copy", "copied")
     _around(filebackend.FileBackend, "adopt", "", "adopted")
     _around(durable, "replace", "before-rename", "")
     _around(os, "rename", "", "renamed")

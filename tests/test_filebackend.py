@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import durable
+import space
 from backend import Change, Snapshot
 from errors import (
     BackupBusy,
@@ -28,7 +29,7 @@ from errors import (
     DiskError,
     UnsupportedLayout,
 )
-from filebackend import FileBackend, space_wanted
+from filebackend import FileBackend
 from filelog import layout2
 from filelog import reader as logreader
 from filelog.layout2 import HEAD, OVERHEAD, SECTOR
@@ -654,7 +655,7 @@ def test_low_disk_is_a_warning(url: str, monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_space_wanted(backup_size: int, wanted: int) -> None:
-    assert space_wanted(backup_size) == wanted
+    assert space.wanted(backup_size) == wanted
 
 
 def test_status_in_numbers(url: str, tmp_path: Path) -> None:

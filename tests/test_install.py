@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import backend
-import server
+from serving.keeper import SERVER_NAME
 from tests import support
 from tests.support import PluginProcess, change, run_cli
 from tests.test_environment import PACKAGES, make_venv
@@ -66,7 +66,7 @@ def test_the_requirements_are_one_list() -> None:
 
 def test_one_version() -> None:
     assert run_cli("--version").stdout == f"backup-cli, version {backend.RELEASE}\n"
-    assert server.SERVER_NAME.endswith(f" {backend.RELEASE}")
+    assert SERVER_NAME.endswith(f" {backend.RELEASE}")
 
 
 @pytest.fixture(scope="module")

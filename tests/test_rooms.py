@@ -16,9 +16,10 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"backup-cli": "backup-cli", "demo": "demo", "packaging": "cln_backup"},
     {"commands": "commands"},
     {"plugin": "backup healing pylnclient", "server": "server"},
-    {"destinations": "destinations"},
+    {"destinations": "destinations", "serving": "serving"},
     {"upkeep": "upkeep"},
     {"file": "filebackend", "socket": "socketbackend"},
+    {"remote": "remote"},
     {"wire": "protocol stream"},
     {"filelog": "filelog", "wallet": "wallet"},
     {"ground": "backend durable scratch space"},
@@ -33,7 +34,7 @@ EXCEPTIONS = {
     ("demo", "tests.support"): "it plays lightningd as the tests do",
 }
 """Importing and imported module: why it may be."""
-ONLY_IN = {"sqlite3": "wallet", "click": "commands", "pyln": "plugin"}
+ONLY_IN = {"sqlite3": "wallet", "click": "commands", "socks": "remote", "pyln": "plugin"}
 """What is foreign, and the one room that knows it."""
 BY_STRING = {
     "environment": "the packages that a program needs, to tell what is missing",
@@ -132,6 +133,7 @@ def test_exceptions_are_needed() -> None:
         ("upkeep.scrub", "import destinations"),
         ("backup", "import server"),
         ("server", "from commands import shared"),
+        ("serving.keeper", "import server"),
         ("server", "import sqlite3"),
         ("upkeep.child", "import click.testing"),
         ("server", "from pyln.client import Plugin"),

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import select
 import selectors
 import signal
 import socket
@@ -42,7 +43,7 @@ from wallet.database import compare
 
 OFF = ["PRAGMA foreign_keys = OFF;"]
 MIB = 1 << 20
-QUICK = "import server; server.FIRST_PACKET_S = server.GRACE_S = 0.5"
+QUICK = "from serving import incoming; incoming.FIRST_PACKET_S = incoming.GRACE_S = 0.5"
 
 
 @pytest.fixture
@@ -428,6 +429,36 @@ def test_take_over_waits_for_an_append_in_flight(url: str, backup: Path, tmp_pat
     assert stored(url) == calls
 
 
+def test_take_over_waits_for_an_answer_in_flight(url: str, backup: Path, tmp_path: Path) -> None:
+    """Else the one before is cut off between its change and the ACK for that."""
+    flag, calls = tmp_path / "flag", support.first_changes(3)
+    patch = (
+        f"import os, time\nflag = {str(flag)!r}\n"
+        "from serving.outgoing import Outgoing\n"
+        "real = Outgoing.send_now\n"
+        "def send_now(outgoing, packet):\n"
+        "    if os.path.exists(flag) and not os.path.exists(flag + '.waiting'):\n"
+        "        open(flag + '.waiting', 'w').close()\n"
+        "        while os.path.exists(flag):\n"
+        "            time.sleep(0.005)\n"
+        "    real(outgoing, packet)\n"
+        "Outgoing.send_now = send_now"
+    )
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(ServerProcess(url, patch=patch))
+        old, new = (stack.enter_context(server.client()) for _ in range(2))
+        write(old, calls[:1])
+        flag.touch()
+        old.send(CHANGE, peers.pack_change(*calls[1]))
+        eventually((tmp_path / "flag.waiting").exists)
+        new.send(CHANGE, peers.pack_change(*calls[2]))
+        assert select.select([new.sock], [], [], 0.3)[0] == []
+        flag.unlink()
+        assert old.receive() == (ACK, struct.pack("!I", 2))
+        assert new.receive() == (ACK, struct.pack("!I", 3))
+        assert old.is_closed()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_finishes_the_change_in_hand(
     number: signal.Signals, url: str, backup: Path, tmp_path: Path
@@ -499,7 +530,9 @@ def test_byte_a_time_is_too_slow(url: str, backup: Path) -> None:
 def test_restore_that_nobody_reads_ends(url: str, acks: bool) -> None:
     big = f"INSERT INTO items VALUES (1, '{random.randbytes(MIB).hex()}')"
     support.make_backup(url, [support.change(number, big) for number in range(1, 13)])
-    with ServerProcess(url, patch="import server; server.SEND_TIMEOUT_S = 0.5") as server:
+    with ServerProcess(
+        url, patch="from serving import outgoing; outgoing.SEND_TIMEOUT_S = 0.5"
+    ) as server:
         with server.client() as lazy:
             lazy.send(RESTORE)
             while not server.logged("it took nothing for"):
@@ -547,7 +580,8 @@ def test_bombs_are_refused_and_cost_no_memory(server: ServerProcess, backup: Pat
 
 
 def test_snapshot_may_not_fill_the_disk(url: str, backup: Path) -> None:
-    patch = "import server; server.MIN_FREE_BYTES = 1 << 60; server.SPACE_CHECK_BYTES = 1 << 20"
+    limits = "spool.MIN_FREE_BYTES = 1 << 60; spool.SPACE_CHECK_BYTES = 1 << 20"
+    patch = f"from serving import spool; {limits}"
     before = names(backup) | {"node.bkp.writer"}
     with ServerProcess(url, patch=patch) as server, server.client() as client:
         data = b"SQLite format 3\0" + bytes(2 * MIB)
@@ -558,7 +592,7 @@ def test_snapshot_may_not_fill_the_disk(url: str, backup: Path) -> None:
 
 
 def test_who_reads_no_answers_holds_nobody_up(url: str, backup: Path) -> None:
-    patch = "import server; server.SEND_TIMEOUT_S = 10_000"
+    patch = "from serving import outgoing; outgoing.SEND_TIMEOUT_S = 10_000"
     server = ServerProcess(url, patch=patch, options=("--log-level", "error"))
     with contextlib.ExitStack() as stack:
         stack.push(server.__exit__)
@@ -796,8 +830,8 @@ def test_restart_goes_on_where_it_was(url: str, backup: Path) -> None:
 def failing_disk(flag: Path, retry_for_s: float) -> str:
     """A patch: while ``flag`` exists, every flush fails."""
     return (
-        "import durable, errno, filebackend, os\n"
-        f"filebackend.RETRY_FOR_S = {retry_for_s}\n"
+        "import durable, errno, os; from filelog import appender\n"
+        f"appender.RETRY_FOR_S = {retry_for_s}\n"
         "real = durable.flush\n"
         "def flush(fd):\n"
         f"    if os.path.exists({str(flag)!r}):\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import struct
 import time
 import zlib
@@ -13,23 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import socketbackend
-from backend import Change, Session, bump
-from errors import BackupError, BackupExists, ConfigError
-from protocol import Metadata, ProtocolError
-from socketbackend import (
-    AddrType,
-    Diverged,
-    Fate,
-    HostPort,
-    ProxyType,
-    Refused,
-    SocketBackend,
-    Unreachable,
-    fate_of_change,
-    fate_of_rewind,
-    parse_socket_url,
-)
+from backend import Change, Session
+from errors import BackupError, BackupExists
+from protocol import ProtocolError
+from remote import delivery, link
+from remote.link import Diverged, Refused, Unreachable
+from socketbackend import SocketBackend
 from tests import peers, support
 from tests.cutproxy import UP, CutProxy
 from tests.peers import (
@@ -59,7 +47,7 @@ def old() -> Iterator[OldServer]:
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socketbackend, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.01)
 
 
 OPEN: list[SocketBackend] = []
@@ -91,153 +79,6 @@ def write(node: Session, calls: list[support.Call]) -> None:
 def stored(server: OldServer) -> list[tuple[int, list[str]]]:
     """The changes that a server of protocol 1 holds."""
     return [(v, data.decode().split("\0")) for k, v, data in server.entries if k == CHANGE]
-
-
-# URLs
-
-
-@pytest.mark.parametrize(
-    ("text", "host", "addrtype"),
-    [
-        ("127.0.0.1", "127.0.0.1", AddrType.IPv4),
-        ("[::1]", "::1", AddrType.IPv6),
-        ("[2001:db8::7]", "2001:db8::7", AddrType.IPv6),
-        ("[::ffff:1.2.3.4]", "::ffff:1.2.3.4", AddrType.IPv6),
-        ("localhost", "localhost", AddrType.NAME),
-        ("backup.example.org", "backup.example.org", AddrType.NAME),
-        ("a" * 56 + ".onion", "a" * 56 + ".onion", AddrType.NAME),
-    ],
-)
-def test_url_names_a_target(text: str, host: str, addrtype: AddrType) -> None:
-    url = parse_socket_url(f"socket:{text}:8700")
-    target = url.target
-    assert (target.port, target.addrtype) == (8700, addrtype)
-    assert socket_address(target.host) == socket_address(host)
-    assert (url.proxytype, url.proxytarget) == (ProxyType.DIRECT, None)
-    assert url.retry_for == 120
-    assert parse_socket_url(f"socket:{target}").target == target
-
-
-def socket_address(host: str) -> bytes | str:
-    """``host`` in a form in which equal addresses are equal."""
-    return socket.inet_pton(socket.AF_INET6, host) if ":" in host else host
-
-
-def test_url_names_a_proxy() -> None:
-    url = parse_socket_url("socket:abc.onion:8700?proxy=socks5:127.0.0.1:9050")
-    assert url.target == HostPort("abc.onion", 8700, AddrType.NAME)
-    assert url.proxytype is ProxyType.SOCKS5
-    assert url.proxytarget == HostPort("127.0.0.1", 9050, AddrType.IPv4)
-    url = parse_socket_url("socket:[::1]:1?proxy=socks5:[::2]:65535&retry_for=5")
-    assert url.target == HostPort("::1", 1, AddrType.IPv6)
-    assert url.proxytarget == HostPort("::2", 65535, AddrType.IPv6)
-    assert url.retry_for == 5
-    url = parse_socket_url("socket:h:1?retry_for=0&proxy=socks5:tor:9050")
-    assert url.proxytarget == HostPort("tor", 9050, AddrType.NAME)
-    assert url.retry_for == 0
-
-
-MALFORMED = [
-    ("file:///a:1", "does not begin with socket:"),
-    ("127.0.0.1:8700", "does not begin with socket:"),
-    ("", "does not begin with socket:"),
-    ("socket:", "port"),
-    ("socket:127.0.0.1", "port"),
-    ("socket:127.0.0.1:", "port"),
-    ("socket:127.0.0.1:0", "port"),
-    ("socket:127.0.0.1:65536", "port"),
-    ("socket:127.0.0.1:-1", "port"),
-    ("socket:127.0.0.1:+1", "port"),
-    ("socket:127.0.0.1: 1", "port"),
-    ("socket:127.0.0.1:1x", "port"),
-    ("socket:127.0.0.1:١", "port"),
-    ("socket:localhost:8700/", "port"),
-    ("socket:localhost:8700#x", "port"),
-    ("socket:[::1]", "port"),
-    ("socket::8700", "no host"),
-    ("socket:a b:8700", "no host"),
-    ("socket:-a:8700", "no host"),
-    ("socket:a..b:8700", "no host"),
-    ("socket:user@host:8700", "no host"),
-    ("socket:" + "a" * 254 + ":8700", "no host"),
-    ("socket:1.2.3:8700", "no IPv4 address"),
-    ("socket:1.2.3.256:8700", "no IPv4 address"),
-    ("socket:::1:8700", "in brackets"),
-    ("socket:fe80::1:8700", "in brackets"),
-    ("socket:[::1:8700", "in brackets"),
-    ("socket:[::g]:8700", "no IPv6 address"),
-    ("socket:[127.0.0.1]:8700", "no IPv6 address"),
-    ("socket:[]:8700", "no IPv6 address"),
-    ("socket:h:1?", "name=value"),
-    ("socket:h:1?proxy", "name=value"),
-    ("socket:h:1?foo=bar", "'foo' is unknown"),
-    ("socket:h:1?Proxy=socks5:h:1", "'Proxy' is unknown"),
-    ("socket:h:1?proxy=", "proxy type"),
-    ("socket:h:1?proxy=http:h:1", "proxy type 'http'"),
-    ("socket:h:1?proxy=socks4:h:1", "proxy type 'socks4'"),
-    ("socket:h:1?proxy=SOCKS5:h:1", "proxy type 'SOCKS5'"),
-    ("socket:h:1?proxy=socks5", "the proxy: "),
-    ("socket:h:1?proxy=socks5:", "the proxy: "),
-    ("socket:h:1?proxy=socks5:h", "the proxy: .* port"),
-    ("socket:h:1?proxy=socks5::1", "the proxy: .* no host"),
-    ("socket:h:1?proxy=socks5:h:0", "the proxy: .* port"),
-    ("socket:h:1?proxy=socks5:::1:9050", "the proxy: .* brackets"),
-    ("socket:h:1?proxy=socks5:h:1&proxy=socks5:h:1", "'proxy' stands twice"),
-    ("socket:h:1?retry_for=1&retry_for=1", "'retry_for' stands twice"),
-    ("socket:h:1?retry_for=", "retry_for"),
-    ("socket:h:1?retry_for=-1", "retry_for"),
-    ("socket:h:1?retry_for=1.5", "retry_for"),
-    ("socket:h:1?retry_for=soon", "retry_for"),
-    ("socket:h:1?retry_for=1234567", "retry_for"),
-]
-
-
-@pytest.mark.parametrize(("url", "reason"), MALFORMED)
-def test_malformed_url_is_a_value_error_with_its_reason(url: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        parse_socket_url(url)
-    if url.startswith("socket:"):
-        with pytest.raises(ConfigError, match=re.escape(url)):
-            SocketBackend(url)
-
-
-def test_malformed_url_on_the_command_line() -> None:
-    done = support.run_cli("status", "socket:h:1?foo=bar", check=1)
-    assert done.stderr.startswith("Error: ") and "'foo' is unknown" in done.stderr
-
-
-# What became of a request whose answer was lost
-
-
-def test_fate_of_a_change_by_enumeration() -> None:
-    for bumps in (True, False):
-        for version in range(1, 4):
-            statements = ["SELECT 1", bump(version)] if bumps else OFF
-            change = Change(version, None, statements)
-            before = Metadata(1, change.base, change.base - 1 if change.base else 0, 5)
-            for now_version in range(6):
-                for count in range(9):
-                    now = Metadata(1, now_version, max(now_version - 1, 0), count)
-                    expected = Fate.UNKNOWN
-                    if (now_version, count) == (version, 6):
-                        expected = Fate.STORED
-                    elif (now_version, count) == (change.base, 5):
-                        expected = Fate.LOST
-                    assert fate_of_change(change, before, now) is expected
-
-
-def test_fate_of_a_rewind_by_enumeration() -> None:
-    before = Metadata(1, 4, 3, 5)
-    for version in range(7):
-        for prev in range(7):
-            for count in range(9):
-                now = Metadata(1, version, prev, count)
-                expected = Fate.UNKNOWN
-                if now == before:
-                    expected = Fate.LOST
-                elif version == 3 and count in (4, 5):
-                    expected = Fate.STORED
-                assert fate_of_rewind(before, now) is expected
 
 
 # With a server of protocol 1
@@ -493,7 +334,7 @@ def test_change_is_refused_for_good_after_retry_for(old: OldServer) -> None:
 
 
 def test_answer_that_does_not_come(old: OldServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socketbackend, "ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(link, "ANSWER_TIMEOUT_S", 0.2)
     node = session(f"{old.url}?retry_for=1")
     write(node, support.first_changes(1))
     old.mute = True
@@ -507,7 +348,7 @@ def test_answer_that_does_not_come(old: OldServer, monkeypatch: pytest.MonkeyPat
 def test_half_open_connection_is_left_and_the_change_sent_again(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socketbackend, "ANSWER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(link, "ANSWER_TIMEOUT_S", 0.3)
     backup, calls = support.make_backup(url), support.first_changes(4)
     with ServerProcess(url) as server, CutProxy((server.host, server.port)) as proxy:
         node = session(f"socket:127.0.0.1:{proxy.port}")
@@ -521,8 +362,8 @@ def test_half_open_connection_is_left_and_the_change_sent_again(
 
 def test_large_change_over_a_slow_line(old: OldServer, monkeypatch: pytest.MonkeyPatch) -> None:
     # It takes longer than the timeout of an answer, but moves on all the time.
-    monkeypatch.setattr(socketbackend, "ANSWER_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(socketbackend, "SLOWEST_RATE", 1 << 16)
+    monkeypatch.setattr(link, "ANSWER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(link, "SLOWEST_RATE", 1 << 16)
     blob = "".join(f"{number:x}" for number in range(1 << 19))
     calls = [support.change(1, f"SELECT x'{blob[: 1 << 21]}'")]
     with CutProxy(("127.0.0.1", old.port), rate=1 << 20) as proxy:

@@ -33,7 +33,7 @@ import durable
 import space
 from backend import Change, Progress, Reading, log
 from errors import BackupError, ConfigError, Unsound
-from filebackend import COMPACTION_FACTOR, FileBackend, disk_warnings
+from filebackend import FileBackend
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader, effective, is_foreign_keys_off
@@ -200,7 +200,7 @@ class Housekeeper:
     def _check_disk(self) -> None:
         try:
             size = self._backend.log_size + self._backend.snapshot_size
-            for warning in disk_warnings(self._backend.path, size):
+            for warning in space.disk_warnings(self._backend.path, size):
                 log.warning(warning)
         except OSError as error:
             log.warning(f"The disk of {self._backend.path} cannot be looked at: {error}")
@@ -211,7 +211,9 @@ class Housekeeper:
 
     def _compact(self) -> None:
         try:
-            needed = COMPACTION_FACTOR * (self._backend.log_size + self._backend.snapshot_size)
+            needed = space.COMPACTION_FACTOR * (
+                self._backend.log_size + self._backend.snapshot_size
+            )
             free = shutil.disk_usage(os.path.dirname(self._backend.path)).free
             if free >= needed:
                 self._compactor.run()
@@ -314,7 +316,7 @@ def build(path: str, prefix: str) -> Message:
         scratch = f"{prefix}-new.sqlite3"
         fold = Fold(reader, entries, last)
         assert reader.log_start is not None
-        space.require(scratch, COMPACTION_FACTOR * layout2.snapshot_size(reader.log_start))
+        space.require(scratch, space.COMPACTION_FACTOR * layout2.snapshot_size(reader.log_start))
         with contextlib.suppress(restore.NothingToRestore):
             restore.build(fold, scratch, False, reporter(fold, last, scratch))
         if not os.path.getsize(scratch):  # PRAGMA calls alone: a snapshot has at least a page.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import threading
@@ -26,7 +27,7 @@ import durable
 from backend import Reading, log
 from errors import CLI, BackupError, CheckRunning, Unsound
 from filebackend import FileBackend
-from filelog import kept, proof
+from filelog import former, proof
 from filelog.proof import Proof
 from filelog.reader import FileReading
 from upkeep import child
@@ -172,7 +173,7 @@ class Scrubber:
         """The whole backup was read, replayed and found sound just now."""
         self.note(backup_id, **proof.proven_now())
         if backup_id == self._backend.newest.backup_id:
-            kept.prune(self._backend.path)
+            former.prune(self._backend.path)
 
 
 def _scratch(prefix: str) -> str:
@@ -233,7 +234,7 @@ def prove(path: str, reading: Reading, scratch: str) -> None:
             f"The backup {path} restores version {version}, but SQLite's checks complain:"
             f" {'; '.join(problems[:NAMED_PROBLEMS])}.",
             "The node's own database may be like that. With the node stopped, compare it:"
-            f" `{CLI} verify --against DB file://{path}`.",
+            f" `{CLI} verify --against DB {shlex.quote(f'file://{path}')}`.",
         )
 
 

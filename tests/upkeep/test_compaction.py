@@ -223,11 +223,11 @@ def compact_here(backend: FileBackend, meanwhile: Callable[[], None] = lambda: N
     prefix = f"{backend.scratch_prefix}compact"
     message = compaction.build(backend.path, prefix)
     meanwhile()
-    newest = backend._newest
+    newest = backend.newest
     if "copied" in message:
         backend.adopt(f"{prefix}-log", message["copied"], message["last"])
     compaction.remove_scratch(prefix)
-    now = backend._newest
+    now = backend.newest
     assert (now.sequence, now.chain, now.version) == (
         newest.sequence,
         newest.chain,
@@ -479,8 +479,8 @@ def test_open_file_is_the_file_at_the_path_after_every_swap(url: str, tmp_path: 
         holder = path.open("rb")  # So that no inode's number comes again.
         for version in range(6, 12):
             Compactor(backend, threading.Lock()).run()
-            assert backend._file is not None
-            here, there = os.fstat(backend._file.fd), path.stat()
+            assert backend._log is not None
+            here, there = os.fstat(backend._log.file.fd), path.stat()
             assert (here.st_ino, here.st_dev) == (there.st_ino, there.st_dev)
             assert here.st_ino != inodes[-1]
             inodes.append(here.st_ino)
@@ -488,6 +488,31 @@ def test_open_file_is_the_file_at_the_path_after_every_swap(url: str, tmp_path: 
             assert support.records_of(path)[-1][0].version == version
         holder.close()
     assert restored(url, tmp_path).count("'x'") == 6
+
+
+def test_much_that_comes_meanwhile_is_copied_in_pieces(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support.make_backup(url, support.first_changes(5))
+    sizes: list[int] = []
+    append = durable.LogFile.append
+
+    def noted(file: durable.LogFile, offset: int, data: bytes) -> None:
+        sizes.append(len(data))
+        append(file, offset, data)
+
+    def meanwhile() -> None:
+        for version in range(6, 66):
+            write(backend, [support.change(version, f"INSERT INTO items VALUES ({version}, 'x')")])
+        sizes.clear()
+
+    monkeypatch.setattr(durable, "COPY_SIZE", 2000)
+    monkeypatch.setattr(durable.LogFile, "append", noted)
+    with support.opened(url) as backend:
+        compact_here(backend, meanwhile)
+        assert len(sizes) > 5 and max(sizes) < 2500
+        write(backend, [support.change(66, "INSERT INTO items VALUES (66, 'x')")])
+    assert restored(url, tmp_path).count("'x'") == 61
 
 
 def test_no_descriptor_is_left_open(url: str) -> None:

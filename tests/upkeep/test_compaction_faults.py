@@ -522,8 +522,8 @@ def test_new_log_that_ends_early_is_refused(backend: FileBackend, tmp_path: Path
     offset = records[5][0].offset
     with pytest.raises(BackupError):
         backend.adopt(str(twin), offset, offset)
-    assert backend._file is not None
-    assert os.fstat(backend._file.fd).st_ino == os.stat(backend.path).st_ino
+    assert backend._log is not None
+    assert os.fstat(backend._log.file.fd).st_ino == os.stat(backend.path).st_ino
 
 
 def test_session_goes_on_after_a_failed_compaction(backend: FileBackend) -> None:

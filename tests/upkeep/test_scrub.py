@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -261,6 +262,7 @@ def test_what_a_proof_found_stays_until_the_next_proof(
 
 
 def test_database_that_sqlite_complains_of(url: str, log_lines: pytest.LogCaptureFixture) -> None:
+    url += " & b"
     calls = support.first_changes(3)
     calls.append(
         support.change(
@@ -279,7 +281,7 @@ def test_database_that_sqlite_complains_of(url: str, log_lines: pytest.LogCaptur
     found = look(url)
     assert found.unsound is not None and found.proven_ns is None
     assert "restores version 5, but SQLite's checks complain: foreign_key_check" in found.unsound
-    assert "verify --against" in found.unsound
+    assert f"verify --against DB {shlex.quote(url)}`" in found.unsound
     assert told(log_lines, "ERROR") == [found.unsound]
 
 

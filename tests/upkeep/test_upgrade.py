@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -20,6 +21,7 @@ import pytest
 import durable
 from backend import NOBODY, Change, Session, Snapshot
 from commands import main
+from errors import UnsupportedLayout
 from filebackend import FileBackend
 from filelog.layout1 import is_layout_1
 from tests import support
@@ -370,6 +372,13 @@ def test_server_refuses_layout_1(old: Path, url: str, tmp_path: Path) -> None:
     written(old, CALLS)
     says = [f"{old} is of layout 1", f"`{CLI} upgrade {url}`"]
     refused(tmp_path, "server", url, "127.0.0.1:1", says=says)
+
+
+def test_next_command_is_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "a & b.bkp"
+    shutil.copy(support.ROOT / "tests" / "data" / "golden" / "layout2-rules0.bkp", path)
+    with pytest.raises(UnsupportedLayout, match=re.escape(f"upgrade 'file://{path}'`")):
+        FileBackend(f"file://{path}").open()
 
 
 def test_socket_url(node_dir: Path, tmp_path: Path) -> None:

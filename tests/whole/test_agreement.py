@@ -21,12 +21,15 @@ from pathlib import Path
 import pytest
 
 import protocol
-import socketbackend
 from backend import EMPTY_CHAIN, FOREIGN_KEYS_OFF, Change, Session, Snapshot, bump, chain_after
 from filebackend import FileBackend
 from filelog.layout2 import BEFORE_FIRST, BUMPS, FINAL, Head, Kind
 from protocol import NackCode
-from socketbackend import Diverged, Link, Refused, SocketBackend, Unreachable
+from remote import address, delivery, protocol1
+from remote.address import SocketUrl, parse_socket_url
+from remote.fate import Fate
+from remote.link import NEXT_STEPS, Diverged, Link, Refused, Unreachable
+from socketbackend import SocketBackend
 from tests import peers, support
 from tests.cutproxy import DOWN, UP, CutProxy
 from tests.peers import OldClient, ServerProcess
@@ -83,7 +86,7 @@ class Local:
         self.protocols = [2]
         self.connections = 0
         self.on_connect: Callable[[], None] = lambda: None
-        self.fates: list[socketbackend.Fate] = []
+        self.fates: list[Fate] = []
         self._patch(patch)
         self.port = peers.free_port()
         FileBackend(self.file_url).create(None)
@@ -91,9 +94,9 @@ class Local:
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
         in_this_process(patch)
-        real_connect, real_agreed = socketbackend.connect, protocol.agreed_protocol
+        real_connect, real_agreed = address.connect, protocol.agreed_protocol
 
-        def connect(url: socketbackend.SocketUrl) -> ByteCut:
+        def connect(url: SocketUrl) -> ByteCut:
             self.on_connect()
             self.connections += 1
             return ByteCut(real_connect(url), self.plan)
@@ -102,13 +105,17 @@ class Local:
             now = self.protocols[(self.connections - 1) % len(self.protocols)]
             return min(now, real_agreed(payload))
 
-        patch.setattr(socketbackend, "connect", connect)
+        patch.setattr(address, "connect", connect)
         patch.setattr(protocol, "agreed_protocol", agreed)
-        for name in ("fate_by_content", "fate_of_change", "fate_of_rewind"):
-            patch.setattr(socketbackend, name, self._noting(getattr(socketbackend, name)))
+        for module, name in (
+            (delivery, "fate_by_content"),
+            (protocol1, "fate_of_change"),
+            (protocol1, "fate_of_rewind"),
+        ):
+            patch.setattr(module, name, self._noting(getattr(module, name)))
 
-    def _noting(self, judge: Callable[..., socketbackend.Fate]) -> Callable[..., object]:
-        def noting(*arguments: object) -> socketbackend.Fate:
+    def _noting(self, judge: Callable[..., Fate]) -> Callable[..., object]:
+        def noting(*arguments: object) -> Fate:
             self.fates.append(judge(*arguments))
             return self.fates[-1]
 
@@ -233,7 +240,7 @@ def test_cut_at_every_byte(kind: str, local: Local) -> None:
     """From the first byte of the METADATA exchange to the last of the last ACK."""
     count = cut_everywhere(local, kind)
     assert count > 300
-    assert set(local.fates) == {socketbackend.Fate.STORED, socketbackend.Fate.LOST}
+    assert set(local.fates) == {Fate.STORED, Fate.LOST}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,7 +251,7 @@ def test_cut_and_compacted_before_the_reconnect(kind: str, local: Local, tmp_pat
     for size in range(100, 700, 23):
         local.plan[:] = [size, NO_CUT]
         lives.live(kind)
-    assert {socketbackend.Fate.STORED, socketbackend.Fate.LOST} == set(local.fates)
+    assert {Fate.STORED, Fate.LOST} == set(local.fates)
     local.plan[:] = [NO_CUT]
     expected = tmp_path / "expected.sqlite3"
     support.apply_calls(expected, lives.expected)
@@ -268,7 +275,7 @@ def test_server_of_another_protocol_after_the_cut(
             break
     local.protocols = [2]
     lives.check()
-    assert set(local.fates) == {socketbackend.Fate.STORED, socketbackend.Fate.LOST}
+    assert set(local.fates) == {Fate.STORED, Fate.LOST}
 
 
 def test_protocols_change_back_and_forth_in_one_session(local: Local) -> None:
@@ -284,7 +291,7 @@ def test_protocols_change_back_and_forth_in_one_session(local: Local) -> None:
     assert backend.reconnects == 23
     backend.close()
     local.protocols = [2]
-    assert socketbackend.Fate.UNKNOWN not in local.fates
+    assert Fate.UNKNOWN not in local.fates
     lives.check()
 
 
@@ -474,7 +481,7 @@ def test_older_image_that_lacks_only_the_change_in_hand_heals_itself(local: Loca
     call = item(5, "in hand")
     local.plan[:] = [AT_ANSWER, NO_CUT]
     write(session, call)
-    assert local.fates == [socketbackend.Fate.LOST]
+    assert local.fates == [Fate.LOST]
     assert local.stored()[4:] == [call]
 
 
@@ -483,7 +490,7 @@ def test_older_image_that_lacks_only_the_change_in_hand_heals_itself(local: Loca
 
 def link_to(local: Local) -> Link:
     """A connection that agreed on protocol 2, without the client's own checks."""
-    link = Link(socketbackend.parse_socket_url(f"socket:127.0.0.1:{local.port}"))
+    link = Link(parse_socket_url(f"socket:127.0.0.1:{local.port}"))
     assert link.metadata().protocol == 2
     return link
 
@@ -606,7 +613,7 @@ def test_nack_says_why_and_changes_nothing(name: str, local: Local) -> None:
     with pytest.raises(Refused, match=re.escape(text)) as caught:
         link.check_ack(link.answer(), link.ack_of(last))
     assert caught.value.code is code
-    assert caught.value.next_step == socketbackend.NEXT_STEPS[code]
+    assert caught.value.next_step == NEXT_STEPS[code]
     assert peers.digest(local.directory / "node.bkp") == before
     # And the session is none the worse for it.
     head, payload = as_record(item(4, "x"), last.chain)
@@ -627,7 +634,7 @@ def test_foreign_history_onto_an_empty_backup(local: Local) -> None:
 
 
 def test_record_before_protocol_2_is_agreed_on_ends_the_connection(local: Local) -> None:
-    link = Link(socketbackend.parse_socket_url(f"socket:127.0.0.1:{local.port}"))
+    link = Link(parse_socket_url(f"socket:127.0.0.1:{local.port}"))
     link.protocol = 2
     link.send_record(*as_record(item(1, "x"), EMPTY_CHAIN))
     with pytest.raises(ConnectionError):
@@ -929,12 +936,12 @@ def test_refusal_of_the_server_reaches_the_log_of_the_plugin(url: str, node_dir:
     """Code and text of a NACK, where the client itself sees nothing wrong."""
     support.make_backup(url)
     patch = (
-        "import server\n"
-        "from protocol import NackCode\n"
-        "real = server.Keeper._refusal\n"
-        "server.Keeper._refusal = lambda keeper, connection, head: (\n"
-        "    (NackCode.LOST_STATE, 'the reason of the day') if head.version == 3\n"
-        "    else real(keeper, connection, head))"
+        "from serving import rules\n"
+        "real = rules.record\n"
+        "rules.record = lambda state, head: (\n"
+        "    rules.Decision(rules.Act.REFUSE, rules.Reason.LOST_STATE) if head.version == 3\n"
+        "    else real(state, head))\n"
+        "rules.Reason.LOST_STATE.text = 'the reason of the day'"
     )
     with ServerProcess(url, patch=patch) as server, PluginProcess(node_dir) as plugin:
         name_in_lock(node_dir, server.url)
@@ -945,7 +952,7 @@ def test_refusal_of_the_server_reaches_the_log_of_the_plugin(url: str, node_dir:
             plugin.write(*calls[2])
         (error,) = plugin.errors()
         assert error.startswith("The backup server says no: refused the change to version 3: the")
-        assert error.endswith(socketbackend.NEXT_STEPS[NackCode.LOST_STATE])
+        assert error.endswith(NEXT_STEPS[NackCode.LOST_STATE])
         server.wait_for("refused the change to version 3: the reason of the day")
 
 

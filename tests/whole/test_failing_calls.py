@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 import durable
-import server
 from backend import NOBODY, Change, Snapshot, bump
 from errors import BackupError, DiskError
 from filebackend import FileBackend
 from filelog import reader as logreader
 from filelog import writer as logwriter
+from serving.spool import Spool
 from tests import support
 from tests.disk import Disk, Fault, Killed, standing_in
 from tests.layout1_files import EarlierPlugin
@@ -295,7 +295,7 @@ def test_snapshot_that_finds_no_room_leaves_nothing(
 
     before = descriptors()
     monkeypatch.setattr(durable, "create", full)
-    spool = server.Spool(Snapshot(str(path), 1))
+    spool = Spool(Snapshot(str(path), 1))
     spool.add(b"some")  # It stays in memory.
     with pytest.raises(DiskError, match="No space left"):
         spool.add(bytes(1 << 20))

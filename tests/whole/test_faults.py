@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 import durable
-import filebackend
 from backend import FOREIGN_KEYS_OFF, Change, Snapshot
 from errors import BackupError, BackupExists, DiskError
 from filebackend import FileBackend
+from filelog import appender
 from filelog import reader as logreader
 from tests import support
 from tests.support import Call
@@ -213,7 +213,7 @@ class Clock:
 def small_and_patient(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A minute of retries takes no time, and space is allocated in small steps."""
     clock = Clock()
-    monkeypatch.setattr(filebackend, "time", clock)
+    monkeypatch.setattr(appender, "time", clock)
     monkeypatch.setattr(logreader, "GROWING_TAIL_S", 0.0)
     monkeypatch.setattr(durable, "PREALLOCATE_STEP", 2048)
     return clock
@@ -493,7 +493,7 @@ def test_file_that_took_the_place_meanwhile_is_not_written(
         path.rename(tmp_path / "moved.bkp")
         path.write_bytes(content)
         monkeypatch.undo()
-        monkeypatch.setattr(filebackend, "time", Clock())
+        monkeypatch.setattr(appender, "time", Clock())
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(durable, "flush", fail_once)
@@ -520,7 +520,7 @@ def test_file_that_is_away_for_a_while_is_waited_for(
     def fail_once(fd: int) -> None:
         path.rename(tmp_path / "moved.bkp")
         monkeypatch.undo()
-        monkeypatch.setattr(filebackend, "time", Remounted())
+        monkeypatch.setattr(appender, "time", Remounted())
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(durable, "flush", fail_once)
@@ -722,7 +722,7 @@ def test_second_name_that_may_not_last_is_taken_back(
 WRAPPER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import backup, durable, filebackend
+import backup, durable, filelog.appender
 class Faulty:
     flushes = 0
     def __getattr__(self, name):
@@ -767,7 +767,7 @@ def test_plugin_refuses_when_the_disk_fails_for_good(node_dir: Path, url: str) -
     calls = support.first_changes(4)
     # The first two flushes are of the opening.
     patch = flush_that_fails("self.flushes > 4")
-    with plugin_with(node_dir, patch, "filebackend.RETRY_FOR_S = 0.5") as plugin:
+    with plugin_with(node_dir, patch, "filelog.appender.RETRY_FOR_S = 0.5") as plugin:
         plugin.manifest()
         plugin.write(*calls[0])
         plugin.write(*calls[1])

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import healing
-from backend import FOREIGN_KEYS_OFF, Backend, Change, Session
+from backend import FOREIGN_KEYS_OFF, Backend, Change, Session, Snapshot, new_owner
 from errors import LostState, OutOfDate
 from filebackend import FileBackend
 from filelog import layout2, proof
@@ -90,13 +90,16 @@ class Node:
 @pytest.fixture
 def alice(node_dir: Path, url: str) -> Node:
     """A node with a backup at ``url``, in step."""
-    found = Node(node_dir)
+    found, owner = Node(node_dir), new_owner()
     found.begin()
-    run_cli("init", "--lightning-dir", node_dir, url)
-    with PluginProcess(node_dir) as plugin:
-        for _ in range(6):
-            found.write(plugin)
-        assert plugin.close() == 0
+    backend = FileBackend(url)
+    backend.create(Snapshot(str(found.path), 2), owner)
+    node.write_lock_file(str(node_dir), node.LockFile(url, owner=owner))
+    calls = []
+    for _ in range(6):
+        calls.append(found.next())
+        support.apply_calls(found.path, calls[-1:])
+    support.add_session(url, calls)
     return found
 
 

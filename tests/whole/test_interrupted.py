@@ -32,7 +32,7 @@ def stay(*arguments):
     while True: time.sleep(60)
 """
 AT_CHECKS = STAY + "from wallet import database; database.check = stay"
-AT_COPY = STAY + "import filebackend; filebackend.check_log = stay"
+AT_COPY = STAY + "from filelog import writer; writer.check_log = stay"
 
 
 @contextlib.contextmanager

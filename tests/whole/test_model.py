@@ -35,12 +35,12 @@ from hypothesis.stateful import (
 )
 
 import durable
-import filebackend
 import server
-import socketbackend
 from backend import FOREIGN_KEYS_OFF, Backend, Change, Session, Snapshot, bump
 from errors import BackupError, DiskError, LostState, OutOfDate
 from filebackend import FileBackend
+from filelog import appender
+from remote import address, delivery
 from socketbackend import SocketBackend
 from tests import peers, support
 from upkeep import compaction
@@ -373,7 +373,7 @@ def failing_disk(kind: str, after: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(durable, "write_all", write)
         patch.setattr(durable, "flush", flush)
-        patch.setattr(filebackend, "RETRY_FOR_S", 0.0)
+        patch.setattr(appender, "RETRY_FOR_S", 0.0)
         yield
 
 
@@ -443,7 +443,7 @@ def in_this_process(patch: pytest.MonkeyPatch) -> None:
     """Let a server, its compactions and an impatient client run in this process."""
     patch.setattr(signal, "signal", lambda *_: None)  # A thread may set none.
     patch.setattr(signal, "set_wakeup_fd", lambda *_, **__: -1)
-    patch.setattr(socketbackend, "FIRST_PAUSE_S", 0.001)
+    patch.setattr(delivery, "FIRST_PAUSE_S", 0.001)
     patch.setattr(
         compaction.Compactor,
         "_build_and_adopt",
@@ -478,8 +478,8 @@ class SocketLife(Life):
         self.running: ServerThread | None = None
         patch = self.undo.enter_context(pytest.MonkeyPatch.context())
         in_this_process(patch)
-        real = socketbackend.connect
-        patch.setattr(socketbackend, "connect", lambda url: CutSocket(real(url), self.budget))
+        real = address.connect
+        patch.setattr(address, "connect", lambda url: CutSocket(real(url), self.budget))
         self.port = peers.free_port()
 
     def make(self) -> Backend:

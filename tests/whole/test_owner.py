@@ -21,7 +21,8 @@ from filebackend import FileBackend
 from filelog import layout2
 from filelog.layout2 import Kind
 from protocol import Details, Metadata, encode_metadata
-from socketbackend import Refused, SocketBackend
+from remote.link import Refused
+from socketbackend import SocketBackend
 from tests import support
 from tests.peers import METADATA, REQ_METADATA, OldServer, ServerProcess
 from tests.support import PluginProcess, change, first_changes, run_cli
@@ -316,7 +317,7 @@ def test_a_session_of_1_0_is_no_owner(node_dir: Path, url: str, tmp_path: Path) 
 def test_a_log_that_leaves_its_place_takes_no_change(
     how: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("filebackend.RETRY_FOR_S", 0.3)
+    monkeypatch.setattr("filelog.appender.RETRY_FOR_S", 0.3)
     path = support.make_backup(url, first_changes(2))
     copy = shutil.copy(path, f"{path}.copy")
     backend = FileBackend(url)
@@ -340,7 +341,7 @@ def test_a_log_that_comes_back_in_time_goes_on(url: str, monkeypatch: pytest.Mon
     backend = FileBackend(url)
     backend.open()
     path.rename(f"{path}.away")
-    monkeypatch.setattr("filebackend.time.sleep", lambda _: Path(f"{path}.away").rename(path))
+    monkeypatch.setattr("filelog.appender.time.sleep", lambda _: Path(f"{path}.away").rename(path))
     backend.add_change(Change(3, None, [bump(3)]))
     backend.close()
     assert FileBackend(url).status(check=True).version == 3

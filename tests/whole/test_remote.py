@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-import socketbackend
 from backend import Change, Session
 from filebackend import FileBackend
-from socketbackend import Diverged, SocketBackend
+from remote import delivery
+from remote.link import Diverged
+from socketbackend import SocketBackend
 from tests import peers, support
 from tests.cutproxy import DOWN, UP, CutProxy
 from tests.peers import ServerProcess
@@ -31,8 +32,8 @@ PATCHES = {"protocol 1": PROTOCOL_1, "protocol 2": ""}
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socketbackend, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(socketbackend, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.1)
 
 
 @contextlib.contextmanager
@@ -201,6 +202,32 @@ def test_through_socks5_with_a_name_that_only_the_proxy_resolves(
             assert "cannot be reached" in support.run_cli("status", other, check=1).stderr
 
 
+def test_through_socks5_with_a_password(url: str, node_dir: Path, tmp_path: Path) -> None:
+    (microsocks,) = needs("microsocks")
+    port, auth = peers.free_port(), tmp_path / "auth"
+    command = [microsocks, "-i", "127.0.0.1", "-p", str(port), "-u", "node", "-P", "se:cret"]
+    support.make_backup(url)
+    with ServerProcess(url) as server, running(command, port, tmp_path / "log"):
+        way = f"{server.url}?proxy=socks5://127.0.0.1:{port}"
+        assert "asks for a user" in support.run_cli("status", way, check=1).stderr
+        way += f"&proxy_auth={auth}"
+        for text, mode, problem in (
+            ("node:se:cret\n", 0o644, "Others can read"),
+            ("node:wrong\n", 0o600, "does not take the user and password"),
+        ):
+            auth.write_text(text)
+            auth.chmod(mode)
+            done = support.run_cli("status", way, check=1)
+            assert problem in done.stderr and "cret" not in done.stderr
+        auth.write_text("node:se:cret\n")
+        check_way(way, node_dir, tmp_path)
+        other = way.replace(f":{server.port}?", f":{peers.free_port()}?")
+        assert "nobody listens on that port" in support.run_cli("status", other, check=1).stderr
+    # A proxy that has gone, and a server in its place.
+    assert f":{port} is not there" in support.run_cli("status", way, check=1).stderr
+    assert "cret" not in (node_dir / "backup.lock").read_text()
+
+
 def ssh_keys(tmp_path: Path, keygen: str) -> None:
     """Make a host's and a user's key, and allow the one to the other."""
     for name in ("host", "user"):
@@ -340,7 +367,8 @@ def deadly(flag: Path, patch: str) -> str:
     """A patch: the server kills itself at the point that the file ``flag`` names."""
     return (
         f"{patch}\n"
-        "import filebackend, os, server, signal\n"
+        "import os, signal\nfrom filelog import appender\n"
+        "from serving.connection import Connection\n"
         "def at(point):\n"
         f"    flag = {str(flag)!r}\n"
         "    if os.path.exists(flag) and open(flag).read() == point:\n"
@@ -353,8 +381,8 @@ def deadly(flag: Path, patch: str) -> str:
         "        real(*arguments, **options)\n"
         "        at(after)\n"
         "    setattr(owner, name, call)\n"
-        "around(filebackend.FileBackend, '_append', 'before write', 'after write')\n"
-        "around(server.Connection, 'acknowledge', 'before ack', 'after ack')"
+        "around(appender.LogAppender, '_put', 'before write', 'after write')\n"
+        "around(Connection, 'answer', 'before ack', 'after ack')"
     )
 
 

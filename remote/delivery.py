@@ -1,0 +1,227 @@
+"""The writer's connection: a record is sent until it is known to be stored, over any cut."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from backend import NOBODY, log, new_session, taken_over
+from errors import BackupError
+from filelog import layout2
+from filelog.layout2 import Head, Kind
+from protocol import Metadata, NackCode
+from remote import protocol1
+from remote.address import SocketUrl
+from remote.fate import Fate, fate_by_content
+from remote.link import Diverged, Link, Unreachable
+
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+OWNER_TRIES = 3
+
+
+class Delivery:
+    """One node's records on their way to one server, one at a time.
+
+    Args:
+        url: where the server is, and how long to wait for it.
+        noted: called with ``known`` and ``reconnects`` when one of them has changed.
+
+    Attributes:
+        known: what the server holds, as far as this node has heard.
+        session: of the records to come.
+        reconnects: how often the way was lost.
+    """
+
+    def __init__(self, url: SocketUrl, noted: Callable[[Metadata, int], None]) -> None:
+        self._url = url
+        self._noted = noted
+        self._link: Link | None = None
+        self._owner: bytes | None = None
+        self._refusal: BackupError | None = None
+        self._counts = protocol1.Counts()
+        self.known = Metadata(1, 0, 0, 0)
+        self.session = NOBODY
+        self.reconnects = 0
+
+    def open(self, owner: bytes | None) -> None:
+        """Begin a session of ``owner``, None: of whoever's the backup is.
+
+        Raises:
+            Unreachable: the server did not come within ``retry_for``.
+            Refused: the backup is another's.
+        """
+        self._owner = owner
+        self._connect(time.monotonic())
+        details = self.known.details
+        self.session = new_session(owner or (details.session if details else NOBODY))
+
+    def link(self) -> Link | None:
+        """The writer's connection, made anew if it was closed; None if nobody has opened it."""
+        if self._link is None and self.session != NOBODY:
+            self._connect(time.monotonic())
+        return self._link
+
+    def look(self) -> None:
+        """Ask the server what it holds now."""
+        try:
+            self._ask()
+        except OSError:
+            self._connect(time.monotonic())
+
+    def go_on_as(self, owner: bytes) -> None:
+        """Write as ``owner`` from now on."""
+        self._owner, self.session = owner, new_session(owner)
+
+    def deliver(self, head: Head, payload: bytes) -> None:
+        """Send a record until its ACK came, or METADATA shows that it is stored.
+
+        Raises:
+            BackupError: it was refused, and so is every later one: whether it is stored is
+                not known any more.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        started, before = time.monotonic(), self.known
+        try:
+            if not self._sent(head, payload):
+                self._send_again(head, payload, started)
+            if self._counts.stored(head, before, self.known):
+                self._look_again(head)
+        except BackupError as error:
+            self._refusal = error
+            raise
+
+    def _sent(self, head: Head, payload: bytes) -> bool:
+        """Send a record and wait for its ACK; False if the connection is lost meanwhile."""
+        try:
+            assert self._link is not None
+            self._link.send_record(head, payload)
+            # While the server is at work.
+            stored, expected = self._with_record(head), self._link.ack_of(head)
+            self._link.await_ack(expected, len(payload))
+        except OSError as error:
+            log.warning(f"Lost the backup server {self._url.target}: {error}")
+            self.reconnects += 1
+            self._noted(self.known, self.reconnects)
+            return False
+        self._note(stored)
+        return True
+
+    def _send_again(self, head: Head, payload: bytes, started: float) -> None:
+        """Ask what became of a record whose answer was lost, and send it until it is stored."""
+        before, losses = self.known, 0
+        while True:
+            self._connect(started)
+            now = self.known
+            if before.details is not None and now.details is not None:
+                fate = fate_by_content(head, before.details, now.details)
+            else:
+                fate = self._counts.fate(head, before, now)
+            if fate is Fate.UNKNOWN:
+                diverged = self._diverged(before, now)
+                self._note(before)  # What this node knows of is what it goes by.
+                raise diverged
+            log.info(f"Connected to {self._url.target} again: {fate.value}")
+            if fate is Fate.STORED:
+                self.session = self._counts.session(self.session, before, now, True)
+                return
+            losses += 1
+            self._pause_after(losses, head)
+            head, before = self._counts.continuing(head, payload, self.session, before, now)
+            if self._sent(head, payload):
+                return
+
+    def _with_record(self, head: Head) -> Metadata:
+        """What METADATA will say when ``head`` is stored."""
+        known, details = self.known, self.known.details
+        if details is not None:
+            details = details._replace(
+                sequence=details.sequence + 1,
+                chain_before=head.chain_before,
+                chain=head.chain,
+                session=head.session,
+                time_ns=head.time_ns,
+            )
+        step = layout2.CHANGES_STEP[head.kind]
+        return Metadata(
+            known.protocol,
+            head.version,
+            head.version - (1 if head.rewindable else 0),
+            known.version_count + step,
+            details,
+        )
+
+    def _look_again(self, head: Head) -> None:
+        """``look``, now that ``head`` is stored."""
+        self.look()
+        if head.kind == Kind.REWIND and self.known.version != head.version:
+            raise Diverged(NackCode.INVALID, "it has forgotten a rewind that it acknowledged")
+
+    def _pause_after(self, losses: int, head: Head) -> None:
+        """Wait before ``head``, which was lost ``losses`` times, is sent again."""
+        if head.kind == Kind.OWNER and losses == OWNER_TRIES:
+            raise BackupError(
+                f"The backup server {self._url.target} takes no owner: each time it closes the"
+                " connection.",
+                "It may be of an earlier release: update it, then try again.",
+            )
+        if losses > 1:  # The first loss is as usual; a server that takes no record is not.
+            time.sleep(min(FIRST_PAUSE_S * 2 ** min(losses - 2, 10), LONGEST_PAUSE_S))
+
+    def _diverged(self, before: Metadata, now: Metadata) -> Diverged:
+        """The server holds something else than what it had and what was sent."""
+        code = NackCode.OTHER_HISTORY
+        text = (
+            f"it acknowledged version {before.version} to this node, and now is at version"
+            f" {now.version} with another content"
+        )
+        if now.details and now.version >= before.version:
+            if now.details.session != self.session:
+                code = NackCode.TAKEN_OVER
+                text = taken_over(now.version, now.details.time_ns)
+        elif now.version < before.version:
+            text = (
+                f"it has lost acknowledged changes: it is at version {now.version}, this node"
+                f" at version {before.version}"
+            )
+        return Diverged(code, text)
+
+    def _connect(self, started: float) -> None:
+        """A new link, with fresh METADATA; Unreachable after ``retry_for``."""
+        pause = FIRST_PAUSE_S
+        while True:
+            self.close()
+            try:
+                self._link = Link(self._url)
+                self._ask()
+                return
+            except OSError as error:
+                waited = time.monotonic() - started
+                if waited + pause > self._url.retry_for:
+                    raise Unreachable(self._url.target, error) from error
+                log.warning(
+                    f"The backup server {self._url.target} cannot be reached ({error}); the"
+                    f" node has been waiting for {waited:.1f} s, next try in {pause:.1f} s"
+                )
+            except BackupError:
+                self.close()
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _ask(self) -> None:
+        assert self._link is not None
+        found = self._link.metadata(self._owner)
+        self.session = self._counts.session(self.session, self.known, found)
+        self._note(found)
+
+    def _note(self, known: Metadata) -> None:
+        self.known = known
+        self._noted(known, self.reconnects)
+
+    def close(self) -> None:
+        """End the connection; ``open`` begins another."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None

@@ -1,0 +1,165 @@
+"""One connection to a server, and what it may say."""
+
+from __future__ import annotations
+
+import platform
+from collections import deque
+
+import protocol
+from errors import CLI, BackupError
+from filelog.layout2 import Head
+from protocol import Metadata, Nack, NackCode, Packet, PacketType, ProtocolError
+from remote import address, protocol1
+from remote.address import HostPort, SocketUrl
+from remote.proxy import NoWay
+from stream import Stream
+
+ANSWER_TIMEOUT_S = 90.0
+"""Longer than a server retries its disk."""
+SLOWEST_RATE = 10 << 10
+"""Bytes a second that the slowest line brings; a large change gets so much more time."""
+TIMEOUT_STEP_S = 10
+"""A timeout grows in steps: to set another one is a call of the system."""
+SNAPSHOT_TIMEOUT_S = 3600.0
+"""A server verifies a snapshot before it answers."""
+COMPACT_TIMEOUT_S = 6 * 3600.0
+"""Keepalive notices a server that is gone much earlier."""
+
+
+class Unreachable(BackupError):
+    """The server does not answer; nothing follows about what it holds."""
+
+    def __init__(self, target: HostPort, reason: object) -> None:
+        self.target = target
+        next_step = "Check that it runs, and the forward, VPN or Tor on the way to it."
+        if isinstance(reason, NoWay):
+            next_step = reason.next_step
+        super().__init__(f"The backup server {target} cannot be reached: {reason}.", next_step)
+
+
+class Refused(BackupError):
+    """The server answered NACK."""
+
+    def __init__(self, nack: Nack) -> None:
+        text = nack.text or "it does not say why, but its log does"
+        self.code = nack.code
+        super().__init__(f"The backup server says no: {text}.", NEXT_STEPS[nack.code])
+
+
+class Diverged(BackupError):
+    """The server holds another history than this node's."""
+
+    def __init__(self, code: NackCode, text: str) -> None:
+        self.code = code
+        super().__init__(f"The backup server has another history: {text}.", NEXT_STEPS[code])
+
+
+NEXT_STEPS = {
+    NackCode.OTHER: "Compare `backup-cli status` of it with the node.",
+    NackCode.OUT_OF_DATE: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
+    NackCode.LOST_STATE: f"Move the node's database away and run `{CLI} restore URL DEST`.",
+    NackCode.TAKEN_OVER: "Two nodes write to this backup: find out which one holds the latest"
+    " state, and never run the other again. If it is right that this node goes on with it, run"
+    f" `{CLI} attach --lightning-dir DIR URL`.",
+    NackCode.OTHER_HISTORY: "If this node holds the latest state, stop it and run"
+    f" `{CLI} resync --lightning-dir DIR`.",
+    NackCode.OLD_SNAPSHOT: "The backup is the newer copy: restore it in place of the node's.",
+    NackCode.INVALID: "Look at both logs before you start lightningd again.",
+    NackCode.DAMAGED: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
+}
+
+
+class Link:
+    """One connection to the server: requests out, events in.
+
+    Raises:
+        OSError: the connection is lost, or an answer took too long.
+        ProtocolError: the server broke a rule.
+    """
+
+    def __init__(self, url: SocketUrl) -> None:
+        self._stream = Stream(address.connect(url))
+        self._decoder = protocol.Decoder(protocol.TO_CLIENT)
+        self._events: deque[protocol.Event] = deque()
+        self._packer = protocol.RecordPacker()
+        self._unpacker = protocol.RecordUnpacker()
+        self.protocol = 1
+
+    def send(self, data: bytes) -> None:
+        """Send ``data``, as long as it moves on."""
+        self._stream.send(data, ANSWER_TIMEOUT_S)
+
+    def event(self, timeout_s: float | None = None) -> protocol.Event:
+        """The next event from the server."""
+        while not self._events:
+            data = self._stream.receive(ANSWER_TIMEOUT_S if timeout_s is None else timeout_s)
+            if not data:
+                raise ConnectionError("the server closed the connection")
+            self._events.extend(self._decoder.feed(data))
+        return self._events.popleft()
+
+    def answer(self, timeout_s: float | None = None) -> Packet:
+        """The next packet from the server, where no SNAPSHOT may come."""
+        event = self.event(timeout_s)
+        if not isinstance(event, Packet):
+            raise ProtocolError("The server sent a SNAPSHOT that nobody asked for.")
+        return event
+
+    def metadata(self, owner: bytes | None = None) -> Metadata:
+        """Ask for METADATA, and agree on a protocol.
+
+        Args:
+            owner: who means to write; Refused if the backup is not his.
+        """
+        self.send(protocol.encode_request_metadata(owner, platform.node()))
+        packet = self.answer()
+        if packet.type is PacketType.NACK:
+            raise Refused(protocol.decode_nack(packet.payload))
+        if packet.type is not PacketType.METADATA:
+            raise ProtocolError(f"The server answered {packet.type.name} in place of METADATA.")
+        metadata = protocol.decode_metadata(packet.payload)
+        self.protocol = metadata.protocol
+        return metadata
+
+    def send_record(self, head: Head, payload: bytes) -> None:
+        """Send a change, a rewind or, in protocol 2, a piece of a snapshot."""
+        if self.protocol == 2:
+            self.send(self._packer.pack(head, payload))
+        else:
+            self.send(protocol1.packet(head, payload))
+
+    def record(self, packet: Packet) -> tuple[Head, bytes]:
+        """The record that a RECORD packet holds."""
+        return self._unpacker.unpack(packet.payload)
+
+    def ack_of(self, head: Head) -> Packet:
+        """What the server sends when ``head`` is stored."""
+        if self.protocol == 2:
+            return Packet(PacketType.ACK, protocol.ACK.pack(head.version, head.chain))
+        return protocol1.ack_of(head)
+
+    def await_ack(self, expected: Packet, size: int) -> None:
+        """Wait until a record with ``size`` bytes of payload is acknowledged (see check_ack)."""
+        steps = -(-size // (SLOWEST_RATE * TIMEOUT_STEP_S))
+        self.check_ack(self.answer(ANSWER_TIMEOUT_S + steps * TIMEOUT_STEP_S), expected)
+
+    @staticmethod
+    def check_ack(packet: Packet, expected: Packet) -> None:
+        """Make sure that ``packet`` is what ``ack_of`` said.
+
+        Raises:
+            Refused: it is a NACK.
+            ProtocolError: it is something else.
+        """
+        if packet == expected:
+            return
+        if packet.type is PacketType.NACK:
+            raise Refused(protocol.decode_nack(packet.payload))
+        raise ProtocolError(
+            f"The backup server answered {packet.type.name} {packet.payload[:20].hex()}"
+            f" in place of ACK {expected.payload.hex()}."
+        )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._stream.close()

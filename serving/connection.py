@@ -1,0 +1,146 @@
+"""One client's connection, which has a thread of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Protocol
+
+import protocol
+from backend import log
+from errors import BackupError
+from protocol import Event, Nack, NackCode, PacketType, SnapshotPart
+from serving.client import Answer, Dropped
+from serving.incoming import Incoming
+from serving.keeper import Keeper
+from serving.outgoing import Outgoing
+from serving.protocol1 import Protocol1
+from serving.protocol2 import Protocol2
+from serving.spool import Arrival
+from stream import Stream
+from upkeep.compaction import Compactor
+
+
+class Host(Protocol):
+    """The server, as its connections know it."""
+
+    keeper: Keeper
+    compactor: Compactor
+
+    def guard(self, write: Callable[[], None]) -> None:
+        """Call ``write``; if the disk fails, stop."""
+
+    def forget(self, connection: Connection) -> None:
+        """``connection`` is closed."""
+
+
+class Connection:
+    """One client: what both protocols have in common. It speaks 1 until 2 is agreed on.
+
+    Args:
+        host: whose connection it is.
+        peer: the client's address.
+        number: connections are numbered as they come.
+    """
+
+    def __init__(self, host: Host, stream: Stream, peer: str, number: int) -> None:
+        self.number = number
+        self.machine = peer
+        self.incoming = Incoming(stream)
+        self._host = host
+        self._keeper = host.keeper
+        self._stream = stream
+        self._peer = peer
+        self._restored = False
+        self._outgoing = Outgoing(stream, self.incoming)
+        self._arrival = Arrival(self, self._keeper)
+        parts = self, self._keeper, self._arrival, self._outgoing
+        # Both for as long as it lasts: the records of one direction are one stream.
+        self._spoken: dict[int, Protocol1 | Protocol2] = {
+            1: Protocol1(*parts),
+            2: Protocol2(*parts),
+        }
+        self._speaks = self._spoken[1]
+
+    def __str__(self) -> str:
+        return f"{self._peer} (connection {self.number})"
+
+    def run(self) -> None:
+        """Serve until the client leaves or breaks a rule."""
+        try:
+            log.debug(f"{self}: connected")
+            for event in self.incoming:
+                self._handle(event)
+            log.debug(f"{self}: left")
+        except Dropped as error:
+            log.warning(f"{self}: closed: {error}")
+        except BackupError as error:
+            log.warning(f"{self}: closed: {error}")
+        except OSError as error:
+            log.info(f"{self}: connection lost: {error}")
+        finally:
+            self._arrival.drop()
+            self._keeper.forget(self)
+            self._host.forget(self)
+            self._stream.close()
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, SnapshotPart):
+            return self._speaks.take(event)
+        match event.type:
+            case PacketType.REQ_METADATA:
+                self._introduce(event.payload)
+            case PacketType.RESTORE:
+                log.info(f"{self}: restores the backup")
+                self._restored = True
+                self._speaks.restore()
+            case PacketType.COMPACT:
+                self._compact()
+            case PacketType.ACK if self._restored:
+                pass  # Of a packet of the restore, which it is still reading.
+            case _:
+                self._speaks.take(event)
+
+    def _introduce(self, payload: bytes) -> None:
+        """REQ_METADATA: agree on a protocol, hear who it is, and tell what there is."""
+        self._speaks = self._spoken[protocol.agreed_protocol(payload)]
+        owner, machine = protocol.claimed_owner(payload)
+        self.machine = machine or self._peer
+        if owner is not None and self._keeper.is_foreign(owner):
+            text = f"{self.machine} as a writer: {self._keeper.whose()}"
+            return self.refuse(text, NackCode.TAKEN_OVER)
+        self._outgoing.send(self._speaks.metadata())
+
+    def _compact(self) -> None:
+        try:
+            result = self._host.compactor.run()
+        except BackupError as error:
+            return self.refuse(f"compaction: {error}")
+        self._outgoing.send(protocol.encode(PacketType.COMPACT_RES, json.dumps(result).encode()))
+
+    # See client.Client
+
+    def ask(self, decide: Callable[[], Answer]) -> None:
+        """Call ``decide`` under the keeper's lock and send what it returns."""
+        # The answer, too, under the lock: else who takes over, or a stop of the server, could end
+        # this connection between a deed and its ACK. So it is sent at once or never.
+        with self._keeper.lock:
+            self.answer(decide())
+
+    def write(self, decide: Callable[[], Answer]) -> None:
+        """``ask`` for what is appended: if the disk fails then, the server stops."""
+        self._host.guard(lambda: self.ask(decide))
+
+    def refuse(self, reason: str, code: NackCode = NackCode.OTHER) -> None:
+        """Answer that nothing was stored, and why."""
+        self.answer(Nack(self._keeper.backend.version, code, f"refused {reason}"))
+
+    def answer(self, answer: Answer) -> None:
+        """Say what became of a request; the log is told of each refusal."""
+        if isinstance(answer, Nack):
+            log.warning(f"{self}: {answer.text}")
+        self._outgoing.send_now(self._speaks.encode(answer))
+
+    def cut(self) -> None:
+        """End the connection from another thread."""
+        self._stream.cut()

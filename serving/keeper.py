@@ -1,0 +1,203 @@
+"""The one place where a served backup changes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+from backend import NOBODY, NOTICE, RELEASE, Snapshot, log, taken_over
+from decisions import may_write
+from filebackend import FileBackend
+from filelog.layout2 import Head, Kind
+from filelog.reader import LogReader
+from protocol import Details, Metadata, Nack
+from serving import rules
+from serving.client import Answer, Client, Stored
+from serving.rules import Act, Decision, Reason, State
+
+SERVER_NAME = f"backup-cli server {RELEASE}"
+
+
+class Keeper:
+    """Does what the rules say to the backup, whichever client asks.
+
+    Whoever wrote last is the writer. Whoever calls what returns an Answer holds ``lock`` until the
+    client has it: see connection.Connection.ask.
+
+    Args:
+        backend: open for writing.
+    """
+
+    def __init__(self, backend: FileBackend) -> None:
+        self.backend = backend
+        self.lock = threading.Lock()
+        self._writer: Client | None = None
+        self._newest_writer = 0
+        self._told = NOBODY, ""
+        """The owner's tag when ``_whose`` was last asked, and its answer."""
+        self._superseded: set[bytes] = set()
+        """Sessions that wrote, and after which another one wrote."""
+
+    # What is asked without writing
+
+    def metadata(self) -> Metadata:
+        """What REQ_METADATA is told."""
+        with self.lock:
+            backend, newest = self.backend, self.backend.newest
+            details = Details(
+                newest.backup_id,
+                newest.sequence,
+                newest.chain_before,
+                newest.chain,
+                newest.session,
+                newest.time_ns,
+                backend.size,
+                SERVER_NAME,
+            )
+            return Metadata(
+                2, backend.version, backend.prev_version, backend.version_count, details
+            )
+
+    def is_foreign(self, owner: bytes) -> bool:
+        """Whether the backup is not ``owner``'s."""
+        with self.lock:
+            return not may_write(self.backend.newest.tag, owner)
+
+    def whose(self) -> str:
+        """Whose the backup is, for who may not write to it."""
+        # Looked up once for each owner: the log is searched, and changes wait for the lock.
+        tag = self.backend.newest.tag
+        if self._told[0] != tag:
+            self._told = tag, self._look_whose()
+        return self._told[1]
+
+    def _look_whose(self) -> str:
+        with contextlib.closing(LogReader(self.backend.path)) as reader:
+            taken = reader.taken_over()
+        if not taken:
+            return "this backup is nobody's: it is not the one that this node wrote"
+        return f"the backup belongs to another node: {taken}"
+
+    def old_snapshot(self, version: int) -> str:
+        """Why a snapshot of ``version`` need not come at all, or ""."""
+        if version >= self.backend.version:
+            return ""
+        return self._words(Reason.OLD_SNAPSHOT)
+
+    def is_writer(self, client: Client) -> bool:
+        """Whether ``client`` was the last to write."""
+        return self._writer is client
+
+    # What is written
+
+    def record(self, client: Client, head: Head, payload: bytes) -> Answer:
+        """Store a change or a rewind, or refuse it."""
+        return self.carry_out(
+            client,
+            rules.record(self.state(client), head),
+            f"the {'rewind' if head.kind == Kind.REWIND else 'change'} to version {head.version}",
+            lambda: self.backend.add_record(head, payload),
+            Stored(head.version, head.chain),
+        )
+
+    def take_over(self, client: Client, head: Head, payload: bytes) -> Answer:
+        """Let another owner write from here on, or refuse it."""
+        decision = rules.take_over(self.state(client), head)
+        stored = Stored(head.version, head.chain)
+        if decision.act is Act.KNOWN:
+            return stored  # And whoever writes by now goes on.
+
+        def add() -> None:
+            self.backend.add_owner(head.session, payload)
+            log.log(NOTICE, f"{client}: {client.machine} took the backup over")
+
+        return self.carry_out(client, decision, "the take-over", add, stored)
+
+    def replace(
+        self,
+        client: Client,
+        snapshot: Snapshot,
+        owner: bytes,
+        rule: Callable[[State, int], Decision] = rules.snapshot,
+    ) -> Answer:
+        """Start over with ``snapshot``, or refuse it.
+
+        Args:
+            owner: whose the backup is then.
+            rule: says whether that may be.
+        """
+
+        def start_over() -> None:
+            kept = self.backend.replace(snapshot, owner, machine=client.machine)
+            log.log(
+                NOTICE,
+                f"{client}: the backup starts over with a snapshot of version"
+                f" {snapshot.version}; the old one "
+                + (f"is kept as {kept}" if kept else "was empty"),
+            )
+
+        return self.carry_out(
+            client,
+            rule(self.state(client), snapshot.version),
+            f"the snapshot of version {snapshot.version}",
+            start_over,
+            Stored(snapshot.version, snapshot.chain),
+        )
+
+    def state(self, client: Client) -> State:
+        """What the rules need to know when ``client`` asks."""
+        outdated = client.number < self._newest_writer
+        return State(self.backend.newest, self._superseded, self.is_writer(client), outdated)
+
+    def carry_out(
+        self,
+        client: Client,
+        decision: Decision,
+        what: str,
+        store: Callable[[], object],
+        stored: Stored,
+    ) -> Answer:
+        """Do what a rule says of ``what`` that ``client`` asked for.
+
+        Args:
+            store: does it, durably.
+            stored: the answer if it is stored.
+        """
+        if decision.superseded is not None:
+            self._superseded.add(decision.superseded)
+        if decision.reason is not None:
+            text = f"refused {what}: {self._words(decision.reason)}"
+            return Nack(self.backend.version, decision.reason.code, text)
+        if decision.act is Act.KNOWN:
+            log.info(f"{client}: version {stored.version} came again; it is stored already")
+        self._become_writer(client)
+        if decision.act is Act.STORE:
+            store()
+        return stored
+
+    def _words(self, reason: Reason) -> str:
+        newest = self.backend.newest
+        return reason.text.format(
+            version=newest.version,
+            previous=self.backend.prev_version,
+            whose=self.whose() if reason is Reason.OTHER_OWNER else "",
+            taken_over=taken_over(newest.version, newest.time_ns),
+        )
+
+    def _become_writer(self, client: Client) -> None:
+        """Make ``client`` the writer; a half-open one before it is closed."""
+        if self.is_writer(client):
+            return
+        if self._writer is not None:
+            log.log(NOTICE, f"{client} takes over as writer from {self._writer}")
+            self._writer.cut()
+        self._writer = client
+        self._newest_writer = client.number
+        self.backend.begin_session()
+
+    def forget(self, client: Client) -> None:
+        """The connection of ``client`` is closed."""
+        with self.lock:
+            if self._writer is client:
+                self._writer = None

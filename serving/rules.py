@@ -1,0 +1,208 @@
+"""Who may write what to a backup that is served: pure functions of plain values.
+
+Nothing is read and nothing is done here: ``keeper.Keeper`` looks before, and acts after.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Set
+from typing import NamedTuple
+
+from backend import NOBODY, TAG_SIZE
+from decisions import Verdict, judge, may_write
+from filelog import layout2
+from filelog.layout2 import Head, Kind
+from protocol import NackCode
+
+
+class Act(enum.Enum):
+    """What is to be done with a request."""
+
+    STORE = "store it, and say so"
+    KNOWN = "it is stored already: only say so"
+    REFUSE = "store nothing, and say why"
+
+
+class Reason(enum.Enum):
+    """Why nothing is stored: what a client of protocol 2 is told.
+
+    Attributes:
+        code: for the client's program.
+        text: for people; ``{version}`` is the backup's, ``{previous}`` the one before its last
+            change, ``{whose}`` and ``{taken_over}`` tell of who else wrote.
+    """
+
+    code: NackCode
+    text: str
+
+    def __init__(self, code: NackCode, text: str) -> None:
+        self.code, self.text = code, text
+
+    OTHER_OWNER = NackCode.TAKEN_OVER, "{whose}"
+    TAKEN_OVER = NackCode.TAKEN_OVER, "{taken_over}"
+    OTHER_HISTORY = (
+        NackCode.OTHER_HISTORY,
+        "it continues another history than the backup's, which is at version {version}",
+    )
+    MOVED_ON = NackCode.OTHER_HISTORY, "the backup has moved on, or is of another history"
+    NO_REWIND = NackCode.INVALID, "the last change cannot be taken back"
+    OUT_OF_DATE = (
+        NackCode.OUT_OF_DATE,
+        f"{Verdict.OUT_OF_DATE.value}: the backup is at version {{version}}",
+    )
+    LOST_STATE = (
+        NackCode.LOST_STATE,
+        f"{Verdict.LOST_STATE.value}: the backup is at version {{version}}",
+    )
+    OLD_SNAPSHOT = (
+        NackCode.OLD_SNAPSHOT,
+        "it is older than the backup, at version {version}",
+    )
+    NEWER_CONNECTION = NackCode.OTHER, "a newer connection has written"
+
+    # Protocol 1, whose clients are told no reason: for the log alone.
+    OWNED = NackCode.OTHER, "the backup belongs to a node that writes with protocol 2"
+    NOTHING_TO_REWIND = NackCode.OTHER, "the last entry is not a change that can be taken back"
+    OTHER_REWIND = NackCode.OTHER, "it could only go back to version {previous}"
+    HAS_WRITTEN = NackCode.OTHER, "this connection has written already"
+
+
+class State(NamedTuple):
+    """What the rules look at.
+
+    Attributes:
+        newest: head of the backup's newest record.
+        superseded: sessions that wrote, or tried to, and after which another one wrote.
+        is_writer: the connection that asks was the last to write.
+        outdated: a connection that came after it has written.
+    """
+
+    newest: Head
+    superseded: Set[bytes]
+    is_writer: bool
+    outdated: bool
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether the backup has an owner."""
+        return self.newest.tag != NOBODY[:TAG_SIZE]
+
+
+class Decision(NamedTuple):
+    """What a rule says.
+
+    Attributes:
+        reason: why it is refused.
+        superseded: a session that is refused for good from here on.
+    """
+
+    act: Act
+    reason: Reason | None = None
+    superseded: bytes | None = None
+
+
+_STORE, _KNOWN = Decision(Act.STORE), Decision(Act.KNOWN)
+
+
+def _refuse(reason: Reason, superseded: bytes | None = None) -> Decision:
+    return Decision(Act.REFUSE, reason, superseded)
+
+
+def record(state: State, head: Head) -> Decision:
+    """A change or a rewind: owner and session first, then the chain, then the version."""
+    newest = state.newest
+    if (head.chain, head.session) == (newest.chain, newest.session) and not state.outdated:
+        return _KNOWN
+    if not may_write(newest.tag, head.session):
+        return _refuse(Reason.OTHER_OWNER)
+    if state.outdated or head.session in state.superseded:
+        return _refuse(Reason.TAKEN_OVER)
+    if head.chain_before != newest.chain:
+        if newest.session in (head.session, NOBODY):
+            return _refuse(Reason.OTHER_HISTORY)
+        # For good: a rewind by the other one may bring this session's chain back.
+        return _refuse(Reason.TAKEN_OVER, superseded=head.session)
+    reason = _unfit_rewind(newest, head) if head.kind == Kind.REWIND else _unfit(newest, head)
+    if reason is not None:
+        return _refuse(reason)
+    if head.session == newest.session:
+        return _STORE
+    return Decision(Act.STORE, superseded=newest.session)
+
+
+def _unfit_rewind(newest: Head, head: Head) -> Reason | None:
+    # Within a session nothing is taken back.
+    fits = newest.rewindable and head.session != newest.session
+    fits = fits and (head.version, head.chain) == (newest.version - 1, newest.chain_before)
+    return None if fits else Reason.NO_REWIND
+
+
+def _unfit(newest: Head, head: Head) -> Reason | None:
+    return _verdict(newest, head.version - (1 if head.flags & layout2.BUMPS else 0))
+
+
+def _verdict(newest: Head, base: int) -> Reason | None:
+    # Never the first of a session: a rewind is a request of its own.
+    verdict = judge(base, newest.version, newest.rewindable, first=False)
+    if verdict is Verdict.APPEND:
+        return None
+    return Reason.OUT_OF_DATE if verdict is Verdict.OUT_OF_DATE else Reason.LOST_STATE
+
+
+def take_over(state: State, head: Head) -> Decision:
+    """The record of another owner, which is taken from whoever knows the newest record."""
+    newest = state.newest
+    known = (head.chain_before, head.chain) == (newest.chain_before, newest.chain)
+    if not known or state.outdated:
+        return _refuse(Reason.MOVED_ON)
+    return _KNOWN if head.session == newest.session else _STORE
+
+
+def snapshot(state: State, version: int) -> Decision:
+    """A snapshot that the backup is to start over with, whoever's that was."""
+    if state.outdated:
+        return _refuse(Reason.NEWER_CONNECTION)
+    return _refuse(Reason.OLD_SNAPSHOT) if version < state.newest.version else _STORE
+
+
+# Protocol 1, whose clients name neither owner nor chain: they write what is nobody's.
+
+
+def change_1(state: State, base: int, bumps: bool, is_last: bool) -> Decision:
+    """A change of protocol 1.
+
+    Args:
+        base, bumps: see backend.Change.
+        is_last: it is, by content, the backup's newest record.
+    """
+    if state.is_owned:
+        return _refuse(Reason.OWNED)
+    # A PRAGMA that comes twice over one connection was announced twice.
+    if is_last and (bumps or not state.is_writer) and not state.outdated:
+        return _KNOWN
+    reason = _verdict(state.newest, base)
+    if reason is None and state.outdated:
+        reason = Reason.NEWER_CONNECTION
+    return _STORE if reason is None else _refuse(reason)
+
+
+def rewind_1(state: State, version: int) -> Decision:
+    """A rewind of protocol 1, back to ``version``: the first that a connection writes."""
+    newest = state.newest
+    if state.is_owned:
+        return _refuse(Reason.OWNED)
+    if not newest.rewindable:
+        return _refuse(Reason.NOTHING_TO_REWIND)
+    if version != newest.version - 1:
+        return _refuse(Reason.OTHER_REWIND)
+    if state.is_writer:
+        return _refuse(Reason.HAS_WRITTEN)
+    return _refuse(Reason.NEWER_CONNECTION) if state.outdated else _STORE
+
+
+def snapshot_1(state: State, version: int) -> Decision:
+    """A snapshot of protocol 1."""
+    if state.is_owned and not state.outdated:
+        return _refuse(Reason.OWNED)
+    return snapshot(state, version)

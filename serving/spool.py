@@ -1,0 +1,124 @@
+"""A snapshot on its way in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import durable
+import space
+from backend import Snapshot
+from errors import DiskError
+from protocol import NackCode, ProtocolError
+from serving.client import Answer, Client, Dropped
+from serving.keeper import Keeper
+from wallet import database, restore
+
+MIN_FREE_BYTES = space.RESERVE
+"""A snapshot that comes in leaves the disk at least this much for changes."""
+SPACE_CHECK_BYTES = 16 << 20
+"""Bytes of a snapshot between two looks at the free space."""
+
+
+class Arrival:
+    """The snapshot that a client sends, one at a time: in pieces, the last of which is answered.
+
+    Attributes:
+        chain: that of the snapshot that has begun, if its client named one; else None.
+    """
+
+    def __init__(self, client: Client, keeper: Keeper) -> None:
+        self.chain: bytes | None = None
+        self._client = client
+        self._keeper = keeper
+        self._refused = ""
+        self._spool: Spool | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether its pieces are of any use: it was not refused when it began."""
+        return self._spool is not None
+
+    def begin(self, version: int, chain: bytes | None = None) -> None:
+        """Another snapshot comes; what came of the one before is dropped."""
+        self.drop()
+        self.chain = chain
+        self._refused = self._keeper.old_snapshot(version)
+        if not self._refused:
+            path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
+            snapshot = Snapshot(path, version) if chain is None else Snapshot(path, version, chain)
+            self._spool = Spool(snapshot)
+
+    def add(self, piece: bytes) -> None:
+        """Take a piece; Dropped if the disk has no room for it."""
+        if self._spool is not None:
+            self._spool.add(piece)
+
+    def end(self, version: int, replace: Callable[[Snapshot], Answer]) -> None:
+        """All of it came: call ``replace`` with it if it holds ``version``, and answer."""
+        self.chain = None
+        if self._spool is None:
+            what = f"a snapshot of version {version}: {self._refused}"
+            return self._client.refuse(what, NackCode.OLD_SNAPSHOT)
+        self._spool.finish()
+        snapshot = self._spool.snapshot
+        self._client.ask(lambda: replace(snapshot))
+        self.drop()
+
+    def drop(self) -> None:
+        """Remove what came."""
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
+
+
+class Spool:
+    """A snapshot on its way in: a scratch file beside the backup.
+
+    Args:
+        snapshot: its path, which must not exist, and what the client says of it.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        with self._writing():
+            self._file = os.fdopen(durable.create(snapshot.path), "wb")
+        self._unchecked = 0
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DiskError(self.snapshot.path, error, "write") from error
+
+    def add(self, piece: bytes) -> None:
+        """Take a piece; Dropped if the disk has no room for it."""
+        self._unchecked += len(piece)
+        if self._unchecked >= SPACE_CHECK_BYTES:
+            self._unchecked = 0
+            self._check_space()
+        with self._writing():
+            self._file.write(piece)
+
+    def _check_space(self) -> None:
+        if shutil.disk_usage(os.path.dirname(self.snapshot.path)).free < MIN_FREE_BYTES:
+            raise Dropped("the disk has no room for this snapshot")
+
+    def finish(self) -> None:
+        """Check that the file is the database it claims to be."""
+        with self._writing():
+            self._file.close()
+        found = database.version_of(self.snapshot.path)
+        if found != self.snapshot.version:
+            raise ProtocolError(
+                f"The snapshot is called version {self.snapshot.version}, but holds {found}."
+            )
+
+    def close(self) -> None:
+        """Remove the scratch file."""
+        with contextlib.suppress(OSError):  # What is still in memory may find no room.
+            self._file.close()
+        restore.remove_database(self.snapshot.path)
