@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from decisions import Verdict, judge
 from errors import CLI, BackupError, InvalidChange, LostState, OutOfDate
@@ -74,7 +75,7 @@ class Change:
 
     Attributes:
         version: data_version after the change.
-        snapshot: a piece of at most 1 MiB of an SQLite file, in order, or None.
+        snapshot: a piece of 1 byte to 1 MiB of an SQLite file, in order, or None.
         transaction: the statements of one commit, or None.
         bumps: the last statement raises data_version to ``version`` (a commit proper).
 
@@ -95,10 +96,10 @@ class Change:
         if (self.snapshot is None) == (self.transaction is None):
             raise InvalidChange("A change is either a piece of a snapshot or a transaction.")
         if self.snapshot is not None:
-            if len(self.snapshot) > MAX_CHUNK_SIZE:
+            if not 0 < len(self.snapshot) <= MAX_CHUNK_SIZE:
                 raise InvalidChange(
                     f"A piece of a snapshot has {len(self.snapshot)} bytes;"
-                    f" the limit is {MAX_CHUNK_SIZE}."
+                    f" the limit is {MAX_CHUNK_SIZE}, and none is empty."
                 )
             object.__setattr__(self, "payload", self.snapshot)
         else:
@@ -239,31 +240,6 @@ def _check_text(version: int, payload: bytes) -> None:
         raise InvalidChange(f"The change to version {version} is not UTF-8.") from error
 
 
-def committed(changes: Iterable[Change]) -> Iterator[Change]:
-    """What the earlier plugin stored, without the changes that the node never committed.
-
-    There, a change that was taken back is followed by what came in its place.
-
-    Raises:
-        BackupError: the versions do not follow each other; what stands before was given.
-    """
-    version, held = 0, None
-    for change in changes:
-        if change.snapshot is not None:
-            version, held = change.version, None
-            yield change
-            continue
-        rewindable = held is not None and held.bumps
-        verdict = judge(change.base, version, rewindable, first=True)
-        if verdict is not Verdict.REWIND and held is not None:
-            yield held
-        if verdict not in (Verdict.APPEND, Verdict.REWIND):
-            raise BackupError(f"A change to version {change.version} follows version {version}.")
-        version, held = change.version, change
-    if held is not None:
-        yield held
-
-
 def utc(time_ns: int) -> str:
     """Unix time in nanoseconds, as an operator reads it."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time_ns // 10**9))
@@ -354,41 +330,79 @@ class Status:
     warnings: list[str] = field(default_factory=list)
 
 
-class Reading(ABC):
-    """One pass over a backup for a restore: iterate it, then ask how it went.
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """A snapshot begins: what came before it in the pass is replaced, its pieces follow.
+
+    Attributes:
+        version: its data_version.
+        size: its bytes, or None if unknown.
+    """
+
+    version: int
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a pass over a backup went.
 
     Attributes:
         version: data_version that the whole backup leads to.
-        total: bytes to come, or 0 if unknown.
-        position: bytes seen so far.
-        snapshot_size: bytes of the snapshot that it begins with, as far as known.
-        last_change_ns: Unix time of the last record seen, nanoseconds, or None.
+        last_change_ns: Unix time of the last record, nanoseconds, or None if unknown.
         torn_tail: an unacknowledged append at the end was left out.
         damage: what stopped the pass before the end, or None.
         notes: what else was found, in words.
     """
 
-    version = 0
-    total = 0
-    position = 0
-    snapshot_size = 0
+    version: int
     last_change_ns: int | None = None
-    torn_tail = False
-    damage: Exception | None = None
-    notes: Sequence[str] = ()
+    torn_tail: bool = False
+    damage: BackupError | None = None
+    notes: tuple[str, ...] = ()
+
+
+Found = Beginning | Change | Ending
+"""A Change is a piece of the snapshot that began last, or a transaction."""
+
+
+class Step(NamedTuple):
+    """One thing that a pass found, and how far the pass is with it.
+
+    Attributes:
+        position: bytes up to its end; at an Ending, all that were seen.
+        total: bytes in all, or 0 if unknown.
+    """
+
+    found: Found
+    position: int
+    total: int
+
+
+class Reading(ABC):
+    """One pass over a backup: iterate it once, and close it, however far it came."""
 
     @abstractmethod
-    def __iter__(self) -> Iterator[Change]:
-        """The snapshot's pieces, then the changes that count, in order.
+    def __iter__(self) -> Iterator[Step]:
+        """Each snapshot's Beginning and pieces, the changes that count, and last the Ending.
 
         A change that a rewind took back is left out, and so is a PRAGMA call that no
-        change of the same session follows: it had no effect. An empty piece says that a
-        snapshot begins and replaces what came before.
+        change of the same session follows: it had no effect. What is wrong with the backup
+        is not raised: the Ending has it.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """End the pass."""
+        """Give back the file, or the connection."""
+
+
+def outcome(steps: Iterable[Step]) -> Ending:
+    """Go through a pass to its end: how it went."""
+    found: Found | None = None
+    for step in steps:
+        found = step.found
+    assert isinstance(found, Ending), "a pass ends in one"
+    return found
 
 
 class Backend(ABC):
@@ -550,12 +564,12 @@ class Destination(Backend):
         """
 
     @abstractmethod
-    def rebuild(self, owner: bytes, progress: Callable[[Reading], None]) -> str | None:
+    def rebuild(self, owner: bytes, progress: Progress) -> str | None:
         """Replace an old one by one of today's layout with the same content.
 
         Args:
             owner: who may write to it, 16 bytes.
-            progress: called now and then with the pass over the old one.
+            progress: called now and then with bytes read of the old one, and in all.
 
         Returns:
             Where the old one is kept.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 
-from backend import Destination, Progress, Reading
+from backend import Destination, Progress
 from errors import ConfigError
 from filebackend import FileBackend
 from socketbackend import SocketBackend
@@ -43,6 +42,6 @@ class FileDestination(FileBackend, Destination):
         with contextlib.closing(self):
             return Compactor(self, threading.Lock()).run(progress)
 
-    def rebuild(self, owner: bytes, progress: Callable[[Reading], None]) -> str | None:
+    def rebuild(self, owner: bytes, progress: Progress) -> str | None:
         """See Destination."""
         return upgrade.from_log(self, owner, progress)

@@ -8,7 +8,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import protocol
@@ -24,17 +24,16 @@ from backend import (
     Snapshot,
     Status,
     chain_after,
-    committed,
 )
-from errors import CLI, BackupError, BackupExists, ConfigError
+from errors import CLI, BackupExists, ConfigError
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
-from filelog.reader import effective
-from protocol import Metadata, PacketType, ProtocolError, SnapshotPart
+from protocol import Metadata, PacketType, ProtocolError
 from remote import protocol1
-from remote.address import HostPort, parse_socket_url
+from remote.address import parse_socket_url
 from remote.delivery import Delivery
 from remote.link import COMPACT_TIMEOUT_S, SNAPSHOT_TIMEOUT_S, Link, Refused, Unreachable
+from remote.reading import SocketReading
 
 
 class SocketBackend(Destination):
@@ -186,7 +185,7 @@ class SocketBackend(Destination):
         """See Backend."""
         raise self._for_its_server()
 
-    def rebuild(self, owner: bytes, progress: Callable[[Reading], None]) -> str | None:
+    def rebuild(self, owner: bytes, progress: Progress) -> str | None:
         """See Destination."""
         raise self._for_its_server()
 
@@ -269,94 +268,3 @@ def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:
     while piece := source.read(MAX_CHUNK_SIZE):
         flags = layout2.FINAL if source.tell() == size else 0
         link.send_record(head._replace(flags=flags, length=len(piece)), piece)
-
-
-class SocketReading(Reading):
-    """A pass over a server's backup (see Reading).
-
-    Args:
-        link: a connection that is this reading's alone.
-        found: what the server said of itself; the pass must get there.
-        target: the server, for error messages.
-    """
-
-    def __init__(self, link: Link, found: Metadata, target: HostPort) -> None:
-        self._link = link
-        self._found = found
-        self._target = target
-        self._last: Head | None = None
-
-    def __iter__(self) -> Iterator[Change]:
-        try:
-            self._link.send(protocol.encode(PacketType.RESTORE))
-            if self._link.protocol == 2:
-                yield from effective(self._records())
-            else:
-                yield from self._noted(committed(self._changes()))
-        except OSError as error:
-            self.damage = Unreachable(self._target, error)
-        except BackupError as error:
-            self.damage = error
-        if self.damage is None and self.version < self._found.prev_version:
-            self.damage = ProtocolError(
-                f"The backup server {self._target} is at version {self._found.version}, but what"
-                f" it sent ends at version {self.version}."
-            )
-
-    def _noted(self, changes: Iterator[Change]) -> Iterator[Change]:
-        for change in changes:
-            self.version = change.version
-            yield change
-
-    def _changes(self) -> Iterator[Change]:
-        """What a server of protocol 1 sends: old ones also what was taken back."""
-        inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
-        timeout_s: float | None = SNAPSHOT_TIMEOUT_S
-        while True:
-            # Before its first byte a server compresses all of the snapshot.
-            event, timeout_s = self._link.event(timeout_s), None
-            if isinstance(event, SnapshotPart):
-                if event.first:
-                    inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
-                    yield Change(event.version, b"", None)
-                for piece in inflater.feed(event.data):
-                    yield Change(event.version, piece, None)
-                if event.last:
-                    inflater.finish()
-            elif event.type is PacketType.CHANGE:
-                yield protocol.decode_change(event.payload)
-            elif event.type is PacketType.DONE:
-                return
-            else:
-                raise ProtocolError(f"{event.type.name} may not come in a restore.")
-
-    def _records(self) -> Iterator[tuple[Head, bytes]]:
-        """What a server of protocol 2 sends: its log, checked like a file."""
-        while True:
-            packet = self._link.answer()
-            if packet.type is PacketType.RECORD:
-                yield self._checked(*self._link.record(packet))
-            elif packet.type is PacketType.COMING:
-                self.total = protocol.decode_coming(packet.payload)
-                self.position = layout2.FIRST_RECORD
-            elif packet.type is PacketType.NACK:
-                raise Refused(protocol.decode_nack(packet.payload))
-            elif packet.type is PacketType.DONE:
-                return
-            else:
-                raise ProtocolError(f"{packet.type.name} may not come in a restore.")
-
-    def _checked(self, head: Head, payload: bytes) -> tuple[Head, bytes]:
-        last = self._last or BEFORE_FIRST
-        if head.kind != Kind.SNAPSHOT:
-            head = layout2.moved(head, last)
-        problem = layout2.follows(self._last, head, layout2.log_start_by(head))
-        if problem:
-            raise ProtocolError(f"Version {head.version} came out of order: {problem}.")
-        self._last, self.version, self.last_change_ns = head, head.version, head.time_ns
-        self.position += layout2.OVERHEAD + len(payload)
-        return head, payload
-
-    def close(self) -> None:
-        """See Reading."""
-        self._link.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from backend import Change
 from filebackend import FileBackend
 
 AT_ONCE = 1000
@@ -23,7 +24,8 @@ def main(url: str, path: str) -> None:
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA synchronous = OFF")
     connection.execute("PRAGMA foreign_keys = ON")
-    changes = iter(FileBackend(url).read())
+    steps = FileBackend(url).read()
+    changes = (step.found for step in steps if isinstance(step.found, Change))
     while block := list(itertools.islice(changes, AT_ONCE)):
         started = time.perf_counter()
         for change in block:

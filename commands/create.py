@@ -23,6 +23,7 @@ from backend import (
     Snapshot,
     Status,
     new_owner,
+    outcome,
 )
 from commands.shared import (
     directory_option,
@@ -31,7 +32,6 @@ from commands.shared import (
     node_snapshot,
     progress_bar,
     readable,
-    reading_bar,
     scratch_option,
     scratch_prefix,
     to_note,
@@ -281,7 +281,7 @@ def _upgrade(
             kept = _upgrade_from_node(backend, owner, found, wallet, directory)
         else:
             with progress_bar("Replaying the old backup", 0) as advance:
-                kept = backend.rebuild(owner, lambda r: advance(r.position, r.total))
+                kept = backend.rebuild(owner, advance)
     for note in found.notes:
         click.echo(note)
     click.echo(f"{backend.url} is upgraded, at version {backend.status().version}.")
@@ -322,10 +322,9 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
     if not status.damage:
         return status.version
     with contextlib.closing(backend.read()) as reading:
-        for _ in reading:
-            pass
-    click.echo(f"Warning: {getattr(reading.damage, 'problem', status.damage)}", err=True)
-    return max(status.version, getattr(reading.damage, "newest", None) or 0)
+        damage = outcome(reading).damage
+    click.echo(f"Warning: {damage.problem if damage else status.damage}", err=True)
+    return max(status.version, getattr(damage, "newest", None) or 0)
 
 
 def _check_resync(node_version: int, backup_version: int, url: str) -> None:
@@ -414,7 +413,7 @@ def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> Non
     with (
         contextlib.closing(backend.read()) as reading,
         scratching.held(prefix) as base,
-        reading_bar("Comparing", reading) as advance,
+        progress_bar("Comparing", 0) as advance,
     ):
         # One change ahead is usual after a crash, and taken back when the node starts.
         _, problems = restoring.verify(reading, base, wallet, advance, up_to=version)
@@ -516,9 +515,7 @@ def _move(
     status = source.status()
     owner = bytes.fromhex(status.owner or "").ljust(len(NOBODY), b"\0")
     with source.held(), progress_bar("Copying", 0) as advance:
-        upgrading.to_another_place(
-            source, target, owner, prefix, lambda r: advance(r.position, r.total)
-        )
+        upgrading.to_another_place(source, target, owner, prefix, advance)
     for note in status.notes:
         click.echo(note)
     click.echo(f"{target.url} holds what {source.url} holds, at version {target.status().version}.")

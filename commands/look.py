@@ -19,8 +19,8 @@ from commands.shared import (
     EXIT_WARNING,
     expand,
     main,
+    progress_bar,
     readable,
-    reading_bar,
     scratch_option,
     scratch_prefix,
 )
@@ -88,15 +88,16 @@ def verify(url: str, against: str | None, scratch: str | None) -> None:
     with (
         contextlib.closing(backend.read()) as reading,
         scratching.held(prefix) as base,
-        reading_bar("Verifying", reading) as advance,
+        progress_bar("Verifying", 0) as advance,
     ):
         try:
-            version, problems = restoring.verify(reading, base, against, advance)
+            ending, problems = restoring.verify(reading, base, against, advance)
         except DoesNotReplay as error:
             raise BackupError(error.problem, error.way_out(url, "DEST")) from error
-    for note in reading.notes:
+    version = ending.version
+    for note in ending.notes:
         click.echo(note)
-    if reading.torn_tail:
+    if ending.torn_tail:
         click.echo("An append that was never acknowledged stands at the end.")
     if problems:
         raise BackupError(

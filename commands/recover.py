@@ -19,7 +19,7 @@ from commands.shared import (
     EXIT_UNSOUND,
     expand,
     main,
-    reading_bar,
+    progress_bar,
 )
 from errors import (
     CLI,
@@ -53,23 +53,25 @@ def restore(url: str, dest: str, allow_damaged: bool, up_to: int | None) -> None
     backend = destinations.backend_for(url)
     incomplete: BackupError | None = None
     try:
-        result, notes = _restored(backend, dest, allow_damaged, up_to)
+        result = _restored(backend, dest, allow_damaged, up_to)
     except DoesNotReplay as error:
         if not allow_damaged or not error.base:
             raise BackupError(error.problem, error.way_out(url, dest)) from error
-        result, notes = _restored(backend, dest, allow_damaged, error.base)
+        result = _restored(backend, dest, allow_damaged, error.base)
         incomplete = error
-    click.echo(f"Restored version {result.version} to {result.path}")
-    when = f"Last change: {utc(result.last_change_ns)}; " if result.last_change_ns else ""
+    ending = result.ending
+    click.echo(f"Restored version {ending.version} to {result.path}")
+    when = f"Last change: {utc(ending.last_change_ns)}; " if ending.last_change_ns else ""
     click.echo(f"{when}{result.changes} changes replayed")
-    if result.torn_tail:
+    if ending.torn_tail:
         click.echo("An append that was never acknowledged stood at the end and was left out.")
-    for note in notes:
+    for note in ending.notes:
         click.echo(note)
     if up_to is not None:
         incomplete = BackupError(f"What came after version {up_to} is left out, as you asked.")
-    if result.damage is not None or incomplete is not None:
-        _warn_incomplete(result.damage or incomplete)
+    incomplete = ending.damage or incomplete
+    if incomplete is not None:
+        _warn_incomplete(incomplete)
         _warn_problems(result.problems)
         sys.exit(EXIT_UNSOUND)
     click.echo(
@@ -88,11 +90,13 @@ def restore(url: str, dest: str, allow_damaged: bool, up_to: int | None) -> None
 
 def _restored(
     backend: Backend, dest: str, allow_damaged: bool, up_to: int | None
-) -> tuple[restoring.Restored, Sequence[str]]:
-    """What a pass over the backup delivered, and its notes."""
-    reading = backend.read()
-    with contextlib.closing(reading), reading_bar("Restoring", reading) as advance:
-        return restoring.restore(reading, dest, allow_damaged, advance, up_to), reading.notes
+) -> restoring.Restored:
+    """What a pass over the backup delivered."""
+    with (
+        contextlib.closing(backend.read()) as reading,
+        progress_bar("Restoring", 0) as advance,
+    ):
+        return restoring.restore(reading, dest, allow_damaged, advance, up_to)
 
 
 def _warn_problems(problems: Sequence[str]) -> None:
@@ -106,8 +110,8 @@ def _warn_problems(problems: Sequence[str]) -> None:
         )
 
 
-def _warn_incomplete(damage: Exception | None) -> None:
-    click.echo(f"WARNING: {getattr(damage, 'problem', damage)}", err=True)
+def _warn_incomplete(damage: BackupError) -> None:
+    click.echo(f"WARNING: {damage.problem}", err=True)
     click.echo(
         "WARNING: this database is an OLD state. Never start the node on it: its peers may take"
         " the channels' whole funds. Start a new node with the same hsm_secret and"

@@ -16,7 +16,6 @@ import unwind
 from backend import (
     RELEASE,
     Backend,
-    Reading,
     Snapshot,
     log,
 )
@@ -164,13 +163,6 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]
             bar.update(done - bar.pos)
 
         yield advance
-
-
-@contextlib.contextmanager
-def reading_bar(label: str, reading: Reading) -> Iterator[Callable[[], None]]:
-    """``progress_bar`` for a callback without arguments: how far ``reading`` is."""
-    with progress_bar(label, reading.total) as advance:
-        yield lambda: advance(reading.position, reading.total)
 
 
 def readable(size: float | None) -> str:

@@ -36,18 +36,23 @@ only if SQLite then refuses it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from backend import (
     MAX_CHANGE_SIZE,
     MAX_CHUNK_SIZE,
     MAX_VERSION,
+    Beginning,
     Change,
+    Ending,
     Reading,
     Status,
+    Step,
     bump,
 )
 from decisions import Verdict, judge
@@ -63,71 +68,98 @@ SNAPSHOT = 2
 _BUMP = re.compile(re.escape(bump(1).removesuffix("0").encode()) + rb"([0-9]{1,10})")
 
 
-class Layout1Reading(Reading):
-    """A pass over a file of layout 1 (see Reading).
+@dataclass(frozen=True, slots=True)
+class Layout1Ending(Ending):
+    """How a pass over a file of layout 1 went.
 
     Attributes:
-        abandoned: changes left out because the node never committed them.
         changes: changes since the snapshot that count.
+        abandoned: changes left out because the node never committed them.
         snapshot_size: bytes of the last snapshot.
-        notes: what else was found, in words.
+        rewindable: whether the last change may be taken back.
     """
 
+    changes: int = 0
+    abandoned: int = 0
+    snapshot_size: int = 0
+    rewindable: bool = False
+
+
+class Layout1Reading(Reading):
+    """A pass over a file of layout 1 (see Reading), which ends in a Layout1Ending."""
+
     def __init__(self, path: str) -> None:
-        self.path = path
+        self._path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.total = os.fstat(self._fd).st_size
+            self._total = os.fstat(self._fd).st_size
         except FileNotFoundError as error:
             raise BackupMissing(f"file://{path}") from error
         except OSError as error:
             raise DiskError(path, error, "open") from error
-        self.position = FIRST_ENTRY
-        self.abandoned = 0
-        self.changes = 0
-        self.snapshot_size = 0
-        self.notes: list[str] = []
-        self.rewindable = False
+        self._position = FIRST_ENTRY
+        self._abandoned = 0
+        self._changes = 0
+        self._version = 0
+        self._snapshot_size = 0
+        self._rewindable = False
         self._held: Change | None = None
         self._reason = ""
         self._entries = 0
         self._highest = 0
 
-    def __iter__(self) -> Iterator[Change]:
-        header = self._pread(0, FIRST_ENTRY)
+    def __iter__(self) -> Iterator[Step]:
+        for found in self._found():
+            yield Step(found, self._position, self._total)
+
+    def _found(self) -> Iterator[Beginning | Change | Layout1Ending]:
+        header, damage = b"", None
         try:
-            while self.position < self.total and not self._reason:
+            header = self._pread(0, FIRST_ENTRY)
+            while self._position < self._total and not self._reason:
                 yield from self._next_entry()
         except BackupError as error:
-            self.damage = error
+            damage = error
         if self._held is not None:
             yield self._held
-        if self.damage is not None:
-            return
-        if len(header) < FIRST_ENTRY:
-            self.damage = self._damaged("the header is cut off", "and there may be more")
+        if damage is None and len(header) < FIRST_ENTRY:
+            damage = self._damaged("the header is cut off", "and there may be more")
+        if damage is not None:
+            yield self._ending(damage)
         else:
             _, version, _, _, _, count = HEADER.unpack_from(header)
-            self._judge_end(version, count)
+            yield self._judged(version, count)
 
-    def _next_entry(self) -> Iterator[Change]:
-        head = self._pread(self.position, ENTRY.size)
+    def _ending(self, damage: BackupError | None, *notes: str) -> Layout1Ending:
+        return Layout1Ending(
+            version=self._version,
+            torn_tail=bool(self._reason) and damage is None,
+            damage=damage,
+            notes=notes,
+            changes=self._changes,
+            abandoned=self._abandoned,
+            snapshot_size=self._snapshot_size,
+            rewindable=self._rewindable,
+        )
+
+    def _next_entry(self) -> Iterator[Beginning | Change]:
+        head = self._pread(self._position, ENTRY.size)
         if len(head) < ENTRY.size:
             return self._stop("it ends inside an entry")
         length, version, kind = ENTRY.unpack(head)
-        end = self.position + ENTRY.size + length
+        end = self._position + ENTRY.size + length
         if not any(head):
             return self._stop("the rest is zero")
         if kind not in (TRANSACTION, SNAPSHOT):
             return self._stop(f"an entry of the unknown type {kind}")
-        if end > self.total:
+        if end > self._total:
             return self._unreadable(version, kind, length, "it ends inside an entry")
         if kind == SNAPSHOT:
             yield from self._snapshot(version, length)
         else:
             yield from self._transaction(version, length)
         if not self._reason:
-            self.position = end
+            self._position = end
             self._entries += 1
             self._highest = max(self._highest, version)
 
@@ -137,20 +169,20 @@ class Layout1Reading(Reading):
     def _unreadable(self, version: int, kind: int, length: int, reason: str) -> None:
         """Stop before an entry of which only the head can be read."""
         bumps = kind == TRANSACTION and length >= len(bump(version))
-        if bumps and self.rewindable and version == self.version:
+        if bumps and self._rewindable and version == self._version:
             # It came in place of the change before it, which was abandoned.
-            self._held, self.rewindable = None, False
-            self.version -= 1
-            self.changes -= 1
-            self.abandoned += 1
+            self._held, self._rewindable = None, False
+            self._version -= 1
+            self._changes -= 1
+            self._abandoned += 1
         self._stop(reason)
 
-    def _snapshot(self, version: int, length: int) -> Iterator[Change]:
+    def _snapshot(self, version: int, length: int) -> Iterator[Beginning | Change]:
         self._held = None
-        self.version, self.changes, self.snapshot_size = version, 0, length
-        self.rewindable = False
-        yield Change(version, b"", None)
-        start = self.position + ENTRY.size
+        self._version, self._changes, self._snapshot_size = version, 0, length
+        self._rewindable = False
+        yield Beginning(version, length)
+        start = self._position + ENTRY.size
         for offset in range(start, start + length, MAX_CHUNK_SIZE):
             size = min(MAX_CHUNK_SIZE, start + length - offset)
             yield Change(version, self._pread(offset, size), None)
@@ -159,7 +191,7 @@ class Layout1Reading(Reading):
         try:
             if length > MAX_CHANGE_SIZE:
                 raise InvalidChange("an entry over the limit of a change")
-            change = Change.decode(version, self._pread(self.position + ENTRY.size, length))
+            change = Change.decode(version, self._pread(self._position + ENTRY.size, length))
         except InvalidChange as error:
             return self._unreadable(version, TRANSACTION, length, error.problem.rstrip("."))
         if not change.is_known:
@@ -168,60 +200,61 @@ class Layout1Reading(Reading):
                 " change ends with",
                 "and what follows is not known",
             )
-        verdict = judge(change.base, self.version, self.rewindable, first=True)
+        verdict = judge(change.base, self._version, self._rewindable, first=True)
         if verdict is Verdict.REWIND:
-            self.abandoned += 1
-            self.changes -= 1
+            self._abandoned += 1
+            self._changes -= 1
         elif verdict is not Verdict.APPEND:
             raise self._damaged(
-                f"an entry of version {version} follows one of version {self.version}",
+                f"an entry of version {version} follows one of version {self._version}",
                 "the ones between are missing",
             )
         elif self._held is not None:
             yield self._held
         self._held = change
-        self.version, self.rewindable = version, change.bumps
-        self.changes += 1
+        self._version, self._rewindable = version, change.bumps
+        self._changes += 1
 
-    def _judge_end(self, header_version: int, header_count: int) -> None:
-        """Compare the header, and what stands behind the end, with the entries read."""
+    def _judged(self, header_version: int, header_count: int) -> Layout1Ending:
+        """The ending: compare the header, and what stands behind the end, with the entries read."""
         reason, lost = self._reason or "the file ends there", ""
+        damage, notes = None, []
         behind = self._newest_behind() if self._reason else 0
         if header_version > self._highest:
             lost = f"but its header names version {header_version}: what is between is lost"
-        elif header_version > self.version and header_count == self._entries and not self._reason:
+        elif header_version > self._version and header_count == self._entries and not self._reason:
             lost = f"but its header names version {header_version}"
         elif header_count > self._entries:
             lost = f"but its header counts {header_count} entries, and {self._entries} are there"
-        elif behind > self.version + 1:
-            lost = f"versions {self.version + 1} to {behind} stand behind the damage"
+        elif behind > self._version + 1:
+            lost = f"versions {self._version + 1} to {behind} stand behind the damage"
         if lost:
-            self.damage = self._damaged(reason, lost)
+            damage = self._damaged(reason, lost)
         elif self._reason:
-            self.torn_tail = True
-            self.notes.append(f"At offset {self.position} {reason}; it was left out.")
-        if header_version < self.version:
-            self.notes.append(
+            notes.append(f"At offset {self._position} {reason}; it was left out.")
+        if header_version < self._version:
+            notes.append(
                 f"The header is behind: it names version {header_version}, and the entries"
-                f" lead to version {self.version}."
+                f" lead to version {self._version}."
             )
+        return self._ending(damage, *notes)
 
     def _newest_behind(self) -> int:
         """The highest version that a change behind the end of the entries leads to, or 0."""
         newest, overlap = 0, len(bump(MAX_VERSION))
-        for offset in range(self.position, self.total, MAX_CHUNK_SIZE):
+        for offset in range(self._position, self._total, MAX_CHUNK_SIZE):
             window = self._pread(offset, MAX_CHUNK_SIZE + overlap)
             newest = max([newest, *(int(match[1]) + 1 for match in _BUMP.finditer(window))])
         return newest
 
     def _damaged(self, reason: str, lost: str) -> Damaged:
-        return Damaged(self.path, self.position, reason, self.version, lost)
+        return Damaged(self._path, self._position, reason, self._version, lost)
 
     def _pread(self, offset: int, size: int) -> bytes:
         try:
             return os.pread(self._fd, size, offset)
         except OSError as error:
-            raise DiskError(self.path, error, f"read at offset {offset}") from error
+            raise DiskError(self._path, error, f"read at offset {offset}") from error
 
     def close(self) -> None:
         """See Reading."""
@@ -251,27 +284,25 @@ def header_version(path: str) -> int:
 
 def status(url: str, path: str) -> Status:
     """A look at the file of layout 1 ``path``."""
-    reading = Layout1Reading(path)
-    try:
-        for _ in reading:
-            pass
-    finally:
-        reading.close()
-    notes = list(reading.notes)
-    if reading.abandoned:
-        notes.append(f"{reading.abandoned} changes that never happened are left out.")
+    with contextlib.closing(Layout1Reading(path)) as reading:
+        for step in reading:
+            ending, position, total = step
+    assert isinstance(ending, Layout1Ending), "a pass ends in one"
+    notes = list(ending.notes)
+    if ending.abandoned:
+        notes.append(f"{ending.abandoned} changes that never happened are left out.")
     return Status(
         url=url,
         layout="file layout 1, of the earlier plugin",
-        version=reading.version,
-        prev_version=reading.version - 1 if reading.rewindable else None,
-        version_count=reading.changes + (reading.snapshot_size > 0),
-        changes=reading.changes,
-        snapshot_size=reading.snapshot_size,
-        size=reading.position,
-        allocated=reading.total,
-        torn_tail=reading.torn_tail,
+        version=ending.version,
+        prev_version=ending.version - 1 if ending.rewindable else None,
+        version_count=ending.changes + (ending.snapshot_size > 0),
+        changes=ending.changes,
+        snapshot_size=ending.snapshot_size,
+        size=position,
+        allocated=total,
+        torn_tail=ending.torn_tail,
         checked=True,
-        damage=str(reading.damage) if reading.damage else None,
+        damage=str(ending.damage) if ending.damage else None,
         notes=notes,
     )

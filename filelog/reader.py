@@ -13,10 +13,19 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 
-from backend import FOREIGN_KEYS_OFF, Change, Reading, chain_after, utc
+from backend import (
+    FOREIGN_KEYS_OFF,
+    Beginning,
+    Change,
+    Ending,
+    Reading,
+    Step,
+    chain_after,
+    utc,
+)
 from errors import CLI, BackupError, BackupMissing, Damaged, DiskError, UnsupportedLayout
 from filelog import layout1, layout2
-from filelog.layout2 import Head, Kind, Tail, TailKind
+from filelog.layout2 import BEFORE_FIRST, Head, Kind, Tail, TailKind
 
 GROWING_TAIL_S = 1.0
 """How long a reader waits for an append in flight before it judges the tail."""
@@ -228,12 +237,24 @@ def is_foreign_keys_off(head: Head) -> bool:
     return head.chain == chain_after(head.chain_before, head.version, payload)
 
 
-def effective(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[Change]:
-    """What a restore applies: without changes taken back, without an idle PRAGMA OFF."""
+def effective(
+    log_records: Iterable[tuple[Head, bytes]], snapshot_size: int | None = None
+) -> Iterator[tuple[Head, Beginning | Change]]:
+    """What a restore applies, each with the head of its record.
+
+    Changes taken back are left out, and so is an idle PRAGMA OFF.
+
+    Args:
+        snapshot_size: bytes of the snapshot that they begin with, if known.
+    """
     off: tuple[Head, Change] | None = None
+    in_snapshot = False
     for head, payload in _not_rewound(log_records):
         if head.kind == Kind.SNAPSHOT:
-            yield Change(head.version, payload, None)
+            if not in_snapshot:
+                yield head, Beginning(head.version, snapshot_size)
+            in_snapshot = not head.flags & layout2.FINAL
+            yield head, Change(head.version, payload, None)
             continue
         change = Change.decode(head.version, payload)
         if is_foreign_keys_off(head):
@@ -241,9 +262,9 @@ def effective(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[Change]:
             continue
         # A new lightningd has foreign_keys ON: OFF holds for its own session alone.
         if off is not None and off[0].session == head.session:
-            yield off[1]
+            yield off
         off = None
-        yield change
+        yield head, change
 
 
 def _not_rewound(log_records: Iterable[tuple[Head, bytes]]) -> Iterator[tuple[Head, bytes]]:
@@ -279,24 +300,24 @@ class FileReading(Reading):
 
     def __init__(self, path: str) -> None:
         self._reader = LogReader(path)
-        self.total = self._reader.allocated
-        self.snapshot_size = layout2.snapshot_size(self._reader.log_start or layout2.FIRST_RECORD)
 
-    def __iter__(self) -> Iterator[Change]:
+    def __iter__(self) -> Iterator[Step]:
+        reader, total = self._reader, self._reader.allocated
+        size = layout2.snapshot_size(reader.log_start) if reader.log_start else None
+        damage: BackupError | None = None
         try:
-            yield from effective(self._noted())
+            for head, found in effective(reader, size):
+                yield Step(found, head.end, total)
         except BackupError as error:
-            self.damage = error
-
-    def _noted(self) -> Iterator[tuple[Head, bytes]]:
-        reader = self._reader
-        for head, payload in reader:
-            self.position = head.end
-            self.version, self.last_change_ns = head.version, head.time_ns
-            yield head, payload
-        self.position = self.total
-        self.torn_tail = reader.tail.kind is TailKind.TORN
-        self.damage = reader.damage
+            damage = error
+        last = reader.last or BEFORE_FIRST
+        ending = Ending(
+            version=last.version,
+            last_change_ns=last.time_ns if reader.last else None,
+            torn_tail=reader.tail.kind is TailKind.TORN,
+            damage=damage or reader.damage,
+        )
+        yield Step(ending, reader.position if ending.damage else total, total)
 
     def close(self) -> None:
         """See Reading."""

@@ -7,14 +7,13 @@ that it can be dropped one day.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import tempfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import protocol
-from backend import NOBODY, Change, Reading, Snapshot
+from backend import NOBODY, Beginning, Change, Ending, Found, Snapshot, Step
 from errors import InvalidChange
 from protocol import Event, Nack, PacketType, SnapshotPart
 from serving import rules
@@ -109,49 +108,48 @@ class Protocol1:
     def restore(self) -> None:
         """Send a snapshot and the changes after it, without those that were taken back."""
         backend = self._keeper.backend
-        reading = backend.read()
-        with contextlib.closing(reading):
+        with contextlib.closing(backend.read()) as reading:
             for block in blocks(reading, os.path.dirname(backend.path)):
                 self._outgoing.send_block(block)
-        if reading.damage is not None:
-            raise Dropped(f"the backup is damaged: {reading.damage}")
         self._outgoing.send_block(protocol.encode(PacketType.DONE))
 
 
-def blocks(reading: Reading, directory: str) -> Iterator[bytes]:
-    """The SNAPSHOT and CHANGE packets of a restore, in blocks that are good to send."""
-    changes = iter(reading)
+def blocks(steps: Iterable[Step], directory: str) -> Iterator[bytes]:
+    """The SNAPSHOT and CHANGE packets of a restore, in blocks that are good to send.
+
+    Raises:
+        Dropped: behind them stands damage.
+    """
+    all_found = (step.found for step in steps)
     block = bytearray()
-    for change in changes:
-        if change.snapshot is not None:
-            rest = itertools.chain([change], changes)
-            first = yield from _snapshot_blocks(rest, directory)
-            if first is None:
-                return
-            change = first
-        block += protocol.encode_change(change)
+    for found in all_found:
+        while isinstance(found, Beginning):
+            found = yield from _snapshot_blocks(found, all_found, directory)
+        if isinstance(found, Ending):
+            yield bytes(block)
+            if found.damage is not None:
+                raise Dropped(f"the backup is damaged: {found.damage}")
+            return
+        block += protocol.encode_change(found)
         if len(block) >= BLOCK_SIZE:
             yield bytes(block)
             block.clear()
-    yield bytes(block)
 
 
 def _snapshot_blocks(
-    changes: Iterator[Change], directory: str
-) -> Generator[bytes, None, Change | None]:
-    """The SNAPSHOT packet of the pieces that come first; returns the change after them."""
-    deflate, version, following = zlib.compressobj(1), 0, None
+    beginning: Beginning, following: Iterator[Found], directory: str
+) -> Generator[bytes, None, Found]:
+    """The SNAPSHOT packet of the pieces that come first; returns what comes after them."""
+    deflate = zlib.compressobj(1)
     # The packet begins with its length, and memory is bounded: hence a scratch file.
     with tempfile.TemporaryFile(dir=directory) as packed:
-        for change in changes:
-            if change.snapshot is None:
-                following = change
+        for found in following:
+            if not isinstance(found, Change) or found.snapshot is None:
                 break
-            version = change.version
-            packed.write(deflate.compress(change.snapshot))
+            packed.write(deflate.compress(found.snapshot))
         packed.write(deflate.flush())
-        yield protocol.snapshot_header(version, packed.tell())
+        yield protocol.snapshot_header(beginning.version, packed.tell())
         packed.seek(0)
         while block := packed.read(BLOCK_SIZE):
             yield block
-    return following
+    return found

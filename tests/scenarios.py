@@ -35,6 +35,7 @@ from filelog.layout2 import Tail, TailKind
 from serving import spool
 from serving.client import Stored
 from serving.keeper import Keeper
+from tests import support
 from tests.disk import Disk, Fault, Files, Killed, Model, standing_in
 from upkeep import compaction, upgrade
 from wallet import restore
@@ -92,18 +93,22 @@ def version_of(history: History) -> int:
     return history[-1][0] if history else 0
 
 
-def entries(reading: Any) -> tuple[bytes | None, History]:
-    """The snapshot and the changes of a pass over a backup; no PRAGMA counts alone."""
-    pieces: list[bytes] = []
+def entries(url: str) -> tuple[bytes | None, History]:
+    """The snapshot and the changes of the backup file at ``url``; no PRAGMA counts alone.
+
+    Raises:
+        BackupError: it is damaged, or not there.
+    """
+    calls, pieces, ending = support.passed(FileBackend(url).read())
+    if ending.damage is not None:
+        raise ending.damage
     found: list[Entry] = []
     off = False
-    for change in reading:
-        if change.snapshot is not None:
-            pieces.append(change.snapshot)
-        elif change.transaction == [FOREIGN_KEYS_OFF]:
+    for version, statements in calls:
+        if statements == [FOREIGN_KEYS_OFF]:
             off = True
-        elif change.transaction != [FOREIGN_KEYS_ON]:
-            found.append((change.version, off, change.payload))
+        elif statements != [FOREIGN_KEYS_ON]:
+            found.append((version, off, Change(version, None, statements).payload))
             off = False
     return b"".join(pieces) if pieces else None, tuple(found)
 
@@ -340,13 +345,9 @@ class Aftermath:
 
     def _read(self, path: str = "") -> History | None:
         try:
-            reading = FileBackend(f"file://{path or self._path}").read()
+            snapshot, changes = entries(f"file://{path or self._path}")
         except BackupMissing:
             return None
-        snapshot, changes = entries(reading)
-        reading.close()
-        if reading.damage is not None:
-            raise reading.damage
         if snapshot is None:
             return changes
         return self._library.recognise(snapshot, changes, self._candidates())
@@ -391,7 +392,7 @@ class Aftermath:
             with contextlib.suppress(UnsupportedLayout):
                 backend.open()
                 raise AssertionError("a file of layout 1 was opened for writing")
-            upgrade.from_log(backend, NOBODY, lambda reading: None)
+            upgrade.from_log(backend, NOBODY, lambda *_: None)
             found = self._read()
         elif redo.what == "replace" and found != redo.history:
             self._refuses(redo.history, OutOfDate)
@@ -477,8 +478,8 @@ class Aftermath:
     def _check_restored(self, history: History) -> None:
         target = os.path.join(self._directory, "restored.sqlite3")
         with contextlib.closing(FileBackend(self._url).read()) as reading:
-            done = restore.restore(reading, target, False, lambda: None)
-        assert not done.problems and done.version == version_of(history)
+            done = restore.restore(reading, target, False, lambda *_: None)
+        assert not done.problems and done.ending.version == version_of(history)
         assert dump(target) == dump(self._library.database(history)), "the same database"
         self.restored += 1
 
@@ -615,7 +616,7 @@ class Life:
         redo = Redo("upgrade", original, history)
         self.nodes = (history, history[:-1]) if changes else (history,)
         self.mark({history, *self._gone()}, self.nodes, redo, history)
-        upgrade.from_log(FileBackend(self.url), NOBODY, lambda reading: None)
+        upgrade.from_log(FileBackend(self.url), NOBODY, lambda *_: None)
         self.mark({history}, self.nodes, redo, history)
 
     # The node
@@ -687,14 +688,12 @@ class Life:
 
     def look(self) -> None:
         """After a failure: what the backup holds now, of all that it may hold."""
-        reading = FileBackend(self.url).read()
-        snapshot, changes = entries(reading)
-        reading.close()
+        snapshot, changes = entries(self.url)
         candidates = [history for history in self.expected.allowed if history is not None]
         found = changes
         if snapshot is not None:
             found = self.library.recognise(snapshot, changes, iter(candidates))
-        assert reading.damage is None and found in candidates
+        assert found in candidates
         self.stored, self.node = found, self.rng.choice(self.nodes)
 
     def power_cut(self, torn: bool = True) -> None:

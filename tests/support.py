@@ -20,9 +20,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from backend import Change, Session, bump
+from backend import Beginning, Change, Ending, Reading, Session, bump
 from filebackend import FileBackend
 from filelog.layout2 import Head
 from filelog.reader import LogReader
@@ -304,6 +304,44 @@ def opened(url: str) -> Iterator[FileBackend]:
         yield backend
     finally:
         backend.close()
+
+
+class Passed(NamedTuple):
+    """All that a pass over a backup found."""
+
+    calls: list[Call]
+    pieces: list[bytes]
+    ending: Ending
+
+    @property
+    def snapshot(self) -> bytes:
+        """What a restore would write before it replays the calls."""
+        return b"".join(self.pieces)
+
+
+def passed(reading: Reading) -> Passed:
+    """Go through ``reading`` and close it."""
+    calls, pieces = list[Call](), list[bytes]()
+    with contextlib.closing(reading):
+        for found, _, _ in reading:
+            if isinstance(found, Ending):
+                return Passed(calls, pieces, found)
+            if isinstance(found, Beginning):
+                calls.clear()
+                pieces.clear()
+            elif found.snapshot is not None:
+                assert not calls, "a snapshot comes first"
+                pieces.append(found.snapshot)
+            else:
+                calls.append((found.version, list(found.transaction or ())))
+    raise AssertionError("a pass ends in an Ending")
+
+
+def stored(url: str) -> list[Call]:
+    """The changes in the backup file at ``url`` that a restore would apply; all is sound."""
+    found = passed(FileBackend(url).read())
+    assert (found.ending.damage, found.ending.torn_tail) == (None, False)
+    return found.calls
 
 
 def records_of(path: Path) -> list[tuple[Head, bytes]]:

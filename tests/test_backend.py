@@ -354,8 +354,9 @@ def test_neither_or_both_kinds_are_refused(
 
 def test_piece_of_a_snapshot_has_a_limit() -> None:
     assert len(Change(5, bytes(MAX_CHUNK_SIZE), None).payload) == MAX_CHUNK_SIZE
-    with pytest.raises(InvalidChange, match="piece of a snapshot"):
-        Change(5, bytes(MAX_CHUNK_SIZE + 1), None)
+    for piece in (b"", bytes(MAX_CHUNK_SIZE + 1)):
+        with pytest.raises(InvalidChange, match=f"piece of a snapshot has {len(piece)} bytes"):
+            Change(5, piece, None)
 
 
 @pytest.mark.parametrize(

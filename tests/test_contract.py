@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import os
 import sqlite3
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backend import FOREIGN_KEYS_OFF, Change, Destination, Snapshot
+from backend import FOREIGN_KEYS_OFF, Beginning, Change, Destination, Ending, Snapshot
 from destinations import backend_for
 from errors import BackupBusy, BackupError, BackupExists, ConfigError
 from socketbackend import SocketBackend
@@ -94,17 +95,9 @@ def state(backend: Destination) -> tuple[int, int, bool, int]:
 
 def restored(connect: Connect) -> tuple[bytes, list[Call]]:
     """The snapshot and the calls that a restore would apply."""
-    reading = connect().read()
-    snapshot, calls = b"", list[Call]()
-    for change in reading:
-        if change.snapshot is None:
-            calls.append((change.version, list(change.transaction or ())))
-        else:
-            assert not calls, "a snapshot comes first"
-            snapshot += change.snapshot
-    reading.close()
-    assert (reading.damage, reading.torn_tail) == (None, False)
-    return snapshot, calls
+    calls, pieces, ending = support.passed(connect().read())
+    assert (ending.damage, ending.torn_tail) == (None, False)
+    return b"".join(pieces), calls
 
 
 def snapshot(directory: Path, version: int, size: int = 8192) -> Snapshot:
@@ -356,8 +349,8 @@ def test_reading_in_mid_session_and_going_on(connect: Connect) -> None:
     with opened(connect) as backend:
         add(backend, *CALLS[:2])
         reading = connect().read()
-        found = next(iter(reading))
-        assert list(found.transaction or ()) == CALLS[0][1]
+        found = next(iter(reading)).found
+        assert isinstance(found, Change) and found.transaction == CALLS[0][1]
         add(backend, *CALLS[2:])
         reading.close()  # A pass may end early.
         assert restored(connect) == (b"", CALLS)
@@ -368,10 +361,41 @@ def test_reading_tells_how_far_it_came(connect: Connect) -> None:
     with opened(connect) as backend:
         add(backend, *CALLS)
     reading = connect().read()
-    assert len(list(reading)) == len(CALLS)
-    assert (reading.version, reading.damage, reading.torn_tail) == (6, None, False)
-    assert reading.total == 0 or reading.position == reading.total
+    *changes, (ending, position, total) = reading
     reading.close()
+    assert [getattr(step.found, "version", 0) for step in changes] == [call[0] for call in CALLS]
+    places = [step.position for step in changes]
+    assert places == sorted(places) and places[-1] <= position
+    assert isinstance(ending, Ending)
+    assert (ending.version, ending.damage, ending.torn_tail) == (6, None, False)
+    assert total == 0 or position == total
+
+
+def test_pass_begins_with_the_snapshot_and_ends_once(connect: Connect, tmp_path: Path) -> None:
+    source = snapshot(tmp_path, 4, 3 << 20)
+    connect().create(source)
+    with opened(connect) as backend:
+        add(backend, change(5))
+    with contextlib.closing(connect().read()) as reading:
+        found = [step.found for step in reading]
+    assert isinstance(found[0], Beginning) and found[0].version == 4
+    assert found[0].size in (None, os.path.getsize(source.path))
+    assert [getattr(each, "snapshot", None) is None for each in found[1:]].index(True) >= 3
+    assert found[-2] == Change(5, None, change(5)[1])
+    assert isinstance(found[-1], Ending) and found[-1].version == 5
+    assert {type(each) for each in found[1:-1]} == {Change}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are listed elsewhere")
+def test_pass_that_is_closed_early_keeps_nothing_open(connect: Connect, tmp_path: Path) -> None:
+    connect().create(snapshot(tmp_path, 4))
+    before = len(os.listdir("/proc/self/fd"))
+    for steps in range(3):
+        reading = connect().read()
+        taken = list(itertools.islice(reading, steps))
+        assert len(taken) == steps
+        reading.close()
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 # Status.
@@ -473,7 +497,7 @@ def test_only_who_keeps_the_file_tells_whether_it_is_old(connect: Connect) -> No
     with pytest.raises(ConfigError, match="is kept by a server"):
         backend.is_old()
     with pytest.raises(ConfigError, match="is kept by a server"):
-        backend.rebuild(bytes(16), lambda reading: None)
+        backend.rebuild(bytes(16), lambda *_: None)
 
 
 def test_commands_and_plugin_ask_the_interface() -> None:

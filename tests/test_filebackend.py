@@ -18,7 +18,7 @@ import pytest
 
 import durable
 import space
-from backend import Change, Snapshot
+from backend import Change, Ending, Snapshot
 from errors import (
     BackupBusy,
     BackupError,
@@ -49,15 +49,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stored(url: str) -> tuple[list[Call], bytes, Exception | None, bool]:
     """What a restore would apply: calls and snapshot, then damage and torn tail."""
-    reading = FileBackend(url).read()
-    calls, snapshot = [], b""
-    for change in reading:
-        if change.snapshot is not None:
-            snapshot += change.snapshot
-        else:
-            calls.append((change.version, list(change.transaction or ())))
-    reading.close()
-    return calls, snapshot, reading.damage, reading.torn_tail
+    calls, pieces, ending = support.passed(FileBackend(url).read())
+    return calls, b"".join(pieces), ending.damage, ending.torn_tail
 
 
 def opened_version(url: str) -> int:
@@ -97,11 +90,13 @@ def test_log_that_becomes_smaller_while_it_is_read_is_damaged(url: str) -> None:
     for cut in (0, heads[5].offset, heads[5].offset + 1000):
         content = path.read_bytes()
         with contextlib.closing(FileBackend(url).read()) as reading:
-            changes = iter(reading)
-            next(changes)
+            steps = iter(reading)
+            next(steps)
             os.truncate(path, cut)
-            assert 0 < len(list(changes)) < 7
-        assert "was cut while it was read" in str(reading.damage)
+            *changes, (ending, _, _) = steps
+        assert 0 < len(changes) < 7
+        assert isinstance(ending, Ending)
+        assert "was cut while it was read" in str(ending.damage)
         path.write_bytes(content)
 
 
@@ -486,13 +481,13 @@ def test_pass_finishes_on_the_file_it_began_with(url: str, tmp_path: Path) -> No
     support.make_backup(url, CALLS)
     backend = FileBackend(url)
     reading = backend.read()
-    changes = iter(reading)
-    first = next(changes)
+    steps = iter(reading)
+    first = next(steps)
     snapshot = node_snapshot(tmp_path, CALLS[:3])
     backend.replace(snapshot)
-    rest = list(changes)
-    assert [list(c.transaction or ()) for c in [first, *rest]] == [s for _, s in CALLS]
-    assert (reading.damage, reading.version) == (None, 4)
+    *changes, (ending, _, _) = [first, *steps]
+    assert [getattr(c.found, "transaction", None) for c in changes] == [s for _, s in CALLS]
+    assert isinstance(ending, Ending) and (ending.version, ending.damage) == (4, None)
     reading.close()
     assert stored(url) == ([], Path(snapshot.path).read_bytes(), None, False)
 

@@ -22,7 +22,6 @@ from pathlib import Path
 import pytest
 
 from backend import MAX_CHANGE_SIZE
-from filebackend import FileBackend
 from tests import peers, support
 from tests.peers import (
     ACK,
@@ -82,11 +81,7 @@ def write(client: OldClient, calls: list[support.Call]) -> None:
 
 def stored(url: str) -> list[tuple[int, list[str]]]:
     """The changes in the backup file that a restore would apply."""
-    reading = FileBackend(url).read()
-    found = [(c.version, list(c.transaction)) for c in reading if c.transaction]
-    reading.close()
-    assert reading.damage is None
-    return found
+    return support.stored(url)
 
 
 def database(path: Path, version: int) -> bytes:

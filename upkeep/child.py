@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 import durable
-from backend import Reading
+from backend import Progress
 from errors import (
     BackupError,
     BackupMissing,
@@ -160,18 +160,18 @@ def say(message: Message) -> None:
     print(json.dumps(message), flush=True)
 
 
-def flushing(reading: Reading, scratch: str) -> Callable[[], None]:
-    """A callback for the replay of ``reading`` that flushes ``scratch`` from time to time.
+def flushing(scratch: str) -> Progress:
+    """A callback for a replay that flushes ``scratch`` from time to time.
 
     It need not be durable, but a node that shares the disk would wait long for all of it
     at once.
     """
     flushed = 0
 
-    def flush() -> None:
+    def flush(done: int, of: int) -> None:
         nonlocal flushed
-        if reading.position >= flushed + FLUSH_STEP:
-            flushed = reading.position
+        if done >= flushed + FLUSH_STEP:
+            flushed = done
             with open(scratch, "rb") as file:
                 durable.flush(file.fileno())
 

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 
 import durable
 import space
-from backend import Change, Progress, Reading, log
+from backend import Ending, Progress, Step, log
 from errors import BackupError, ConfigError, Unsound
 from filebackend import FileBackend
 from filelog import layout2
@@ -271,36 +271,32 @@ def _ends_snapshot(head: Head, before: Callable[[Head], Head | None]) -> bool:
     return last is not None and last.kind == Kind.SNAPSHOT
 
 
-class Fold(Reading):
-    """The records up to ``last``, for a replay; takes no more of ``entries`` than those.
+def fold(
+    reader: LogReader, entries: Iterator[Entry], last: Head, owners: list[Entry]
+) -> Iterator[Step]:
+    """A pass over the records up to ``last``; takes no more of ``entries`` than those.
 
-    Attributes:
-        owner: head and payload of the last owner record, or None.
+    Args:
+        owners: gets the owner records among them.
     """
+    reached: Head | None = None
 
-    owner: Entry | None = None
-
-    def __init__(self, reader: LogReader, entries: Iterator[Entry], last: Head) -> None:
-        self._reader = reader
-        self._entries = entries
-        self._last = last
-
-    def __iter__(self) -> Iterator[Change]:
-        yield from effective(self._noted())
-        if self.position < self._last.end:
-            self.damage = self._reader.damage or BackupError("The log ended before its time.")
-
-    def _noted(self) -> Iterator[Entry]:
-        for entry in self._entries:
-            self.version, self.position = entry[0].version, entry[0].end
-            if entry[0].kind == Kind.OWNER:
-                self.owner = entry
-            yield entry
-            if entry[0].offset == self._last.offset:
+    def up_to_last() -> Iterator[Entry]:
+        nonlocal reached
+        for reached, payload in entries:
+            if reached.kind == Kind.OWNER:
+                owners.append((reached, payload))
+            yield reached, payload
+            if reached.offset == last.offset:
                 return
 
-    def close(self) -> None:
-        """See Reading."""
+    for head, found in effective(up_to_last()):
+        yield Step(found, head.end, last.end)
+    damage: BackupError | None = None
+    if reached is None or reached.end < last.end:
+        damage = reader.damage or BackupError("The log ended before its time.")
+    version, end = (reached.version, reached.end) if reached else (0, 0)
+    yield Step(Ending(version, damage=damage), end, last.end)
 
 
 def build(path: str, prefix: str) -> Message:
@@ -314,11 +310,12 @@ def build(path: str, prefix: str) -> Message:
             return {"nothing": True}
         entries = iter(reader)
         scratch = f"{prefix}-new.sqlite3"
-        fold = Fold(reader, entries, last)
+        owners: list[Entry] = []
         assert reader.log_start is not None
         space.require(scratch, space.COMPACTION_FACTOR * layout2.snapshot_size(reader.log_start))
         with contextlib.suppress(restore.NothingToRestore):
-            restore.build(fold, scratch, False, reporter(fold, last, scratch))
+            steps = fold(reader, entries, last, owners)
+            restore.build(steps, scratch, False, reporter(scratch))
         if not os.path.getsize(scratch):  # PRAGMA calls alone: a snapshot has at least a page.
             return {"nothing": True}
         is_sound = check_sound(scratch, path, prefix)
@@ -328,23 +325,24 @@ def build(path: str, prefix: str) -> Message:
         writer = LogWriter(f"{prefix}-log", reader.backup_id, size, SMALL_FLUSH_STEP, like=path)
         with contextlib.closing(writer), contextlib.closing(LogReader(writer.path)) as verifier:
             writer.add_snapshot(scratch, last)
-            if fold.owner is not None:
-                writer.add_owner(fold.owner[0].session, fold.owner[1])
+            if owners:
+                head, payload = owners[-1]
+                writer.add_owner(head.session, payload)
             return {**catch_up(reader, entries, writer, verifier), "sound": is_sound}
 
 
-def reporter(fold: Fold, last: Head, scratch: str) -> Callable[[], None]:
-    """A callback that says how far the replay of ``fold`` is, and flushes ``scratch``."""
+def reporter(scratch: str) -> Progress:
+    """A callback that says how far the replay into ``scratch`` is, and flushes that file."""
     said = 0
-    flush = child.flushing(fold, scratch)
+    flush = child.flushing(scratch)
 
-    def report() -> None:
+    def report(done: int, of: int) -> None:
         nonlocal said
         space.require(scratch)
-        if fold.position >= said + REPORT_STEP:
-            said = fold.position
-            child.say({"done": said, "of": last.end})
-        flush()
+        if done >= said + REPORT_STEP:
+            said = done
+            child.say({"done": done, "of": of})
+        flush(done, of)
 
     return report
 

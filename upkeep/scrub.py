@@ -20,11 +20,11 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import durable
-from backend import Reading, log
+from backend import Ending, Step, log
 from errors import CLI, BackupError, CheckRunning, Unsound
 from filebackend import FileBackend
 from filelog import former, proof
@@ -191,61 +191,65 @@ def rest_after(worked_s: float) -> float:
 class Pace:
     """Holds the process to its share.
 
-    What was appended since ``reading`` began is read without a rest, or a busy node would
+    What was appended since the pass began is read without a rest, or a busy node would
     always be ahead.
     """
 
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
+    def __init__(self) -> None:
         self._began = time.monotonic()
 
-    def step(self) -> None:
-        """A step of work is done: rest if that is due."""
+    def step(self, done: int, of: int) -> None:
+        """A step of work is done, ``done`` bytes of ``of``: rest if that is due."""
         pause_s = rest_after(time.monotonic() - self._began)
-        if pause_s and self._reading.position < self._reading.total:
+        if pause_s and done < of:
             time.sleep(pause_s)
             self._began = time.monotonic()
 
 
-def check(reading: Reading) -> None:
-    """Read the whole log; raises what is wrong with it."""
-    pace = Pace(reading)
-    for _ in reading:
-        pace.step()
-    if reading.damage is not None:
-        raise reading.damage
+def check(steps: Iterable[Step]) -> int:
+    """Read the whole log, to the version returned; raises what is wrong with it."""
+    pace = Pace()
+    for step in steps:
+        pace.step(step.position, step.total)
+    ending = step.found
+    assert isinstance(ending, Ending), "a pass ends in one"
+    if ending.damage is not None:
+        raise ending.damage
+    return ending.version
 
 
-def prove(path: str, reading: Reading, scratch: str) -> None:
-    """Replay the whole log ``path`` into ``scratch``; raises what is wrong with either."""
-    flush, pace = child.flushing(reading, scratch), Pace(reading)
+def prove(path: str, steps: Iterable[Step], scratch: str) -> int:
+    """Replay the whole log ``path`` into ``scratch``, to the version returned.
 
-    def progress() -> None:
-        flush()
-        pace.step()
+    Raises what is wrong with either.
+    """
+    flush, pace = child.flushing(scratch), Pace()
+
+    def progress(done: int, of: int) -> None:
+        flush(done, of)
+        pace.step(done, of)
 
     try:
-        version, _ = restore.build(reading, scratch, False, progress)
+        ending, _ = restore.build(steps, scratch, False, progress)
     except restore.NothingToRestore:
-        return
+        return 0
     problems = database.check(scratch)
     if problems:
         raise Unsound(
-            f"The backup {path} restores version {version}, but SQLite's checks complain:"
+            f"The backup {path} restores version {ending.version}, but SQLite's checks complain:"
             f" {'; '.join(problems[:NAMED_PROBLEMS])}.",
             "The node's own database may be like that. With the node stopped, compare it:"
             f" `{CLI} verify --against DB {shlex.quote(f'file://{path}')}`.",
         )
+    return ending.version
 
 
 def scrub(path: str, prefix: str, mode: str) -> Message:
     """Check or prove the log ``path``; the message."""
     with contextlib.closing(FileReading(path)) as reading:
         if mode == PROVE:
-            prove(path, reading, _scratch(prefix))
-        else:
-            check(reading)
-        return {"sound": reading.version}
+            return {"sound": prove(path, reading, _scratch(prefix))}
+        return {"sound": check(reading)}
 
 
 def main(path: str, prefix: str, mode: str) -> None:

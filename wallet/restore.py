@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import durable
 import scratch
 import space
-from backend import Change, Reading
+from backend import Beginning, Ending, Progress, Step
 from errors import BackupError, BackupExists, ConfigError, DatabaseError, DiskError
 from wallet import confined, database, node
 
@@ -20,21 +20,15 @@ class Restored:
     """What a restore delivered.
 
     Attributes:
-        path: the database.
-        version: its data_version.
+        path: the database; its data_version is the ending's.
+        ending: how the pass over the backup went.
         changes: how many changes were replayed.
-        last_change_ns: Unix time of the last change, nanoseconds, or None.
-        torn_tail: an append that was never acknowledged was left out.
-        damage: what ended the backup early, or None.
         problems: what SQLite's checks found, empty if nothing.
     """
 
     path: str
-    version: int
+    ending: Ending
     changes: int
-    last_change_ns: int | None
-    torn_tail: bool
-    damage: Exception | None
     problems: list[str]
 
 
@@ -52,48 +46,43 @@ class VersionNotHeld(BackupError):
         super().__init__(f"The backup has no version {version}: {held}.")
 
 
-class UpTo(Reading):
-    """The part of ``reading`` that leads to ``version``, whatever stands behind it.
+def _leading_to(steps: Iterable[Step], version: int) -> Iterator[Step]:
+    """The part of a pass that leads to ``version``, whatever stands behind it.
 
-    Iterating it raises VersionNotHeld, or the damage before that version.
+    Raises:
+        VersionNotHeld: the backup never was at it.
+        BackupError: the damage before it.
     """
-
-    def __init__(self, reading: Reading, version: int) -> None:
-        self._reading = reading
-        self.version = version
-        self.total = reading.total
-        self.snapshot_size = reading.snapshot_size
-
-    def __iter__(self) -> Iterator[Change]:
-        first: int | None = None
-        last: Change | None = None
-        for change in self._reading:
-            self.position = self._reading.position
-            is_snapshot = change.snapshot is not None
-            if is_snapshot and change.version > self.version:
-                if last is None or last.snapshot is not None:
-                    raise VersionNotHeld(self.version, f"it begins with version {change.version}")
+    first: int | None = None
+    reached: int | None = None
+    is_whole = False  # A snapshot may not be complete.
+    notes: tuple[str, ...] = ()
+    position = total = 0
+    for step in steps:
+        found, position, total = step
+        if isinstance(found, Ending):
+            notes = found.notes
+            if found.damage and (not is_whole or reached is None or reached < version):
+                raise found.damage
+            break
+        if isinstance(found, Beginning):
+            if found.version > version:
+                if not is_whole:
+                    raise VersionNotHeld(version, f"it begins with version {found.version}")
                 break
+            first, is_whole = found.version, False
+        elif found.snapshot is None:
             # A PRAGMA call at this version is for what comes next.
-            if not is_snapshot and change.base >= self.version:
+            if found.base >= version:
                 break
-            first = change.version if first is None or is_snapshot else first
-            yield change
-            last = change
-        else:
-            damage = self._reading.damage
-            # A snapshot may not be complete.
-            if damage and (
-                last is None or last.snapshot is not None or last.version < self.version
-            ):
-                raise damage
-        if last is None or last.version != self.version:
-            held = f"it holds versions {first} to {last.version}" if last else "it begins later"
-            raise VersionNotHeld(self.version, held)
-
-    def close(self) -> None:
-        """See Reading."""
-        self._reading.close()
+            first = found.version if first is None else first
+            is_whole = True
+        reached = found.version
+        yield step
+    if reached != version:
+        held = "it begins later" if reached is None else f"it holds versions {first} to {reached}"
+        raise VersionNotHeld(version, held)
+    yield Step(Ending(version, notes=notes), position, total)
 
 
 def destination(dest: str) -> str:
@@ -126,24 +115,24 @@ def _is_named_like_directory(dest: str) -> bool:
 
 
 def build(
-    reading: Reading,
+    steps: Iterable[Step],
     beside: str,
     allow_damaged: bool,
-    progress: Callable[[], None],
+    progress: Progress,
     up_to: int | None = None,
-) -> tuple[int, int]:
-    """Write the database that ``reading`` leads to into the new file ``beside``.
+) -> tuple[Ending, int]:
+    """Write the database that a pass over a backup leads to into the new file ``beside``.
 
     After an error that file is garbage. What stands before a change that does not replay takes
     another pass, up to its base.
 
     Args:
         allow_damaged: deliver what stands before damage, too.
-        progress: called after every change.
+        progress: called after every change with bytes read, and in all.
         up_to: stop at this data_version.
 
     Returns:
-        The data_version reached, and the number of changes replayed.
+        The pass's ending, of the data_version reached, and the number of changes replayed.
 
     Raises:
         DoesNotReplay: a change cannot be executed.
@@ -152,37 +141,42 @@ def build(
             nothing.
     """
     if up_to is not None:
-        reading = UpTo(reading, up_to)
+        steps = _leading_to(steps, up_to)
+    ending: Ending | None = None
     replayer: database.Replayer | None = None
     changes = pieces = 0
     fd = durable.create(beside)
     try:
-        for change in reading:
-            if change.snapshot is not None:
-                if not change.snapshot:
-                    if replayer is not None:
-                        replayer.close()
-                        replayer = None
-                    os.ftruncate(fd, 0)
-                    changes = pieces = 0
-                    continue
-                durable.write_all(fd, change.snapshot, os.lseek(fd, 0, os.SEEK_END))
+        for found, position, total in steps:
+            if isinstance(found, Ending):
+                ending = found
+                continue
+            if isinstance(found, Beginning):
+                if replayer is not None:
+                    replayer.close()
+                    replayer = None
+                os.ftruncate(fd, 0)
+                changes = pieces = 0
+                continue
+            if found.snapshot is not None:
+                durable.write_all(fd, found.snapshot, os.lseek(fd, 0, os.SEEK_END))
                 pieces += 1
             else:
                 replayer = replayer or database.Replayer(beside)
-                replayer.apply(change)
+                replayer.apply(found)
                 changes += 1
-            progress()
-        if reading.damage is not None and not (allow_damaged and changes + pieces):
-            raise reading.damage
+            progress(position, total)
+        assert ending is not None, "a pass ends in one"
+        if ending.damage is not None and not (allow_damaged and changes + pieces):
+            raise ending.damage
         if not changes + pieces:
             raise NothingToRestore
         version = replayer.finish() if replayer else database.version_of(beside)
         replayer = None
-        if version != reading.version:
+        if version != ending.version:
             raise DatabaseError(
                 beside,
-                f"its data_version is {version}, but the backup's is {reading.version}",
+                f"its data_version is {version}, but the backup's is {ending.version}",
                 "Do not use this backup before that is understood.",
             )
         durable.flush(fd)
@@ -190,63 +184,56 @@ def build(
         os.close(fd)
         if replayer is not None:
             replayer.close()
-    return version, changes
+    return ending, changes
 
 
 def restore(
-    reading: Reading,
+    steps: Iterable[Step],
     dest: str,
     allow_damaged: bool,
-    progress: Callable[[], None],
+    progress: Progress,
     up_to: int | None = None,
 ) -> Restored:
     """Restore to ``dest`` (see destination), which is complete once it has its name.
+
+    Args: as build has them.
 
     Raises:
         BackupError: as build does, or the destination is taken or cannot be written.
     """
     path = destination(dest)
-    if up_to is not None:
-        reading = UpTo(reading, up_to)
     remove_database(f"{path}.restoring")  # As release 1.0 called it.
     with scratch.held(f"{path}.restoring-") as prefix:
         beside = f"{prefix}.sqlite3"
         try:
             with confined.ending_on_signals(lambda: scratch.remove(prefix)):
-                version, changes = build(reading, beside, allow_damaged, progress)
+                ending, changes = build(steps, beside, allow_damaged, progress, up_to)
                 problems = database.check(beside)
             durable.publish(beside, path)
         except FileExistsError as error:
             raise BackupExists(path, "It appeared while the restore ran.") from error
         except OSError as error:
             raise DiskError(beside, error, "write") from error
-    return Restored(
-        path,
-        version,
-        changes,
-        reading.last_change_ns,
-        reading.torn_tail,
-        reading.damage,
-        problems,
-    )
+    return Restored(path, ending, changes, problems)
 
 
 def verify(
-    reading: Reading,
+    steps: Iterable[Step],
     prefix: str,
     against: str | None,
-    progress: Callable[[], None],
+    progress: Progress,
     up_to: int | None = None,
-) -> tuple[int, list[str]]:
+) -> tuple[Ending, list[str]]:
     """Replay the backup into a scratch database and check it.
 
     Args:
         prefix: how the names of the scratch files begin (see scratch.held).
         against: a stopped node's database that must be the same, or None.
+        progress: called after every change with bytes read, and in all.
         up_to: compare at this data_version only, without SQLite's own checks.
 
     Returns:
-        The version reached, and every problem found, in words.
+        The pass's ending, of the version reached, and every problem found, in words.
 
     Raises:
         BackupError: the backup is damaged or does not replay.
@@ -256,21 +243,23 @@ def verify(
     def leave_room(needed: int = 0) -> None:
         space.require(path, needed, "Or do it on another disk: add --scratch DIR.")
 
-    def report() -> None:
-        leave_room()
-        progress()
+    def in_room() -> Iterator[Step]:
+        for step in steps:
+            size = step.found.size if isinstance(step.found, Beginning) else None
+            leave_room(0 if size is None else size + needed)
+            yield step
 
     try:
         needed = database.size_with_side_files(against) if against is not None else 0
-        leave_room(reading.snapshot_size + needed)
+        leave_room(needed)
         with confined.ending_on_signals(lambda: scratch.remove(prefix)):
-            version, _ = build(reading, path, False, report, up_to)
+            ending, _ = build(in_room(), path, False, progress, up_to)
             problems = database.check(path) if up_to is None else []
             if against is not None:
                 leave_room(needed)
                 database.copy_files(against, copy)
-                problems += _compare(path, version, copy)
-        return version, problems
+                problems += _compare(path, ending.version, copy)
+        return ending, problems
     except OSError as error:
         raise DiskError(path, error, "write") from error
     finally:

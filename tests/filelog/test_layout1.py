@@ -15,7 +15,7 @@ import pytest
 from backend import MAX_CHANGE_SIZE, bump
 from errors import BackupError, BackupMissing, Damaged, DatabaseError, DiskError, UnsupportedLayout
 from filebackend import FileBackend
-from filelog.layout1 import Layout1Reading, header_version, is_layout_1
+from filelog.layout1 import Layout1Ending, Layout1Reading, header_version, is_layout_1
 from tests import support
 from tests.layout1_files import (
     FIRST_ENTRY,
@@ -41,19 +41,18 @@ def old(tmp_path: Path) -> Path:
     return tmp_path / "old.bkp"
 
 
-def read(path: Path) -> tuple[list[Call], Layout1Reading]:
+def read(path: Path) -> tuple[list[Call], Layout1Ending]:
     """The changes that count, and how the pass went."""
-    reading = Layout1Reading(str(path))
-    calls = [(c.version, list(c.transaction)) for c in reading if c.transaction is not None]
-    reading.close()
-    return calls, reading
+    calls, _, ending = support.passed(Layout1Reading(str(path)))
+    assert isinstance(ending, Layout1Ending)
+    return calls, ending
 
 
 def restored(path: Path, name: str = "restored.sqlite3", allow_damaged: bool = False) -> Path:
     target = path.parent / name
     reading = FileBackend(f"file://{path}").read()
     try:
-        restore.restore(reading, str(target), allow_damaged, lambda: None)
+        restore.restore(reading, str(target), allow_damaged, lambda *_: None)
     finally:
         reading.close()
     return target
@@ -75,12 +74,12 @@ def assert_restores(path: Path, calls: Sequence[Call], allow_damaged: bool = Fal
 
 def assert_sound(path: Path, calls: Sequence[Call], notes: Sequence[str] = ()) -> None:
     """``path`` leads to ``calls``, undamaged, and says ``notes`` and no more."""
-    found, reading = read(path)
+    found, ending = read(path)
     assert found == calls
-    assert reading.damage is None
-    assert reading.version == (calls[-1][0] if calls else 0)
-    assert len(reading.notes) == len(notes), reading.notes
-    for note, text in zip(reading.notes, notes, strict=True):
+    assert ending.damage is None
+    assert ending.version == (calls[-1][0] if calls else 0)
+    assert len(ending.notes) == len(notes), ending.notes
+    for note, text in zip(ending.notes, notes, strict=True):
         assert text in note
     assert_restores(path, calls)
 
@@ -114,8 +113,8 @@ def test_normal(old: Path) -> None:
 
 def test_empty(old: Path) -> None:
     EarlierPlugin(old)
-    calls, reading = read(old)
-    assert (calls, reading.damage, reading.notes, reading.version) == ([], None, [], 0)
+    calls, ending = read(old)
+    assert (calls, ending.damage, ending.notes, ending.version) == ([], None, (), 0)
     with pytest.raises(restore.NothingToRestore):
         restored(old)
     assert not (old.parent / "restored.sqlite3").exists()
@@ -185,9 +184,9 @@ def test_crash_trace(old: Path) -> None:
     sessions = support.trace_sessions("crash")
     plugin = written(old, *sessions)
     before = plugin.path.stat(), support.contents(old.parent)
-    calls, reading = read(old)
-    assert reading.damage is None and reading.notes == []
-    assert reading.abandoned == sum(map(len, sessions)) - len(calls) > 50
+    calls, ending = read(old)
+    assert ending.damage is None and ending.notes == ()
+    assert ending.abandoned == sum(map(len, sessions)) - len(calls) > 50
     result = restored(old)
     node = support.trace_database("crash", old.parent)
     assert database.compare(str(node), str(result)) == []
@@ -233,16 +232,16 @@ def test_torn_at_every_byte(replaces: bool, old: Path) -> None:
         if replaces and end < start + HEAD_SIZE:
             kept = [*kept, ABANDONED]  # Nothing is there yet to contradict it.
         old.write_bytes(before + whole[FIRST_ENTRY:end])
-        found, reading = read(old)
-        assert (found, reading.damage) == (kept, None), end
-        assert reading.torn_tail == (end > start)
-        assert reading.version == kept[-1][0]
-        assert [note for note in reading.notes if "behind" in note] == []
+        found, ending = read(old)
+        assert (found, ending.damage) == (kept, None), end
+        assert ending.torn_tail == (end > start)
+        assert ending.version == kept[-1][0]
+        assert [note for note in ending.notes if "behind" in note] == []
         old.write_bytes(after + whole[FIRST_ENTRY:end])
-        found, reading = read(old)
+        found, ending = read(old)
         assert found == kept
-        assert isinstance(reading.damage, Damaged), end
-        assert reading.damage.offset == start
+        assert isinstance(ending.damage, Damaged), end
+        assert ending.damage.offset == start
         if end in (start, start + 3, start + HEAD_SIZE, len(whole) - 1):
             assert_damaged(old, start, kept)
             set_header(old, before)
@@ -503,9 +502,9 @@ def test_a_snapshot_cannot_be_taken_back(old: Path) -> None:
     end = old.stat().st_size
     with old.open("ab") as file:
         file.write(change_entry(calls[4]))
-    _, reading = read(old)
-    assert isinstance(reading.damage, Damaged)
-    assert reading.damage.offset == end
+    _, ending = read(old)
+    assert isinstance(ending.damage, Damaged)
+    assert ending.damage.offset == end
 
 
 def test_torn_snapshot(old: Path) -> None:
@@ -663,19 +662,17 @@ def wrong_unseen(path: Path, data: bytes, right: list[Call]) -> bool:
     path.write_bytes(data)
     if not is_layout_1(str(path)):
         return False  # Refused: see test_no_other_file.
-    reading = Layout1Reading(str(path))
     target = path.parent / "flipped.sqlite3"
-    try:
-        calls = [(c.version, list(c.transaction or ())) for c in reading]
-        if calls == right or reading.damage is not None or reading.torn_tail:
-            return False
-        result = restore.restore(Layout1Reading(str(path)), str(target), False, lambda: None)
-        target.unlink()
-        return not result.problems
-    except BackupError:
+    calls, ending = read(path)
+    if calls == right or ending.damage is not None or ending.torn_tail:
         return False
-    finally:
-        reading.close()
+    with contextlib.closing(Layout1Reading(str(path))) as reading:
+        try:
+            result = restore.restore(reading, str(target), False, lambda *_: None)
+        except BackupError:
+            return False
+    target.unlink()
+    return not result.problems
 
 
 @pytest.mark.parametrize("offset", range(4))
@@ -731,10 +728,11 @@ from wallet import restore
 reading = layout1.Layout1Reading(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if len(sys.argv) == 4:
-    restore.restore(reading, sys.argv[3], False, lambda: None)
+    restore.restore(reading, sys.argv[3], False, lambda *_: None)
 else:
-    print(sum(1 for change in reading))
-    print(reading.notes, reading.damage)
+    *changes, (ending, _, _) = reading
+    print(len(changes))
+    print(ending.notes, ending.damage)
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
 assert grown < 48, f"{grown} MiB more than at the start"
 """

@@ -205,10 +205,10 @@ def test_golden_file_is_read() -> None:
 @pytest.mark.parametrize("path", [GOLDEN, OLD_GOLDEN], ids=["rules 1", "rules 0"])
 def test_golden_file_is_restored(path: Path, tmp_path: Path) -> None:
     reading = FileReading(str(path))
-    result = restore.restore(reading, str(tmp_path / "db.sqlite3"), False, lambda: None)
+    result = restore.restore(reading, str(tmp_path / "db.sqlite3"), False, lambda *_: None)
     reading.close()
-    assert (result.version, result.changes, result.problems) == (7, 2, [])
-    assert result.last_change_ns == CREATED_NS + 5 * 10**9
+    assert (result.ending.version, result.changes, result.problems) == (7, 2, [])
+    assert result.ending.last_change_ns == CREATED_NS + 5 * 10**9
     with database.opened(result.path) as connection:
         rows = connection.execute("SELECT x FROM t").fetchall()
     assert rows == [("zero",), ("one",), ("zwei\n\U0001f600",)]

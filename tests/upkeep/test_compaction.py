@@ -22,7 +22,7 @@ import pytest
 
 import durable
 import protocol
-from backend import FOREIGN_KEYS_OFF, Change, Session, Snapshot, bump
+from backend import FOREIGN_KEYS_OFF, Change, Ending, Session, Snapshot, bump
 from errors import BackupBusy, BackupError, ConfigError
 from filebackend import FileBackend
 from filelog.writer import check_log
@@ -68,8 +68,8 @@ def restored_file(url: str, directory: Path) -> Path:
     """The database that a restore of ``url`` gives, a new file in ``directory``."""
     path = directory / f"restored-{len(list(directory.iterdir()))}.sqlite3"
     with contextlib.closing(FileBackend(url).read()) as reading:
-        found = restore.restore(reading, str(path), False, lambda: None)
-    assert found.problems == [] and not found.torn_tail
+        found = restore.restore(reading, str(path), False, lambda *_: None)
+    assert found.problems == [] and not found.ending.torn_tail
     return path
 
 
@@ -205,7 +205,7 @@ def check_story(story: Story, directory: Path) -> None:
     with contextlib.closing(FileBackend(story.url).read()) as reading:
         if not any(letter == "c" for letter, _, _ in story.calls):
             return  # Idle PRAGMA calls alone restore to nothing at all.
-        assert restore.build(reading, beside, False, lambda: None)[0] == story.version
+        assert restore.build(reading, beside, False, lambda *_: None)[0].version == story.version
     with database.opened(beside) as connection:
         found = tuple(
             [row[0] for row in connection.execute(f"SELECT id FROM {table} ORDER BY id")]
@@ -572,14 +572,16 @@ def test_reader_that_began_before_finishes(url: str, tmp_path: Path) -> None:
     calls = support.first_changes(300)
     support.make_backup(url, calls)
     with support.opened(url) as backend, contextlib.closing(backend.read()) as reading:
-        changes = iter(reading)
-        seen = [next(changes) for _ in range(3)]
+        steps = iter(reading)
+        seen = [next(steps) for _ in range(3)]
         Compactor(backend, threading.Lock()).run()
         write(backend, [support.change(301, "INSERT INTO items VALUES (301, 'x')")])
         Compactor(backend, threading.Lock()).run()
-        seen += changes
-    assert [(change.version, change.transaction) for change in seen] == calls
-    assert reading.damage is None and not reading.torn_tail
+        seen += steps
+    *changes, (ending, _, _) = seen
+    assert [step.found for step in changes] == [Change(version, None, s) for version, s in calls]
+    assert isinstance(ending, Ending) and ending.version == 300
+    assert ending.damage is None and not ending.torn_tail
 
 
 @pytest.fixture
@@ -1313,8 +1315,8 @@ def test_readers_over_a_socket_while_the_server_compacts(
     with serving(url, stops) as (socket_url, _):
         # More than the sockets hold: the server is still reading the old file.
         before = SocketBackend(socket_url).read()
-        changes = iter(before)
-        seen = [next(changes)]
+        steps = iter(before)
+        seen = [next(steps)]
         answer = threading.Thread(target=SocketBackend(socket_url).compact)
         answer.start()
         stops.reached("replayed")
@@ -1323,11 +1325,11 @@ def test_readers_over_a_socket_while_the_server_compacts(
         stops.go("replayed")
         answer.join(support.ANSWER_S)
         assert FileBackend(url).status().version_count == 2
-        seen += changes
+        seen += steps
         before.close()
         after = tmp_path / "after.sqlite3"
         support.run_cli("restore", socket_url, after)
-    assert [(change.version, change.transaction) for change in seen] == calls
+    assert [step.found for step in seen[:-1]] == [Change(version, None, s) for version, s in calls]
     node_database = tmp_path / "node.sqlite3"
     support.apply_calls(node_database, calls)
     for found in (beside, after):

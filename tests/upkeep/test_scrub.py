@@ -15,7 +15,6 @@ import threading
 import time
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -553,12 +552,10 @@ def test_pace_rests_between_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clock = Clock()
     monkeypatch.setattr(scrub, "time", clock)
-    reading = SimpleNamespace(position=0, total=1000)
-    pace = scrub.Pace(reading)  # type: ignore[arg-type]
+    pace = scrub.Pace()
     for position in range(2000):
-        reading.position = position
         clock.now += 0.002
-        pace.step()
+        pace.step(position, 1000)
     assert clock.now - clock.rested == pytest.approx(4.0)
     assert clock.rested == pytest.approx(6.0, abs=0.2), "it rests until it has caught up"
 

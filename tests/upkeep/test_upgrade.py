@@ -68,11 +68,7 @@ def kept_of(old: Path) -> Path:
 
 def changes_of(url: str) -> list[Call]:
     """The changes behind the snapshot."""
-    reading = FileBackend(url).read()
-    found = [(c.version, list(c.transaction)) for c in reading if c.transaction is not None]
-    reading.close()
-    assert reading.damage is None
-    return found
+    return support.stored(url)
 
 
 def assert_restores(url: str, calls: Sequence[Call], tmp_path: Path) -> None:
@@ -346,7 +342,7 @@ def test_progress(old: Path, url: str) -> None:
     written(old, CALLS)
     size = old.stat().st_size
     seen: list[tuple[int, int]] = []
-    upgrade.from_log(FileBackend(url), NOBODY, lambda r: seen.append((r.position, r.total)))
+    upgrade.from_log(FileBackend(url), NOBODY, lambda *place: seen.append(place))
     assert len(seen) == 4
     assert [position for position, _ in seen] == sorted({position for position, _ in seen})
     assert {total for _, total in seen} == {size} and seen[-1][0] <= size
@@ -562,7 +558,7 @@ def look(old: Path, image: bytes, wanted: Path) -> str:
     assert kept
     result = old.parent / "result.sqlite3"
     reading = FileBackend(f"file://{old}").read()
-    restore.restore(reading, str(result), False, lambda: None)
+    restore.restore(reading, str(result), False, lambda *_: None)
     reading.close()
     assert database.compare(str(wanted), str(result)) == []
     result.unlink()
@@ -590,7 +586,7 @@ def test_power_lost_at_every_step(
             if source == "node":
                 FileBackend(url).replace(Snapshot(str(wanted), 5))
             else:
-                upgrade.from_log(FileBackend(url), NOBODY, lambda _: None)
+                upgrade.from_log(FileBackend(url), NOBODY, lambda *_: None)
         disk.lose_power()
         outcomes.append(look(old, image, wanted))
         if not disk.failed:

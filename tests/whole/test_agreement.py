@@ -21,7 +21,16 @@ from pathlib import Path
 import pytest
 
 import protocol
-from backend import EMPTY_CHAIN, FOREIGN_KEYS_OFF, Change, Session, Snapshot, bump, chain_after
+from backend import (
+    EMPTY_CHAIN,
+    FOREIGN_KEYS_OFF,
+    Change,
+    Ending,
+    Session,
+    Snapshot,
+    bump,
+    chain_after,
+)
 from filebackend import FileBackend
 from filelog.layout2 import BEFORE_FIRST, BUMPS, FINAL, Head, Kind
 from protocol import NackCode
@@ -139,17 +148,13 @@ class Local:
         """The database that a restore over the network gives."""
         path = directory / "restored.sqlite3"
         reading = self.backend().read()
-        restore.restore(reading, str(path), False, lambda: None)
+        restore.restore(reading, str(path), False, lambda *_: None)
         reading.close()
         return path
 
     def stored(self) -> list[Call]:
         """What a restore would apply, apart from the snapshot."""
-        reading = FileBackend(self.file_url).read()
-        found = [(c.version, list(c.transaction)) for c in reading if c.transaction]
-        reading.close()
-        assert reading.damage is None and not reading.torn_tail
-        return found
+        return support.stored(self.file_url)
 
 
 @pytest.fixture
@@ -677,11 +682,10 @@ def test_snapshot_goes_in_pieces_both_ways(local: Local, tmp_path: Path) -> None
     found = support.records_of(local.directory / "node.bkp")
     assert len(found) == -(-node.stat().st_size // (1 << 20)) > 5
     assert b"".join(payload for _, payload in found) == node.read_bytes()
-    reading = local.backend().read()
-    pieces = [change.snapshot or b"" for change in reading]
-    reading.close()
-    assert reading.damage is None and reading.version == 3
-    assert b"".join(pieces) == node.read_bytes() and max(map(len, pieces)) == 1 << 20
+    restored = support.passed(local.backend().read())
+    assert restored.ending.damage is None and restored.ending.version == 3
+    assert restored.snapshot == node.read_bytes()
+    assert max(map(len, restored.pieces)) == 1 << 20
     write(begin(local)[1], item(4, "after the snapshot"))
 
 
@@ -725,7 +729,7 @@ def test_broken_restore_delivers_nothing(size: int, local: Local, tmp_path: Path
     reading = local.backend().read()
     local.plan[:] = [size, NO_CUT]
     with pytest.raises(Unreachable):
-        restore.restore(reading, str(target), False, lambda: None)
+        restore.restore(reading, str(target), False, lambda *_: None)
     reading.close()
     assert len(local.plan) == 1 and not list(target.iterdir())
     assert local.restored(target).exists()
@@ -735,14 +739,16 @@ def test_coming_makes_the_progress_true(local: Local, tmp_path: Path) -> None:
     local.backend().create(Snapshot(str(database_of(tmp_path, 3, 2 << 20)), 3))
     write(begin(local)[1], item(4, "a" * 3000), item(5, "abandoned"))
     write(begin(local)[1], item(5, "b"), at(5, OFF), item(6, "c"), at(6, ON))
-    reading, places = local.backend().read(), [0]
-    for _ in reading:
-        assert places[-1] <= reading.position <= reading.total
-        places.append(reading.position)
-    reading.close()
+    places = [0]
+    with contextlib.closing(local.backend().read()) as reading:
+        for step in reading:
+            ending, position, total = step
+            assert places[-1] <= position <= total
+            places.append(position)
     assert len(set(places)) > 5
-    assert reading.position == reading.total == local.server.keeper.backend.size
-    assert reading.damage is None and reading.last_change_ns is not None
+    assert position == total == local.server.keeper.backend.size
+    assert isinstance(ending, Ending)
+    assert ending.damage is None and ending.last_change_ns is not None
 
 
 def test_progress_goes_on_beside_a_writer(local: Local) -> None:
@@ -750,9 +756,10 @@ def test_progress_goes_on_beside_a_writer(local: Local) -> None:
     write(session, *support.first_changes(3))
     reading = local.backend().read()
     write(session, item(4, "before it is asked for"))
-    assert [change.version for change in reading] == [1, 2, 3, 4]
+    *changes, (ending, position, total) = reading
     reading.close()
-    assert reading.damage is None and reading.position == reading.total
+    assert [getattr(step.found, "version", 0) for step in changes] == [1, 2, 3, 4]
+    assert isinstance(ending, Ending) and ending.damage is None and position == total
 
 
 def test_damage_in_a_restore_is_named_behind_what_is_sound(local: Local) -> None:
@@ -883,16 +890,7 @@ def test_window_begins_anew_when_the_connection_is_lost(url: str, node_dir: Path
             assert size < first / 4, number
     assert sum(size > 2000 for size in sizes) == 5
     server.kill()
-    assert stored(url) == calls
-
-
-def stored(url: str) -> list[Call]:
-    """The changes in the backup file ``url`` that a restore would apply."""
-    reading = FileBackend(url).read()
-    found = [(c.version, list(c.transaction)) for c in reading if c.transaction]
-    reading.close()
-    assert reading.damage is None
-    return found
+    assert support.stored(url) == calls
 
 
 COMPACT = "compact"

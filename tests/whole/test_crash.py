@@ -35,11 +35,7 @@ def write(session: Session, calls: Sequence[Call]) -> None:
 
 def stored(url: str) -> list[Call]:
     """What a restore would apply; nothing may be damaged."""
-    reading = FileBackend(url).read()
-    calls = [(change.version, list(change.transaction or ())) for change in reading]
-    reading.close()
-    assert reading.damage is None
-    return calls
+    return support.stored(url)
 
 
 def check_restored(url: str, node: Path) -> None:
@@ -47,13 +43,13 @@ def check_restored(url: str, node: Path) -> None:
     target = node.with_name("restored.sqlite3")
     target.unlink(missing_ok=True)
     reading = FileBackend(url).read()
-    result = restore.restore(reading, str(target), False, lambda: None)
+    result = restore.restore(reading, str(target), False, lambda *_: None)
     reading.close()
     assert result.problems == []
     assert database.compare(str(node), str(target)) == []
-    assert result.version == database.version_of(str(node))
+    assert result.ending.version == database.version_of(str(node))
     versions = [v for v, statements in stored(url) if statements[-1] == bump(v)]
-    assert versions == list(range(1, result.version + 1))
+    assert versions == list(range(1, result.ending.version + 1))
 
 
 def version_of(calls: Sequence[Call]) -> int:

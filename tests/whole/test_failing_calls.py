@@ -250,7 +250,7 @@ def test_journal_that_cannot_be_removed_is_not_applied_to_a_restore(
 
     monkeypatch.setattr(os, "unlink", keep_the_journal)
     reading = FileBackend(url).read()
-    restore.restore(reading, str(tmp_path / "node.sqlite3"), False, lambda: None)
+    restore.restore(reading, str(tmp_path / "node.sqlite3"), False, lambda *_: None)
     reading.close()
     assert database.version_of(str(tmp_path / "node.sqlite3")) == 3
 
@@ -261,7 +261,7 @@ def test_upgrade_names_a_full_disk(url: str, monkeypatch: pytest.MonkeyPatch) ->
     before = support.contents(path.parent)
     monkeypatch.setattr(os, "fdatasync", failing("fdatasync", errno.ENOSPC))
     with pytest.raises(DiskError, match="No space left"):
-        upgrade.from_log(FileBackend(url), NOBODY, lambda reading: None)
+        upgrade.from_log(FileBackend(url), NOBODY, lambda *_: None)
     assert support.contents(path.parent) == before
 
 

@@ -228,11 +228,7 @@ def add(backend: FileBackend, call: Call) -> None:
 
 def stored(url: str) -> History:
     """What a restore would apply; nothing may be damaged."""
-    reading = FileBackend(url).read()
-    found = [(change.version, list(change.transaction or [])) for change in reading]
-    reading.close()
-    assert reading.damage is None
-    return found
+    return support.stored(url)
 
 
 # One session on a disk that fails.
@@ -540,11 +536,9 @@ def snapshot(directory: Path, size: int = 3000) -> Snapshot:
 
 def pieces(url: str) -> bytes:
     """The snapshot of a backup that holds nothing else."""
-    reading = FileBackend(url).read()
-    found = b"".join(change.snapshot or b"" for change in reading)
-    reading.close()
-    assert reading.damage is None
-    return found
+    found = support.passed(FileBackend(url).read())
+    assert found.ending.damage is None and not found.calls
+    return found.snapshot
 
 
 def names(directory: Path) -> set[str]:

@@ -242,7 +242,7 @@ class Life(RuleBasedStateMachine):
         path = self.directory / "restored.sqlite3"
         reading = self.make().read()
         try:
-            restore.build(reading, str(path), False, lambda: None)
+            restore.build(reading, str(path), False, lambda *_: None)
             target = sqlite3.connect(":memory:", isolation_level=None)
             with contextlib.closing(sqlite3.connect(path)) as source:
                 source.backup(target)

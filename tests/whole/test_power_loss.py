@@ -196,7 +196,7 @@ def test_restored_database_is_whole_or_not_there(tmp_path: Path) -> None:
     disk.put({})
     with standing_in(disk, durable, restore):
         reading = FileBackend(url).read()
-        restore.restore(reading, f"{root}/node.sqlite3", False, lambda: None)
+        restore.restore(reading, f"{root}/node.sqlite3", False, lambda *_: None)
         reading.close()
         disk.mark("restored")
     whole = (root / "node.sqlite3").read_bytes()

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from backend import Change, Session
-from filebackend import FileBackend
 from remote import delivery
 from remote.link import Diverged
 from socketbackend import SocketBackend
@@ -53,11 +52,7 @@ def write(session: Session, *calls: support.Call) -> None:
 
 def stored(url: str) -> list[support.Call]:
     """The changes in the backup file that a restore would apply."""
-    reading = FileBackend(url).read()
-    found = [(c.version, list(c.transaction)) for c in reading if c.transaction]
-    reading.close()
-    assert reading.damage is None
-    return found
+    return support.stored(url)
 
 
 # Recorded sessions
