@@ -7,7 +7,7 @@ import os
 import re
 
 import durable
-from backend import Reading
+from backend import Beginning, Change, Ending, Reading
 from errors import Damaged, DatabaseError
 from wallet import database, restore
 
@@ -29,26 +29,35 @@ def of_backup(reading: Reading, scratch: str) -> str | None:
     """
     fd, has_snapshot = durable.create(scratch), False
     try:
-        for change in reading:
-            if change.snapshot is not None:
-                if not change.snapshot:  # Another one begins.
-                    os.ftruncate(fd, 0)
-                durable.write_all(fd, change.snapshot, os.lseek(fd, 0, os.SEEK_END))
+        for found, *_ in reading:
+            if isinstance(found, Beginning):
+                os.ftruncate(fd, 0)
+            elif isinstance(found, Change) and found.snapshot is not None:
+                durable.write_all(fd, found.snapshot, os.lseek(fd, 0, os.SEEK_END))
                 has_snapshot = True
-                continue
-            if has_snapshot and (found := _of_snapshot(scratch)) is not None:
-                return found
-            has_snapshot = False
-            assert change.transaction is not None
-            for statement in change.transaction:
-                if (named := _NAMED.fullmatch(statement)) is not None:
-                    return named[1]
-        if reading.damage is not None and not isinstance(reading.damage, Damaged):
-            raise reading.damage
-        return _of_snapshot(scratch) if has_snapshot else None
+            else:  # The snapshot is complete, or what there is of it.
+                if has_snapshot and (node_id := _of_snapshot(scratch)) is not None:
+                    return node_id
+                has_snapshot = False
+                if isinstance(found, Ending):
+                    break
+                if (named := _named(found)) is not None:
+                    return named
+        assert isinstance(found, Ending), "a pass ends in one"
+        if found.damage is not None and not isinstance(found.damage, Damaged):
+            raise found.damage
+        return None
     finally:
         os.close(fd)
         restore.remove_database(scratch)
+
+
+def _named(change: Change) -> str | None:
+    """The node's id if ``change`` stores it."""
+    for statement in change.transaction or ():
+        if (named := _NAMED.fullmatch(statement)) is not None:
+            return named[1]
+    return None
 
 
 def _of_snapshot(path: str) -> str | None:
