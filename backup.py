@@ -89,6 +89,7 @@ class Hook:
         self._healer: Healer | None = None
         self._refusal: Exception | None = None
         self._busy_since: float | None = None
+        self._medium = "the backup to open"
 
     def take(self, writes: Any, data_version: Any) -> None:
         """Store one commit. Raising makes lightningd abort without committing.
@@ -144,29 +145,32 @@ class Hook:
         if writes is None:
             raise InvalidChange("lightningd announced a change without a list of statements.")
         change = Change(data_version, None, writes)
-        if first := self._session is None:
+        if self._session is None:
             # Not before the first write: lightningd also starts plugins for --help.
-            self._session, self._healer = self._open()
-        assert self._session is not None and self._healer is not None
-        self._healer.mend(change, first)
-        try:
-            self._session.write(change)
-        except (LostState, OutOfDate) as error:
-            if not first:
-                raise
-            self._healer.catch_up(change, error)
-            self._session.write(change)
+            return self._begin(change)
+        assert self._healer is not None
+        self._healer.mend(change, first=False)
+        self._session.write(change)
 
-    def _open(self) -> tuple[Session, Healer]:
+    def _begin(self, change: Change) -> None:
+        """Open the backup and store the first change."""
         threading.Thread(target=self._announce_waits, daemon=True).start()
         directory = os.getcwd()
         lock_file = node.read_lock_file(directory)
         least = compaction.parse_least(lock_file.compact)
         backend = destinations.backend_for(lock_file.backend_url)
         _open_patiently(backend, lock_file.owner)
+        self._medium = backend.medium
+        session, healer = Session(backend, directory), Healer(backend, directory, lock_file)
+        healer.mend(change, first=True)
+        try:
+            session.write(change)
+        except (LostState, OutOfDate) as error:
+            healer.catch_up(change, error)
+            session.write(change)
+        # Not earlier: a check of what is healed just now would be for nothing.
         backend.keep_house(self.lock, least)
-        self.backend = backend
-        return Session(backend, directory), Healer(backend, directory, lock_file)
+        self.backend, self._session, self._healer = backend, session, healer
 
     def _announce_waits(self) -> None:
         notice_s = FIRST_NOTICE_S
@@ -176,8 +180,7 @@ class Hook:
             if since is None:
                 notice_s = FIRST_NOTICE_S
             elif time.monotonic() - since >= notice_s:
-                medium = self.backend.medium if self.backend else "the backup to open"
-                log.warning(f"waiting for {medium} for {time.monotonic() - since:.0f} s")
+                log.warning(f"waiting for {self._medium} for {time.monotonic() - since:.0f} s")
                 notice_s *= 2
 
 

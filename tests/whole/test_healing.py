@@ -28,6 +28,7 @@ from filelog.reader import LogReader
 from healing import Healer
 from tests import support
 from tests.peers import OldServer, ServerProcess, patched
+from tests.stopping import eventually
 from tests.support import Call, PluginProcess, Refused, change, change_lock, run_cli
 from wallet import database, node
 
@@ -283,6 +284,68 @@ def test_a_healed_backup_is_of_the_same_owner(alice: Node, url: str) -> None:
     assert lock_of(alice.directory)["owner"] == owner
 
 
+AT_ONCE = "from upkeep import compaction as c; c.FIRST_AFTER_S = 0; c.PAUSE_S = 0.01"
+"""The scrub begins at once."""
+
+
+STEPS = {
+    "before the copy": "wallet.database.copy",
+    "copied": "healing.identity.of_backup",
+    "while the new backup is written": "filebackend.write_log",
+    "before the old one is kept": "durable.keep",
+    "before the rename": "durable.replace",
+    "renamed": "filebackend.FileBackend._load",
+    "before the change": "filebackend.FileBackend.add_change",
+}
+"""Functions before which the process is killed; before the second call of ``_load``."""
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_in_a_heal(step: str, alice: Node, url: str, tmp_path: Path) -> None:
+    alice.run()
+    owner, _, name = STEPS[step].rpartition(".")
+    patch = (
+        f"import os, wallet.database, durable, filebackend, healing\n"
+        f"inner, calls = {owner}.{name}, []\n"
+        f"def outer(*arguments, **options):\n"
+        f"    calls.append(1)\n"
+        f"    if len(calls) == {1 + (name == '_load')}: os.kill(os.getpid(), 9)\n"
+        f"    return inner(*arguments, **options)\n"
+        f"{owner}.{name} = outer\n"
+    )
+    killed = PluginProcess(alice.directory, patched(support.PLUGIN, patch))
+    with killed as plugin, pytest.raises(Refused):
+        alice.write(plugin)
+    alice.run()  # And once more without it.
+    with PluginProcess(alice.directory) as plugin:
+        alice.write(plugin)
+        assert plugin.logged("Healed") and not plugin.errors()
+        alice.write(plugin)
+    check_same(url, alice, tmp_path)
+    beside = {path.name.partition(".old-")[0] for path in (tmp_path / "disk2").iterdir()}
+    assert beside == {"node.bkp", "node.bkp.writer"}
+    # Before the rename it has its second name already.
+    assert len(kept(url)) == 1 + (step in ("before the rename", "renamed", "before the change"))
+
+
+def test_two_kept_copies_stay_once_the_new_backup_is_proven(alice: Node, url: str) -> None:
+    path = Path(FileBackend(url).path)
+    for number, name in enumerate(["20200101T000000Z", "20210101T000000Z", "20210101T000000Z-2"]):
+        support.make_backup(f"file://{path}.old-{name}", support.first_changes(number + 1))
+    support.layout1_file(path.with_name("node.bkp.old-20190101T000000Z"))
+    mine = path.with_name("node.bkp.old-mine")
+    mine.write_text("an operator's")
+    alice.run()
+    with PluginProcess(alice.directory, patched(support.PLUGIN, AT_ONCE)) as plugin:
+        alice.write(plugin)
+        eventually(lambda: plugin.logged("20210101T000000Z is removed"), "the proof")
+        healed = next(line for _, line in plugin.log if line.startswith("Healed"))
+    left = {p.name.partition(".old-")[2] for p in kept(url) if not p.name.endswith(".writer")}
+    assert left == {
+        "20190101T000000Z", "20210101T000000Z-2", healed.rpartition(".old-")[2], "mine"
+    }  # fmt: skip
+
+
 # What is not healed: refused as ever, and why
 
 
@@ -515,9 +578,6 @@ def flip_in_the_middle(url: str) -> None:
     path = Path(FileBackend(url).path)
     records = [head for head, _ in support.records_of(path) if head.kind == layout2.Kind.CHANGE]
     support.flip(path, records[len(records) // 2].end - 20)
-
-
-AT_ONCE = "from upkeep import compaction as c; c.FIRST_AFTER_S = 0; c.PAUSE_S = 0.01"
 
 
 def test_damage_that_the_scrub_finds_heals_in_the_next_hook(
