@@ -295,6 +295,8 @@ class Status:
         version_count: changes since the snapshot, and one for the snapshot.
         last_change_ns: Unix time of the last record, nanoseconds.
         owner: what every session of the owner begins with, in hex; of zeros for nobody.
+        last_start_rewound: the last start of the node took a change back, which the node had
+            announced, and not committed; None also if that start is too far back.
         torn_tail: an append that was never acknowledged stands at the end.
         checked: all of it was read, not only its end.
         damage: what does not check, or None.
@@ -319,6 +321,7 @@ class Status:
     allocated: int | None = None
     last_change_ns: int | None = None
     owner: str | None = None
+    last_start_rewound: bool | None = None
     torn_tail: bool = False
     checked: bool = False
     damage: str | None = None
