@@ -402,7 +402,7 @@ def test_internal_error_is_refused_and_its_place_is_logged(node_dir: Path, fille
             with pytest.raises(support.Refused, match="pop from empty list"):
                 plugin.write(*NEXT)
         assert plugin.errors() == 2 * ["Internal error: IndexError('pop from empty list')"]
-        assert plugin.logged("in _open")
+        assert plugin.logged("in _begin")
 
 
 def test_refused_while_another_process_holds_the_backup(
