@@ -93,17 +93,22 @@ class Healer:
         except BackupError as error:
             log.error(f"The backup {backend.url} does not hold, and was not healed: {error}")
 
+    def _note(self, what: str, **changes: str | None) -> None:
+        """Change backup.lock, as far as that can be written."""
+        try:
+            lock_file = node.read_lock_file(self._directory)
+            lock_file = dataclasses.replace(lock_file, **changes)  # type: ignore[arg-type]
+            node.write_lock_file(self._directory, lock_file, replace=True)
+        except BackupError as error:
+            log.error(f"{what} could not be noted in backup.lock: {error}")
+
     def _note_lost(self, refusal: LostState) -> None:
         """Remember ``refusal``: a run without the plugin would make the old database look ahead."""
         text = (
             f"{utc(time.time_ns())}: the backup was at version {refusal.backup_version},"
             f" the node's database at version {refusal.node_version}"
         )
-        try:
-            lock_file = dataclasses.replace(node.read_lock_file(self._directory), lost_state=text)
-            node.write_lock_file(self._directory, lock_file, replace=True)
-        except BackupError as error:
-            log.error(f"That the node lost state could not be noted in backup.lock: {error}")
+        self._note("That the node lost state", lost_state=text)
 
     def _obstacle(self, verdict: Verdict, first: bool, end_holds: bool) -> Obstacle | None:
         lock_file = self._lock_file
@@ -134,31 +139,38 @@ class Healer:
             size = database.size_with_side_files(wallet)
             space.require(prefix, backend.snapshot_copies * size)
             with self._telling(began), scratch.held(prefix) as name:
-                snapshot = self._snapshot(wallet, name, base, thoroughly)
+                snapshot, node_id = self._snapshot(wallet, name, base, thoroughly)
                 self._doing = "writing the new backup"
                 kept = backend.replace(snapshot, self._lock_file.owner)
         except OSError as error:
             raise DiskError(wallet, error, "take a snapshot of") from error
+        if node_id is not None and self._lock_file.node_id is None:
+            self._note("Which node the backup is of", node_id=node_id)
+            self._lock_file = dataclasses.replace(self._lock_file, node_id=node_id)
         log.warning(
             f"Healed: {backend.url} went from version {before} to {base} by a snapshot of {wallet}"
             f" ({size / 2**20:.1f} MiB, {time.monotonic() - began:.1f} s)."
             + (f" The old backup is kept: {kept}" if kept else "")
         )
 
-    def _snapshot(self, wallet: str, name: str, base: int, thoroughly: bool) -> Snapshot:
-        """A copy of ``wallet`` that may take the backup's place; scratch files begin ``name``."""
+    def _snapshot(
+        self, wallet: str, name: str, base: int, thoroughly: bool
+    ) -> tuple[Snapshot, str | None]:
+        """A copy of ``wallet`` that may take the backup's place, and which node it is of.
+
+        Scratch files begin with ``name``.
+        """
         snapshot = database.copy(wallet, f"{name}.sqlite3", self._copying)
         problems = database.check(snapshot.path) if thoroughly else []
         if problems:
             raise DatabaseError(wallet, f"it is not sound either: {problems[0]}")
-        self._compare(snapshot, base, f"{name}.old.sqlite3")
-        return snapshot
+        return snapshot, self._compare(snapshot, base, f"{name}.old.sqlite3")
 
-    def _compare(self, snapshot: Snapshot, base: int, path: str) -> None:
+    def _compare(self, snapshot: Snapshot, base: int, path: str) -> str | None:
         """Refuse a snapshot that is not what the node has before its change."""
         self._doing = "comparing whose the backup is"
-        node_id, backup_id = database.node_id_of(snapshot.path), None
-        if node_id is not None and snapshot.version == base:
+        node_id, backup_id = database.node_id_of(snapshot.path), self._lock_file.node_id
+        if backup_id is None and node_id is not None and snapshot.version == base:
             with contextlib.closing(self._backend.read()) as reading:
                 backup_id = identity.of_backup(reading, path)
         obstacle = may_stand_for(base, snapshot.version, node_id, backup_id)
@@ -166,6 +178,7 @@ class Healer:
             raise BackupError(f"The node's database is at version {snapshot.version}, not {base}.")
         if obstacle is not None:
             raise BackupError(f"The backup is of node {backup_id}, the database of {node_id}.")
+        return node_id
 
     def _copying(self, done: int, of: int) -> None:
         self._doing = f"copying the database, {100 * done // max(of, 1)} %"

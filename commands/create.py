@@ -8,7 +8,9 @@ import os
 import pwd
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import click
 
@@ -50,6 +52,8 @@ from errors import (
 from upkeep import upgrade as upgrading
 from wallet import database, node
 from wallet import restore as restoring
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @main.command()
@@ -96,8 +100,8 @@ def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
             # First the small file that is easily taken back: a server's backup is not. It gets
             # its name last: a node finds no backup.lock without a backup.
             owner = new_owner()
-            noted = to_note(directory, wallet_path)
-            lock_file = node.LockFile(url, owner=owner, wallet=noted)
+            lock_file = node.LockFile(url, owner=owner)
+            lock_file = dataclasses.replace(lock_file, **to_note(directory, wallet_path))
             with node.new_lock_file(directory, lock_file):
                 backend.create(snapshot, owner)
             stored = readable(os.path.getsize(snapshot.path)) if snapshot else "nothing yet"
@@ -194,12 +198,10 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
                 click.confirm("Replace the backup by a snapshot of the node?", abort=True)
             with _new_owner(backend, directory, lock_file, keep=not override) as owner:
                 kept = backend.replace(snapshot, owner)
-                noted = to_note(directory, wallet_path)
-                if (noted, None) != (lock_file.wallet, lock_file.lost_state):
-                    lock_file = dataclasses.replace(
-                        lock_file, owner=owner, wallet=noted, lost_state=None
-                    )
-                    node.write_lock_file(directory, lock_file, replace=True)
+                noted = dataclasses.replace(lock_file, **to_note(directory, wallet_path))
+                if noted != lock_file:
+                    noted = dataclasses.replace(noted, owner=owner)
+                    node.write_lock_file(directory, noted, replace=True)
     click.echo(f"The backup {url} is now at version {found}.")
     if kept is not None:
         click.echo(f"The old one is kept: {kept}")
@@ -394,8 +396,7 @@ def attach(
         elif version:
             prefix = scratch_prefix(backend, scratch, directory)
             _check_same(backend, prefix, wallet_path, version)
-        noted = to_note(directory, wallet_path)
-        kept = _take_over(backend, directory, wallet=noted, lost_state=None)
+        kept = _take_over(backend, directory, to_note(directory, wallet_path))
     if kept is not None:
         click.echo(f"The former backup.lock is kept: {kept}")
     click.echo(
@@ -426,7 +427,9 @@ def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> Non
         )
 
 
-def _take_over(backend: Backend, directory: str, **changes: str | None) -> str | None:
+def _take_over(
+    backend: Backend, directory: str, changes: Mapping[str, Any] = NOTHING
+) -> str | None:
     """Make the node in ``directory`` the backup's owner; where its old backup.lock is kept.
 
     Args:
@@ -443,7 +446,7 @@ def _take_over(backend: Backend, directory: str, **changes: str | None) -> str |
             durable.keep(lock_path, kept)
             durable.remove(lock_path)
         lock_file = dataclasses.replace(lock_file, backend_url=backend.url, owner=owner)
-        lock_file = dataclasses.replace(lock_file, **changes)  # type: ignore[arg-type]
+        lock_file = dataclasses.replace(lock_file, **changes)
         try:
             with node.new_lock_file(directory, lock_file, kept):
                 if owner != NOBODY:

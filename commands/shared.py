@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 
@@ -117,10 +118,19 @@ def node_database(directory: str, wallet: str | None) -> str:
     return path
 
 
-def to_note(directory: str, wallet_path: str) -> str | None:
-    """What backup.lock is to say of the node's database: nothing if it is in ``directory``."""
-    default = os.path.join(directory, node.DATABASE_NAME)
-    return None if os.path.realpath(wallet_path) == os.path.realpath(default) else wallet_path
+def to_note(directory: str, wallet_path: str) -> dict[str, Any]:
+    """What an operator's command knows for backup.lock: fields of node.LockFile.
+
+    Where the database ``wallet_path`` is, if not in ``directory``, and which node it is of. He
+    has seen to it that the node has lost no state.
+    """
+    default = os.path.realpath(os.path.join(directory, node.DATABASE_NAME))
+    has_one = os.path.exists(wallet_path) and os.path.getsize(wallet_path)
+    return {
+        "wallet": None if os.path.realpath(wallet_path) == default else wallet_path,
+        "node_id": database.node_id_of(wallet_path) if has_one else None,
+        "lost_state": None,
+    }
 
 
 def scratch_prefix(backend: Backend, scratch: str | None, otherwise: str | None = None) -> str:

@@ -43,6 +43,7 @@ class LockFile:
         compact: see compaction.parse_least; None if not given.
         owner: what the backup knows this node by, 16 bytes.
         wallet: the node's database, if it is not in the directory: a path, relative to that.
+        node_id: which node the backup is of, in hex; None if that was not known yet.
         heals: whether the plugin may bring the backup up to date by itself: ``"heal": "off"``.
         lost_state: when a start was last refused because the node seemed to have lost some
             state, in words, or None. It never heals from then on until `resync` or `attach`.
@@ -53,6 +54,7 @@ class LockFile:
     compact: object = None
     owner: bytes = NOBODY
     wallet: str | None = None
+    node_id: str | None = None
     heals: bool = True
     lost_state: str | None = None
     others: Mapping[str, object] = field(default_factory=dict)
@@ -66,6 +68,8 @@ class LockFile:
             content["compact"] = self.compact
         if self.wallet is not None:
             content["wallet"] = self.wallet
+        if self.node_id is not None:
+            content["node_id"] = self.node_id
         if not self.heals:
             content["heal"] = "off"
         if self.lost_state is not None:
@@ -83,15 +87,15 @@ def _parse_lock_file(content: Any) -> LockFile:
     owner = bytes.fromhex(others.pop("owner", NOBODY.hex()))
     if len(owner) != len(NOBODY):
         raise ValueError("owner is not of 16 bytes")
-    wallet, lost_state = others.pop("wallet", None), others.pop("lost_state", None)
-    for text in (wallet, lost_state):
+    texts = {name: others.pop(name, None) for name in ("wallet", "node_id", "lost_state")}
+    for name, text in texts.items():
         if text is not None and (not isinstance(text, str) or "\0" in text):
-            raise TypeError("wallet and lost_state are strings")
+            raise TypeError(f"{name} is no string")
         (text or "").encode(errors="surrogateescape")
     heal = others.pop("heal", "on")
     if heal not in ("on", "off"):
         raise ConfigError(f"heal is {heal!r:.40} in backup.lock.", 'Use "off", or leave it out.')
-    return LockFile(url, compact, owner, wallet, heal == "on", lost_state, others)
+    return LockFile(url, compact, owner, heals=heal == "on", others=others, **texts)
 
 
 def read_lock_file(directory: str) -> LockFile:

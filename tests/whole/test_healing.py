@@ -281,7 +281,8 @@ def test_a_healed_backup_is_of_the_same_owner(alice: Node, url: str) -> None:
     with PluginProcess(alice.directory) as plugin:
         alice.write(plugin)
     assert FileBackend(url).status().owner == str(owner)[:16]
-    assert lock_of(alice.directory)["owner"] == owner
+    found = lock_of(alice.directory)
+    assert (found["owner"], found["node_id"]) == (owner, "01" * 33)
 
 
 AT_ONCE = "from upkeep import compaction as c; c.FIRST_AFTER_S = 0; c.PAUSE_S = 0.01"
@@ -353,7 +354,13 @@ def swap(alice: Node, other: Node) -> None:
     os.replace(other.path, alice.path)
 
 
-def test_of_another_node_with_a_snapshot(alice: Node, url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_noted", [False, True])
+def test_of_another_node_with_a_snapshot(
+    is_noted: bool, alice: Node, url: str, tmp_path: Path
+) -> None:
+    if is_noted:
+        run_cli("attach", "--lightning-dir", alice.directory, url)
+    assert lock_of(alice.directory).get("node_id") == ("01" * 33 if is_noted else None)
     bob = Node(tmp_path, tmp_path / "bob.sqlite3")
     bob.begin(number=2)
     bob.run(20)
@@ -548,11 +555,11 @@ def test_another_node_takes_over_meanwhile(node_dir: Path, url: str, tmp_path: P
         shutil.copy(alice.path, other)
         attach = ["attach", "--lightning-dir", str(other), "--no-compare", server.url]
         patch = (
-            "import subprocess, wallet.identity as identity\n"
-            "def of_backup(*_):\n"
+            "import subprocess, wallet.database as database\n"
+            "def node_id_of(*_):\n"
             f"    command = {[sys.executable, str(support.CLI), *attach]!r}\n"
             "    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)\n"
-            "identity.of_backup = of_backup\n"
+            "database.node_id_of = node_id_of\n"
         )
         with change_database(other / node.DATABASE_NAME) as connection:
             # The other one went on from the backup.
