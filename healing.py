@@ -17,7 +17,7 @@ import scratch
 import space
 from backend import FOREIGN_KEYS_OFF, Backend, Change, Snapshot, log, utc
 from decisions import Obstacle, Verdict, judge, may_heal, may_stand_for
-from errors import CLI, BackupError, DatabaseError, DiskError, LostState, OtherOwner, OutOfDate
+from errors import CLI, BackupError, DatabaseError, DiskError, LostState, OutOfDate
 from wallet import database, identity, node
 
 TELL_EVERY_S = 10.0
@@ -51,7 +51,6 @@ class Healer:
         """The first ``change`` does not fit: if the node is ahead, bring the backup to its base.
 
         Raises:
-            OtherOwner: another node took the backup over meanwhile.
             OutOfDate: ``refusal``, with why it could not be healed.
             LostState: ``refusal``, which is remembered.
         """
@@ -64,8 +63,6 @@ class Healer:
                 raise BackupError(self._explained(obstacle))
             log.warning(f"{refusal.problem} Healing that; lightningd waits meanwhile.")
             self._heal(change.base)
-        except OtherOwner:
-            raise
         except BackupError as error:
             versions = refusal.backup_version, refusal.node_version
             raise OutOfDate(*versions, self._directory, str(error)) from error
@@ -90,7 +87,7 @@ class Healer:
                 raise BackupError(self._explained(obstacle))
             log.error(f"{self._tried} Healing that; lightningd waits meanwhile.")
             self._heal(change.base, thoroughly=True)
-        except BackupError as error:
+        except (BackupError, OSError) as error:
             log.error(f"The backup {backend.url} does not hold, and was not healed: {error}")
 
     def _note(self, what: str, **changes: str | None) -> None:

@@ -122,7 +122,7 @@ def _describe(found: Status) -> str:
         started = {
             True: "the change before it was taken back: the node had not committed that",
             False: "as usual",
-            None: "too far back to be looked for",
+            None: "not known",
         }
         torn = "yes, an append that was never acknowledged" if found.torn_tail else "no"
         rows += [
