@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import healing
-from backend import FOREIGN_KEYS_OFF, Backend, Change, Session, Snapshot, new_owner
+from backend import FOREIGN_KEYS_OFF, Change, Session, Snapshot, new_owner
 from errors import LostState, OutOfDate
 from filebackend import FileBackend
 from filelog import layout2, proof
@@ -667,7 +667,7 @@ def test_a_node_that_is_behind_a_damaged_backup_is_refused(alice: Node, url: str
 
 
 @contextlib.contextmanager
-def healer(alice: Node, url: str) -> Iterator[tuple[Healer, Backend]]:
+def healer(alice: Node, url: str) -> Iterator[tuple[Healer, FileBackend]]:
     lock_file = node.read_lock_file(str(alice.directory))
     with contextlib.closing(FileBackend(url)) as backend:
         backend.open(lock_file.owner)
@@ -696,6 +696,23 @@ def test_nothing_cuts_between_off_and_its_change(
                 support.apply_calls(alice.path, [(at, statements)])
             healed.append(len(kept(url)))
         assert healed == [0, 0, 1]
+
+
+def test_a_damaged_end_in_mid_session_is_not_healed(
+    alice: Node, url: str, log_lines: pytest.LogCaptureFixture
+) -> None:
+    with healer(alice, url) as (heals, backend):
+        session = Session(backend, "/nowhere")
+        for number in range(2):
+            one = Change(alice.version + 1, None, alice.next()[1])
+            if number == 1:
+                backend.unsound = "It is damaged."
+                support.flip(Path(FileBackend(url).path), backend.size - 20)
+            heals.mend(one, first=number == 0)
+            session.write(one)
+            support.apply_calls(alice.path, [alice.next()])
+    assert kept(url) == []
+    assert "the backup's end is damaged" in log_lines.messages[-1]
 
 
 def test_it_says_how_far_it_is(
