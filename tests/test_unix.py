@@ -18,8 +18,9 @@ import pytest
 import unixsocket
 from backend import Change, bump
 from errors import BackupError, ConfigError
+from protocol import Nack, NackCode, encode_nack
 from remote.address import connect, parse_socket_url
-from remote.link import Refused, Unreachable
+from remote.link import Link, Refused, Unreachable
 from socketbackend import SocketBackend
 from tests import peers, support
 from tests.peers import ACK, CHANGE, METADATA, NACK, OldClient, ServerProcess, pack_change
@@ -207,6 +208,17 @@ def test_a_stranger_is_turned_away(url: str, place: Path, sock: Path) -> None:
     not_his = pytest.raises(Unreachable, match="user nobody may not use that socket")
     with served(url, sock) as server, as_nobody(), not_his:
         SocketBackend(server.url).status()
+
+
+def test_who_is_turned_away_before_he_said_anything_still_reads_why(sock: Path) -> None:
+    with unixsocket.listen(str(sock), None) as listener:
+        link = Link(parse_socket_url(f"socket:unix:{sock}"))
+        connection, _ = listener.accept()
+        connection.send(encode_nack(Nack(None, NackCode.NOT_ALLOWED, "not you")))
+        connection.close()
+        with pytest.raises(Refused, match="not you"):
+            link.metadata()
+        link.close()
 
 
 class Stranger:
