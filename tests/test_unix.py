@@ -85,7 +85,7 @@ def test_a_node_and_its_backup(url: str, sock: Path, node_dir: Path, tmp_path: P
         check_way(f"{server.url}?retry_for=60", node_dir, tmp_path)
         support.run_cli("verify", server.url)
         support.run_cli("compact", server.url)
-        assert server.logged(f"user {pwd.getpwuid(os.geteuid()).pw_name}, process")
+        server.wait_for(f"user {pwd.getpwuid(os.geteuid()).pw_name}, process")
         assert server.stop() == 0
     assert not sock.exists()
 
@@ -199,8 +199,9 @@ def test_a_stranger_is_turned_away(url: str, place: Path, sock: Path) -> None:
             with as_nobody(), pytest.raises(Refused, match="user nobody is none of") as caught:
                 SocketBackend(server.url).status()
             assert "--allow-user" in caught.value.next_step
-        assert sum("turned away" in line for line in server.lines) == 1
         write(server.url, 1)
+        server.stop()
+        assert sum("turned away" in line for line in server.lines) == 1
     with served(url, sock, "--group", group, "--allow-user", NOBODY) as server:
         with as_nobody():
             assert SocketBackend(f"{server.url}?peer=root").status().version == 1
@@ -257,7 +258,7 @@ def test_a_stranger_in_place_of_the_server_gets_nothing(
     support.make_backup(url)
     calls = support.first_changes(3)
     with served(url, sock) as server:
-        support.run_cli("init", "--lightning-dir", node_dir, f"{server.url}?retry_for=60")
+        support.run_cli("init", "--lightning-dir", node_dir, f"{server.url}?retry_for=600")
         plugin = support.PluginProcess(node_dir)
         plugin.manifest()
         plugin.write(*calls[0])
