@@ -85,7 +85,7 @@ def test_a_node_and_its_backup(url: str, sock: Path, node_dir: Path, tmp_path: P
         check_way(f"{server.url}?retry_for=60", node_dir, tmp_path)
         support.run_cli("verify", server.url)
         support.run_cli("compact", server.url)
-        server.wait_for(f"user {pwd.getpwuid(os.geteuid()).pw_name}, process")
+        server.wait_for(f"user {unixsocket.name_of(os.geteuid())}, process")
         assert server.stop() == 0
     assert not sock.exists()
 
