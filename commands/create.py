@@ -189,7 +189,7 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
         version = _version_reached(backend, None if override else lock_file.owner)
         with node_snapshot(backend, directory, wallet_path) as snapshot:
             found = snapshot.version if snapshot else 0
-            _check_resync(found, version, url, override)
+            _check_resync(found, version, backend, override)
             assert snapshot is not None
             click.echo(f"The node is at version {found}, the backup at version {version}.")
             if lock_file.lost_state is not None:
@@ -329,7 +329,7 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
     return max(status.version, getattr(damage, "newest", None) or 0)
 
 
-def _check_resync(node_version: int, backup_version: int, url: str, override: bool) -> None:
+def _check_resync(node_version: int, backup_version: int, backend: Backend, override: bool) -> None:
     obstacle = may_resync(node_version, backup_version)
     if obstacle is None:
         return
@@ -344,9 +344,9 @@ def _check_resync(node_version: int, backup_version: int, url: str, override: bo
         raise ConfigError(
             "The node has no database, or an empty one: there is nothing to take a snapshot of.",
             "If it is elsewhere, add --wallet. If it was lost, run"
-            f" `{CLI} restore {shlex.quote(url)} DEST`.",
+            f" `{CLI} restore {shlex.quote(backend.url)} DEST`.",
         )
-    refusal = LostState(backup_version, node_version, url)
+    refusal = LostState(backup_version, node_version, backend.url, backend.last_writer)
     if obstacle is Obstacle.ONE_BEHIND:
         refusal.next_step = (
             "One change ahead is usual after a crash: start the node, the plugin takes care of it."
@@ -397,7 +397,7 @@ def attach(
                 f" {shlex.quote(url)} {shlex.quote(directory)}` first.",
             )
         if obstacle is not None:
-            raise LostState(status.version, version, url)
+            raise LostState(status.version, version, url, backend.last_writer)
         if version and no_compare:
             click.echo(f"Only the versions were compared: {version}.")
         elif version:
