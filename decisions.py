@@ -27,6 +27,7 @@ class Obstacle(enum.Enum):
     OLD_COPY = "the backup is damaged, and the node is behind what its header names"
     HEALING_OFF = 'backup.lock says "heal": "off"'
     LOST_BEFORE = "a start was refused before, because the node seemed to have lost some state"
+    NOT_ITS_OWN = "the backup holds nothing and is nobody's: it may be another one in its place"
     DAMAGED_END = "the backup's end is damaged, so that newer versions may have stood there"
     OTHER_VERSION = "the node's database is of another version than lightningd's change"
     OTHER_NODE = "the backup is of another node than the database"
@@ -117,7 +118,7 @@ def may_replace(found: bytes | None, owner: bytes | None) -> bool:
 
 
 def may_heal(
-    verdict: Verdict, first: bool, off: bool, lost: bool, end_holds: bool
+    verdict: Verdict, first: bool, off: bool, lost: bool, end_holds: bool, unknown: bool
 ) -> Obstacle | None:
     """What keeps a backup from being replaced by a snapshot while lightningd waits, or None.
 
@@ -128,6 +129,7 @@ def may_heal(
         lost: a start was refused for LOST_STATE, and no operator has looked since: a run
             without the plugin may have brought an old database up to any version.
         end_holds: the newest record is valid, and nothing behind it is in doubt.
+        unknown: neither an owner nor a record tells that the backup is this node's.
     """
     if verdict is Verdict.LOST_STATE:
         return Obstacle.LOST_STATE
@@ -135,6 +137,8 @@ def may_heal(
         return Obstacle.OUT_OF_DATE  # No node does that: something else is wrong.
     if not end_holds:
         return Obstacle.DAMAGED_END
+    if unknown:
+        return Obstacle.NOT_ITS_OWN
     if lost:
         return Obstacle.LOST_BEFORE
     return Obstacle.HEALING_OFF if off else None

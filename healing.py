@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import scratch
 import space
-from backend import FOREIGN_KEYS_OFF, Backend, Change, Snapshot, log, utc
+from backend import FOREIGN_KEYS_OFF, NOBODY, Backend, Change, Snapshot, log, utc
 from decisions import Obstacle, Verdict, judge, may_heal, may_stand_for
 from errors import CLI, BackupError, DatabaseError, DiskError, LostState, OutOfDate
 from wallet import database, identity, node
@@ -110,7 +110,8 @@ class Healer:
     def _obstacle(self, verdict: Verdict, first: bool, end_holds: bool) -> Obstacle | None:
         lock_file = self._lock_file
         is_off, has_lost = not lock_file.heals, lock_file.lost_state is not None
-        return may_heal(verdict, first, is_off, has_lost, end_holds)
+        unknown = lock_file.owner == NOBODY and self._backend.version_count == 0
+        return may_heal(verdict, first, is_off, has_lost, end_holds, unknown)
 
     def _explained(self, obstacle: Obstacle) -> str:
         if obstacle is Obstacle.LOST_BEFORE:

@@ -114,18 +114,19 @@ def test_only_the_owner_writes_and_nobodys_backup_may_be_started_over() -> None:
 def test_what_heals_in_the_hook() -> None:
     seen = set()
     for verdict in Verdict:
-        for first, off, lost, end_holds in itertools.product(YES_NO, repeat=4):
-            found = may_heal(verdict, first, off, lost, end_holds)
+        for first, off, lost, end_holds, unknown in itertools.product(YES_NO, repeat=5):
+            found = may_heal(verdict, first, off, lost, end_holds, unknown)
             # A node that lost state must not go on, and no running node gets ahead.
             hopeless = verdict is Verdict.LOST_STATE or (
                 verdict is Verdict.OUT_OF_DATE and not first
             )
-            may = not hopeless and end_holds and not lost and not off
-            assert (found is None) == may, (verdict, first, off, lost, end_holds)
+            may = not hopeless and end_holds and not lost and not off and not unknown
+            assert (found is None) == may, (verdict, first, off, lost, end_holds, unknown)
             if hopeless:
                 assert found is not None and found.value == verdict.value
             seen.add(found)
     by_hand = {Obstacle.HEALING_OFF, Obstacle.LOST_BEFORE, Obstacle.DAMAGED_END}
+    by_hand |= {Obstacle.NOT_ITS_OWN}
     assert seen == {None, Obstacle.LOST_STATE, Obstacle.OUT_OF_DATE} | by_hand
 
 

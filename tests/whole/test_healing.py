@@ -408,6 +408,16 @@ def no_backup(alice: Node) -> None:
     path.parent.rename(path.parent.with_name("unmounted"))
 
 
+def emptied(alice: Node) -> None:
+    """An empty backup stands in its place, and backup.lock is of a release without owners."""
+    lock = lock_of(alice.directory)
+    url = str(lock["backend_url"])
+    Path(FileBackend(url).path).unlink()
+    FileBackend(url).create(None)
+    del lock["owner"]
+    (alice.directory / "backup.lock").write_text(json.dumps(lock))
+
+
 def not_sound(alice: Node) -> None:
     """An index that lacks what the table has."""
     with change_database(alice.path) as connection:
@@ -427,6 +437,7 @@ REFUSED: dict[str, tuple[Callable[[Node], None], list[str]]] = {
     "another owner": (another_owner, ["belongs to another node", "attach"]),
     "damaged end": (damaged_end, ["is damaged at offset", "resync"]),
     "no backup": (no_backup, ["There is no backup at", "mount it"]),
+    "emptied": (emptied, ["out of date", "holds nothing and is nobody's", "resync"]),
     "switched off": (
         lambda alice: change_lock(alice.directory, heal="off"),
         ["out of date", '"heal": "off"', "resync"],
