@@ -313,6 +313,8 @@ class Status:
         version_count: changes since the snapshot, and one for the snapshot.
         last_change_ns: Unix time of the last record, nanoseconds.
         owner: what every session of the owner begins with, in hex; of zeros for nobody.
+        last_start_rewound: the last start of the node took a change back, which the node had
+            announced, and not committed; None also if that start is too far back.
         torn_tail: an append that was never acknowledged stands at the end.
         checked: all of it was read, not only its end.
         damage: what does not check, or None.
@@ -337,6 +339,7 @@ class Status:
     allocated: int | None = None
     last_change_ns: int | None = None
     owner: str | None = None
+    last_start_rewound: bool | None = None
     torn_tail: bool = False
     checked: bool = False
     damage: str | None = None
@@ -436,6 +439,7 @@ class Backend(ABC):
         keeps_owner: it can hold who may write to it; known once it was looked at.
         last_writer: who wrote last and when, in words, as far as it was heard.
         directories: those on this machine in which it keeps its files; none if it is elsewhere.
+        unsound: what a check beside the node found, until it is mended or proven wrong.
         home: the node's network directory, if known: what root creates belongs to its owner.
         can_be_served: `server` can keep it, so that an empty one can be made without a node.
         snapshot_copies: copies of a snapshot that ``create`` takes of the disk where scratch
@@ -455,6 +459,7 @@ class Backend(ABC):
         self.version_count = 0
         self.reconnects = 0
         self.last_writer = ""
+        self.unsound: str | None = None
         self.home: str | None = None
 
     @property
@@ -502,7 +507,7 @@ class Backend(ABC):
     def replace(
         self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False
     ) -> str | None:
-        """Start over with ``snapshot``.
+        """Start over with ``snapshot``, and go on with it if open.
 
         Args:
             owner: who may write to it from then on.

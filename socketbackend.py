@@ -107,11 +107,16 @@ class SocketBackend(Destination):
 
     def replace(self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
-        link, _ = self._once()
-        try:
-            self._send_snapshot(link, snapshot, owner, protocol.OVERRIDE if override else 0)
-        finally:
-            link.close()
+        flags, link = protocol.OVERRIDE if override else 0, self._delivery.link()
+        if link is not None:  # As the writer: refused if another one has written meanwhile.
+            self._send_snapshot(link, snapshot, owner, flags)
+            self._delivery.look()
+        else:
+            link, _ = self._once()
+            try:
+                self._send_snapshot(link, snapshot, owner, flags)
+            finally:
+                link.close()
         return f"on {self._url.target}, under the name that the server's log gives"
 
     def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes, flags: int = 0) -> None:
@@ -164,6 +169,9 @@ class SocketBackend(Destination):
 
     def read(self) -> Reading:
         """See Backend."""
+        if self._delivery.known.details is None:
+            # Servers of protocol 1 may serve one connection at a time; ``replace`` makes it anew.
+            self._delivery.close()
         link, found = self._once()
         return SocketReading(link, found, self._url.target)
 

@@ -616,6 +616,7 @@ def test_the_node_goes_on_from_its_own_state(
     assert re.search(by, error)
     done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=1)
     assert "the backup is ahead" in done.stderr and "resync --override" in done.stderr
+    assert re.search(by, done.stderr)
     done = run_cli("resync", "--yes", "--override", "--lightning-dir", node_dir)
     assert "Warning: the backup is ahead" in done.stderr
     assert SocketBackend(served_node.url).status().owner != before
