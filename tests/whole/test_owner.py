@@ -640,7 +640,7 @@ def test_who_writes_meanwhile_is_named(served_node: ServerProcess, node_dir: Pat
 
 def test_each_new_writer_is_named_in_the_log_once(url: str) -> None:
     support.make_backup(url)
-    with ServerProcess(url) as server:
+    with ServerProcess(url, options=["--allow-protocol-1"]) as server:
         for version in (1, 2):
             write(server.url, None, version)
         SocketBackend(server.url).status()
