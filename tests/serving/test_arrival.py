@@ -70,11 +70,21 @@ def test_pages_that_do_not_check_are_refused(url: str, tmp_path: Path) -> None:
     assert FileBackend(url).status().version == 3
 
 
+def examined_by(directory: Path, code: str, limits: str = "") -> str:
+    """A patch: a snapshot is examined by a process that executes ``code`` first."""
+    program = directory / "examine.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(support.ROOT)!r})\nfrom upkeep import examine\n"
+        f"real = examine._look\n{code}\nexamine.main(*sys.argv[1:])\n"
+    )
+    return f"from upkeep import examine; examine.__file__ = {str(program)!r}; {limits}"
+
+
 @pytest.mark.parametrize(
     ("limits", "computes"),
     [
-        ("LIMIT_S = 1", f"x > {ENDLESS}"),
-        ("MAX_MEMORY = 400 << 20", "length(hex(zeroblob(300000000))) > x"),
+        ("examine._look = lambda path, log, _: real(path, log, 2)", f"x > {ENDLESS}"),
+        ("examine.MAX_MEMORY = 400 << 20", "length(hex(zeroblob(300000000))) > x"),
     ],
     ids=["time", "memory"],
 )
@@ -87,18 +97,21 @@ def test_what_computes_without_end_is_ended(
     definition = f"CREATE TABLE t (x CHECK ({computes}))".replace("'", "''")
     table.append(f"UPDATE sqlite_master SET sql = '{definition}' WHERE name = 't'")
     snapshot = node_database(tmp_path / "node", 4, None, *table)
-    program = tmp_path / "examine.py"
-    program.write_text(
-        f"import sys\nsys.path.insert(0, {str(support.ROOT)!r})\n"
-        f"from upkeep import examine\nexamine.{limits}\nexamine.main(*sys.argv[1:])\n"
-    )
-    patch = f"from upkeep import examine; examine.__file__ = {str(program)!r}; examine.{limits}"
-    with ServerProcess(url, patch=patch) as server:
+    with ServerProcess(url, patch=examined_by(tmp_path, limits)) as server:
         found = refusal(server, snapshot)
         assert found.code is NackCode.INVALID
         assert re.search("did not end within|no memory", found.problem)
         SocketBackend(server.url).replace(node_database(tmp_path / "next", 4))
     assert FileBackend(url).status().version == 4
+
+
+def test_an_examination_that_hangs_is_killed(url: str, tmp_path: Path) -> None:
+    support.make_backup(url)
+    hanging = "import time; examine._look = lambda *_: time.sleep(1000)"
+    patch = examined_by(tmp_path, hanging, "examine.LIMIT_S = 0.1")
+    with ServerProcess(url, patch=patch) as server:
+        found = refusal(server, node_database(tmp_path / "node", 1))
+        assert "did not end within 0 s" in found.problem and "it was killed" in found.problem
 
 
 def test_metadata_and_changes_wait_for_no_snapshot(url: str, tmp_path: Path) -> None:
