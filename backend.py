@@ -49,6 +49,8 @@ NOBODY = bytes(16)
 """The owner of a backup that no node has claimed yet."""
 TAG_SIZE = 8
 """Bytes of the owner with which every session begins."""
+OVER_2 = b"rec2"
+"""Stands behind the tag in sessions of nobody over protocol 2."""
 FOREIGN_KEYS_OFF = "PRAGMA foreign_keys = OFF;"
 FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
 NOT_BUMPING = (FOREIGN_KEYS_OFF.encode(), FOREIGN_KEYS_ON.encode())
@@ -255,6 +257,22 @@ def new_session(owner: bytes) -> bytes:
     return owner[:TAG_SIZE] + secrets.token_bytes(CHAIN_SIZE - TAG_SIZE)
 
 
+def session_over_2(owner: bytes) -> bytes:
+    """``new_session`` for what is written by protocol 2: for nobody as the owner it is marked.
+
+    A server refuses protocol 1 from then on (see ``is_over_2``), also after a restart.
+    """
+    session = new_session(owner)
+    if any(owner[:TAG_SIZE]):
+        return session
+    return session[:TAG_SIZE] + OVER_2 + session[TAG_SIZE + len(OVER_2) :]
+
+
+def is_over_2(session: bytes) -> bool:
+    """Whether a record of ``session`` came by protocol 2: of an owner, or marked."""
+    return any(session[:TAG_SIZE]) or session[TAG_SIZE:].startswith(OVER_2)
+
+
 def taken_over(version: int, time_ns: int) -> str:
     """Why a node may not write any more, by the last record of the one that does."""
     return f"another node took over at version {version}, {utc(time_ns)}"
@@ -295,6 +313,8 @@ class Status:
         version_count: changes since the snapshot, and one for the snapshot.
         last_change_ns: Unix time of the last record, nanoseconds.
         owner: what every session of the owner begins with, in hex; of zeros for nobody.
+        last_start_rewound: the last start of the node took a change back, which the node had
+            announced, and not committed; None also if that start is too far back.
         torn_tail: an append that was never acknowledged stands at the end.
         checked: all of it was read, not only its end.
         damage: what does not check, or None.
@@ -305,6 +325,7 @@ class Status:
         disk_free: free bytes for the writer.
         destinations: all that the backup has, if those are several and it keeps the list.
         acks: how many of them acknowledge a change.
+        epoch: of that list, see quorum.Roster.
         notes: what else was found and does no harm.
         warnings: what the operator should act on.
     """
@@ -321,6 +342,7 @@ class Status:
     allocated: int | None = None
     last_change_ns: int | None = None
     owner: str | None = None
+    last_start_rewound: bool | None = None
     torn_tail: bool = False
     checked: bool = False
     damage: str | None = None
@@ -328,8 +350,9 @@ class Status:
     last_proven_ns: int | None = None
     unsound: str | None = None
     disk_free: int | None = None
-    destinations: tuple[str, ...] | None = None
+    destinations: list[str] = field(default_factory=list)
     acks: int | None = None
+    epoch: int | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -436,7 +459,10 @@ class Backend(ABC):
         version_count: changes since the snapshot, and one for the snapshot.
         medium: what a slow call waits for, in words.
         reconnects: how often the way to it was lost and found again since ``open``.
+        keeps_owner: it can hold who may write to it; known once it was looked at.
+        last_writer: who wrote last and when, in words, as far as it was heard.
         directories: those on this machine in which it keeps its files; none if it is elsewhere.
+        unsound: what a check beside the node found, until it is mended or proven wrong.
         home: the node's network directory, if known: what root creates belongs to its owner.
         can_be_served: `server` can keep it, so that an empty one can be made without a node.
         snapshot_copies: copies of a snapshot that ``create`` takes of the disk where scratch
@@ -446,6 +472,7 @@ class Backend(ABC):
     medium = "the disk"
     directories: Sequence[str] = ()
     can_be_served = False
+    keeps_owner = True
     snapshot_copies = 1
 
     def __init__(self, url: str) -> None:
@@ -454,6 +481,8 @@ class Backend(ABC):
         self.rewindable = False
         self.version_count = 0
         self.reconnects = 0
+        self.last_writer = ""
+        self.unsound: str | None = None
         self.home: str | None = None
 
     @property
@@ -498,8 +527,15 @@ class Backend(ABC):
         """Take back the last change, durably; only if ``rewindable``."""
 
     @abstractmethod
-    def replace(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> str | None:
-        """Start over with ``snapshot``, or empty, whoever's the backup was.
+    def replace(
+        self, snapshot: Snapshot | None, owner: bytes = NOBODY, *, override: bool = False
+    ) -> str | None:
+        """Start over with ``snapshot``, or empty, and go on with it if open.
+
+        Args:
+            owner: who may write to it from then on.
+            override: also if a server keeps another owner's backup, another node's, or a newer
+                state: what is there is somebody else's.
 
         Returns:
             Where the old backup is kept, None if it was empty.
@@ -644,7 +680,7 @@ class Session:
         if verdict is Verdict.OUT_OF_DATE:
             raise OutOfDate(backend.version, change.base, self._dir)
         if verdict is Verdict.LOST_STATE:
-            raise LostState(backend.version, change.base, backend.url)
+            raise LostState(backend.version, change.base, backend.url, backend.last_writer)
         if verdict is Verdict.REWIND:
             log.info("Last changes not applied, rewinding non-committed transaction")
             backend.rewind()

@@ -36,6 +36,8 @@ PATIENCE_S = 2.0
 """How long a start waits for the answers of destinations that it does not need."""
 RETRY_FOR_S = 60.0
 """How long a change waits for destinations that have failed to come back, before it is refused."""
+SLOW_AFTER_S = 10.0
+"""A destination that takes longer for one record, while K others go on, is lagging."""
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
 LEAVE_S = 5.0
@@ -63,6 +65,7 @@ class Member:
         self.heard = self.failed = False
         self.thread: threading.Thread | None = None
         self.reconnects = 0
+        self.busy_since_s: float | None = None
 
     def status(self) -> MemberStatus:
         """How it does."""
@@ -145,14 +148,28 @@ class MirrorBackend(Destination):
             each.create(snapshot)
         self._claim(owner, changes)
 
-    def replace(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> str | None:
+    def replace(
+        self, snapshot: Snapshot | None, owner: bytes = NOBODY, *, override: bool = False
+    ) -> str | None:
         """See Backend. As many as a start needs must be there; the others catch up later."""
+        if not self._members:
+            return self._replace(snapshot, owner, override)
+        house = self._house
+        self.close()
+        kept = self._replace(snapshot, owner, override)
+        self.open(owner)
+        if house is not None:
+            self._keep_house(house)
+        return kept
+
+    def _replace(self, snapshot: Snapshot | None, owner: bytes, override: bool) -> str | None:
         found = hear(self._all())
         term = max((end_of(h.look.newest).term for h in found if h.look is not None), default=0)
         kept, errors = [], []
         for each in found:
             try:
-                where = each.replica.replace(snapshot, layout2.session_of(owner, 2 * term))
+                session = layout2.session_of(owner, 2 * term)
+                where = each.replica.replace(snapshot, session, override=override)
                 kept.append(f"{each.url}: {where}" if where else "")
             except BackupError as error:
                 errors.append(f"{each.url}: {error.problem}")
@@ -394,8 +411,12 @@ class MirrorBackend(Destination):
             _, payload = self._tail.popleft()
             self._tail_size -= len(payload)
             self._first += 1
+        now_s = time.monotonic()
         for member in self._members:
-            if member.part is Part.IN_STEP and member.done < self._first:
+            if member.part is not Part.IN_STEP or member.done >= self._acknowledged:
+                continue
+            stands = member.busy_since_s is not None and now_s - member.busy_since_s > SLOW_AFTER_S
+            if stands or member.done < self._first:
                 self._lag(member, BackupError(f"{member.url} is too slow and fell behind."))
 
     def close(self) -> None:
@@ -446,6 +467,7 @@ class MirrorBackend(Destination):
         if member.part is not Part.LAGGING:
             member.since_ns = time.time_ns()
         member.part, member.error, member.failed = Part.LAGGING, error, True
+        member.busy_since_s = None
         self._changed.notify_all()
 
     def _close(self, member: Member) -> None:
@@ -569,9 +591,11 @@ class MirrorBackend(Destination):
                 if member.done == self._first + len(self._tail):
                     return  # All ends.
                 head, payload = self._tail[member.done - self._first]
+            member.busy_since_s = time.monotonic()
             with member.lock:
                 member.backend.add_record(head, payload)
             with changed:
+                member.busy_since_s = None
                 member.done += 1
                 changed.notify_all()
 
@@ -585,6 +609,9 @@ class MirrorBackend(Destination):
         def keep(member: Member) -> None:
             member.backend.keep_house(member.lock, least, self._turn)
 
+        self._keep_house(keep)
+
+    def _keep_house(self, keep: Callable[[Member], None]) -> None:
         with self._changed:
             self._house = keep
             in_step = [member for member in self._members if member.part is Part.IN_STEP]

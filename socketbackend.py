@@ -16,7 +16,6 @@ from backend import (
     EMPTY_CHAIN,
     MAX_CHUNK_SIZE,
     NOBODY,
-    TAG_SIZE,
     Change,
     Progress,
     Reading,
@@ -24,7 +23,7 @@ from backend import (
     Status,
     chain_after,
 )
-from errors import CLI, BackupExists, ConfigError
+from errors import CLI, BackupExists, ConfigError, printable
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
 from protocol import Details, Metadata, PacketType, ProtocolError
@@ -35,6 +34,11 @@ from remote.delivery import Delivery
 from remote.link import COMPACT_TIMEOUT_S, SNAPSHOT_TIMEOUT_S, Link, Refused, Unreachable
 from remote.reading import SocketReading
 from replica import Look, Replica
+
+CHECKS_BY_ITSELF = (
+    "the server reads and checks all of its file each day and replays it each week, which nobody"
+    " else makes it do: what it found last is shown here"
+)
 
 
 class SocketBackend(Replica):
@@ -61,7 +65,9 @@ class SocketBackend(Replica):
         except OSError as error:
             raise Unreachable(self._url.target, error) from error
         try:
-            return link, link.metadata()
+            found = link.metadata()
+            self._hear(found)
+            return link, found
         except OSError as error:
             link.close()
             raise Unreachable(self._url.target, error) from error
@@ -100,23 +106,31 @@ class SocketBackend(Replica):
             for change in changes:
                 self.add_change(change)
 
-    def replace(self, snapshot: Snapshot | None, owner: bytes = NOBODY) -> str:
+    def replace(
+        self, snapshot: Snapshot | None, owner: bytes = NOBODY, *, override: bool = False
+    ) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
         if snapshot is None:
             raise ConfigError(
                 f"The server of {self.url} cannot begin anew with an empty backup.",
                 f"Run `{CLI} compact` on another destination.",
             )
-        link, _ = self._once()
-        try:
-            self._send_snapshot(link, snapshot, owner)
-        finally:
-            link.close()
+        flags, link = protocol.OVERRIDE if override else 0, self._delivery.link()
+        if link is not None:  # As the writer: refused if another one has written meanwhile.
+            self._send_snapshot(link, snapshot, owner, flags)
+            self._delivery.look()
+        else:
+            link, _ = self._once()
+            try:
+                self._send_snapshot(link, snapshot, owner, flags)
+            finally:
+                link.close()
         return f"on {self._url.target}, under the name that the server's log gives"
 
-    def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes) -> None:
+    def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes, flags: int = 0) -> None:
         head = BEFORE_FIRST._replace(
             kind=Kind.SNAPSHOT,
+            flags=flags,
             version=snapshot.version,
             time_ns=time.time_ns(),
             session=owner,
@@ -130,26 +144,35 @@ class SocketBackend(Replica):
                     protocol1.send_snapshot(link.send, source, snapshot)
             packet = link.answer(SNAPSHOT_TIMEOUT_S)
         except OSError as error:
-            raise Unreachable(self._url.target, error) from error
+            raise link.last_words() or Unreachable(self._url.target, error) from error
         link.check_ack(packet, link.ack_of(head))
 
     def status(self, check: bool = False) -> Status:
-        """See Backend. A server of protocol 1 tells versions only; none checks its file."""
+        """See Backend. A server of protocol 1 tells versions only; none is made to check its file.
+
+        Raises:
+            Refused, Unreachable, ProtocolError.
+        """
         link, found = self._once()
-        link.close()
-        status = Status(
-            url=self.url,
-            layout="server of protocol 1",
-            version=found.version,
-            prev_version=found.prev_version if found.prev_version != found.version else None,
-            version_count=found.version_count,
-        )
-        if found.details is not None:
-            status.layout = f"{found.details.server}, protocol 2"
-            status.backup_id = found.details.backup_id.hex()
-            status.size = found.details.size
-            status.last_change_ns = found.details.time_ns or None
-            status.owner = found.details.session[:TAG_SIZE].hex()
+        with contextlib.closing(link):
+            if found.details is None:
+                return Status(
+                    url=self.url,
+                    layout="server of protocol 1",
+                    version=found.version,
+                    prev_version=found.prev_version
+                    if found.prev_version != found.version
+                    else None,
+                    version_count=found.version_count,
+                )
+            try:
+                status = link.status()
+            except OSError as error:
+                raise Unreachable(self._url.target, error) from error
+        status.url, server = self.url, printable(found.details.server)
+        status.layout = f"{server}, protocol 2, {status.layout}"
+        if check:
+            status.notes.append(CHECKS_BY_ITSELF)
         return status
 
     # One of several
@@ -175,12 +198,11 @@ class SocketBackend(Replica):
         return _newest(self._delivery.known)
 
     def roster(self) -> Roster | None:
-        """See Replica. All of the log comes over the line for that."""
-        owner = b""
-        with self.records() as records:
-            for head, payload in records:
-                owner = payload if head.kind == Kind.OWNER else owner
-        return layout2.decode_roster(owner)
+        """See Replica."""
+        found = self.status()
+        if not found.destinations or found.acks is None or found.epoch is None:
+            return None
+        return Roster(found.epoch, found.acks, tuple(found.destinations))
 
     def add_record(self, head: Head, payload: bytes) -> None:
         """See Replica."""
@@ -197,6 +219,9 @@ class SocketBackend(Replica):
 
     def read(self) -> Reading:
         """See Backend."""
+        if self._delivery.known.details is None:
+            # Servers of protocol 1 may serve one connection at a time; ``replace`` makes it anew.
+            self._delivery.close()
         link, found = self._once()
         return SocketReading(link, found, self._url.target)
 
@@ -243,7 +268,7 @@ class SocketBackend(Replica):
     def open(self, owner: bytes | None = None) -> None:
         """See Backend. Waits for the server as long as a change would.
 
-        A server of protocol 1 keeps no owner, and takes any.
+        A server of protocol 1 keeps no owner, so that it is refused to one who has one.
         """
         self._delivery.open(owner)
 
@@ -269,6 +294,11 @@ class SocketBackend(Replica):
         self.version, self.version_count = known.version, known.version_count
         self.rewindable = known.prev_version == known.version - 1
         self.reconnects = reconnects
+        self._hear(known)
+
+    def _hear(self, found: Metadata) -> None:
+        self.keeps_owner = found.details is not None
+        self.last_writer = found.details.last_writer if found.details else ""
 
     def add_change(self, change: Change) -> None:
         """See Backend."""
@@ -322,7 +352,8 @@ def _newest(found: Metadata) -> Head:
 
 
 def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:
+    """Send all of ``source``, unless the server has answered before: it refuses then."""
     size = os.fstat(source.fileno()).st_size
-    while piece := source.read(MAX_CHUNK_SIZE):
-        flags = layout2.FINAL if source.tell() == size else 0
+    while not link.has_answer() and (piece := source.read(MAX_CHUNK_SIZE)):
+        flags = head.flags | (layout2.FINAL if source.tell() == size else 0)
         link.send_record(head._replace(flags=flags, length=len(piece)), piece)

@@ -8,7 +8,8 @@ import os
 import pwd
 import shlex
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -37,6 +38,7 @@ from commands.shared import (
     readable,
     scratch_option,
     scratch_prefix,
+    to_note,
     wallet_option,
 )
 from decisions import Obstacle, may_attach, may_replace, may_resync, may_upgrade
@@ -54,6 +56,8 @@ from several import joining
 from upkeep import upgrade as upgrading
 from wallet import database, node
 from wallet import restore as restoring
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @main.command()
@@ -104,8 +108,9 @@ def init(
                 click.echo(f"Found an existing database at {wallet_path}")
             # First the small file that is easily taken back: a server's backup is not. It gets
             # its name last: a node finds no backup.lock without a backup.
-            owner = new_owner()
+            owner = new_owner() if backend.keeps_owner else NOBODY
             lock_file = node.LockFile(urls[0], owner=owner)
+            lock_file = dataclasses.replace(lock_file, **to_note(directory, wallet_path))
             with node.new_lock_file(directory, _with_destinations(lock_file, urls, acks)):
                 backend.create(snapshot, owner)
             stored = readable(os.path.getsize(snapshot.path)) if snapshot else "nothing yet"
@@ -202,7 +207,7 @@ def _report_init(
 @directory_option
 @wallet_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--override", is_flag=True, help="Also if another node has taken the backup over.")
+@click.option("--override", is_flag=True, help="Also if somebody else has written to the backup.")
 def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) -> None:
     """Bring an outdated or damaged backup up to date with a fresh snapshot.
 
@@ -221,13 +226,19 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
         version = _version_reached(backend, None if override else lock_file.owner)
         with node_snapshot(backend, directory, wallet_path) as snapshot:
             found = snapshot.version if snapshot else 0
-            _check_resync(found, version, url)
+            _check_resync(found, version, backend, override)
             assert snapshot is not None
             click.echo(f"The node is at version {found}, the backup at version {version}.")
+            if lock_file.lost_state is not None:
+                click.echo(f"The node seemed to have lost some state: {lock_file.lost_state}.")
             if not yes:
                 click.confirm("Replace the backup by a snapshot of the node?", abort=True)
             with _new_owner(backend, directory, lock_file, keep=not override) as owner:
-                kept = backend.replace(snapshot, owner)
+                kept = backend.replace(snapshot, owner, override=override)
+                noted = dataclasses.replace(lock_file, **to_note(directory, wallet_path))
+                if noted != lock_file:
+                    noted = dataclasses.replace(noted, owner=owner)
+                    node.write_lock_file(directory, noted, replace=True)
     click.echo(f"The backup {url} is now at version {found}.")
     if kept is not None:
         click.echo(f"The old one is kept: {kept}")
@@ -276,7 +287,7 @@ def _new_owner(
     if keep and lock_file.owner != NOBODY:
         yield lock_file.owner
         return
-    owner = new_owner()
+    owner = new_owner() if backend.keeps_owner else NOBODY
     # First, so that a command that was killed can be typed again.
     node.write_lock_file(directory, dataclasses.replace(lock_file, owner=owner), replace=True)
     try:
@@ -344,7 +355,7 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
     """
     status = backend.status()
     found = None if status.owner is None else bytes.fromhex(status.owner)
-    if not may_replace(found, owner):
+    if not may_replace(found, owner) or not (backend.keeps_owner or owner in (None, NOBODY)):
         with contextlib.closing(backend):
             backend.open(owner)  # It knows who took it over.
     if not status.damage:
@@ -355,17 +366,24 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
     return max(status.version, getattr(damage, "newest", None) or 0)
 
 
-def _check_resync(node_version: int, backup_version: int, url: str) -> None:
+def _check_resync(node_version: int, backup_version: int, backend: Backend, override: bool) -> None:
     obstacle = may_resync(node_version, backup_version)
     if obstacle is None:
+        return
+    if override and obstacle is not Obstacle.NO_DATABASE:
+        click.echo(
+            "Warning: the backup is ahead. Only if somebody else wrote to it is the node's database"
+            " the right one: if that is an old copy, the node must never run on it.",
+            err=True,
+        )
         return
     if obstacle is Obstacle.NO_DATABASE:
         raise ConfigError(
             "The node has no database, or an empty one: there is nothing to take a snapshot of.",
             "If it is elsewhere, add --wallet. If it was lost, run"
-            f" `{CLI} restore {shlex.quote(url)} DEST`.",
+            f" `{CLI} restore {shlex.quote(backend.url)} DEST`.",
         )
-    refusal = LostState(backup_version, node_version, url)
+    refusal = LostState(backup_version, node_version, backend.url, backend.last_writer)
     if obstacle is Obstacle.ONE_BEHIND:
         refusal.next_step = (
             "One change ahead is usual after a crash: start the node, the plugin takes care of it."
@@ -427,13 +445,17 @@ def attach(
                 f" {shlex.quote(url)} {shlex.quote(directory)}` first.",
             )
         if obstacle is not None:
-            raise LostState(status.version, version, url)
+            raise LostState(status.version, version, url, backend.last_writer)
         if version and no_compare:
             click.echo(f"Only the versions were compared: {version}.")
         elif version:
             prefix = scratch_prefix(backend, scratch, directory)
             _check_same(backend, prefix, wallet_path, version)
-        kept = _take_over_all(plan, directory) if plan else _take_over(backend, directory)
+        noted = to_note(directory, wallet_path)
+        if plan is not None:
+            kept = _take_over_all(plan, directory, noted)
+        else:
+            kept = _take_over(backend, directory, noted)
     if kept is not None:
         click.echo(f"The former backup.lock is kept: {kept}")
     click.echo(
@@ -457,15 +479,20 @@ def _plan(directory: str, urls: Sequence[str], acks: int | None) -> joining.Plan
     return joining.plan(urls, acks or len(urls), former, destinations.backend_for)
 
 
-def _take_over_all(plan: joining.Plan, directory: str) -> str | None:
+def _former_lock_file(directory: str, url: str) -> node.LockFile:
+    """The node's backup.lock, or one that names ``url`` where there is none that can be read."""
+    with contextlib.suppress(BackupError):
+        return node.read_lock_file(directory)
+    return node.LockFile(url)
+
+
+def _take_over_all(plan: joining.Plan, directory: str, changes: Mapping[str, Any]) -> str | None:
     """Make the node in ``directory`` the owner of all destinations of ``plan``."""
     with progress_bar("Copying", 0) as advance:
         joining.bring_all(plan, destinations.backend_for, advance)
     owner, urls = new_owner(), plan.roster.urls
-    compact_at = None
-    with contextlib.suppress(BackupError):
-        compact_at = node.read_lock_file(directory).compact
-    lock_file = node.LockFile(urls[0], compact_at, owner)
+    lock_file = dataclasses.replace(_former_lock_file(directory, urls[0]), owner=owner)
+    lock_file = dataclasses.replace(lock_file, **changes)
     lock_file = _with_destinations(lock_file, urls, plan.roster.acks, plan.roster.epoch)
     with _in_place_of_the_former(directory) as kept, node.new_lock_file(directory, lock_file, kept):
         joining.take_over(plan, owner, destinations.backend_for)
@@ -510,14 +537,19 @@ def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> Non
         )
 
 
-def _take_over(backend: Backend, directory: str) -> str | None:
-    """Make the node in ``directory`` the backup's owner; where its old backup.lock is kept."""
-    compact_at = None
-    with contextlib.suppress(BackupError):
-        compact_at = node.read_lock_file(directory).compact
+def _take_over(
+    backend: Backend, directory: str, changes: Mapping[str, Any] = NOTHING
+) -> str | None:
+    """Make the node in ``directory`` the backup's owner; where its old backup.lock is kept.
+
+    Args:
+        changes: what else the new one says, see node.LockFile.
+    """
     with contextlib.closing(backend):
         owner = _claim(backend)
-        lock_file = node.LockFile(backend.url, compact_at, owner)
+        lock_file = _former_lock_file(directory, backend.url)
+        lock_file = dataclasses.replace(lock_file, backend_url=backend.url, owner=owner)
+        lock_file = dataclasses.replace(lock_file, **changes)
         with (
             _in_place_of_the_former(directory) as kept,
             node.new_lock_file(directory, lock_file, kept),
@@ -534,7 +566,7 @@ def _claim(backend: Backend) -> bytes:
     except UnsupportedLayout as error:
         click.echo(f"Warning: {error}", err=True)
         return NOBODY
-    return new_owner()
+    return new_owner() if backend.keeps_owner else NOBODY
 
 
 @main.command()

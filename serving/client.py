@@ -33,13 +33,15 @@ class Client(Protocol):
     Attributes:
         number: connections are numbered as they come.
         machine: its name as it says, else its address.
+        who: a host's address or a user, the same for each of its connections.
     """
 
     number: int
+    who: str
     machine: str
 
-    def ask(self, decide: Callable[[], Answer]) -> None:
-        """Have ``decide`` called when no other client's request is in hand, and answer it."""
+    def ask(self, decide: Callable[[], Answer]) -> Answer:
+        """Have ``decide`` called when no other client's request is in hand, and answer that."""
 
     def write(self, decide: Callable[[], Answer]) -> None:
         """``ask`` for what is appended: if the disk fails then, the server stops."""

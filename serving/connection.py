@@ -11,6 +11,7 @@ from backend import log
 from errors import BackupError
 from protocol import Event, Nack, NackCode, PacketType, SnapshotPart
 from serving.client import Answer, Dropped
+from serving.door import Caller
 from serving.incoming import Incoming
 from serving.keeper import Keeper
 from serving.outgoing import Outgoing
@@ -19,6 +20,9 @@ from serving.protocol2 import Protocol2
 from serving.spool import Arrival
 from stream import Stream
 from upkeep.compaction import Compactor
+
+READS = frozenset({PacketType.REQ_METADATA, PacketType.RESTORE, PacketType.STATUS, PacketType.ACK})
+"""What a connection may send that is for reading only."""
 
 
 class Host(Protocol):
@@ -39,18 +43,23 @@ class Connection:
 
     Args:
         host: whose connection it is.
-        peer: the client's address.
+        caller: who it is.
         number: connections are numbered as they come.
+        is_read_only: whatever it asks for, it never writes.
     """
 
-    def __init__(self, host: Host, stream: Stream, peer: str, number: int) -> None:
+    def __init__(
+        self, host: Host, stream: Stream, caller: Caller, number: int, is_read_only: bool
+    ) -> None:
         self.number = number
-        self.machine = peer
+        self.who = caller.who
+        self.machine = caller.who
         self.incoming = Incoming(stream)
         self._host = host
         self._keeper = host.keeper
         self._stream = stream
-        self._peer = peer
+        self._peer = caller.at
+        self._is_read_only = is_read_only
         self._restored = False
         self._outgoing = Outgoing(stream, self.incoming)
         self._arrival = Arrival(self, self._keeper)
@@ -86,7 +95,9 @@ class Connection:
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, SnapshotPart):
-            return self._speaks.take(event)
+            return self._refuse_part(event) if self._is_read_only else self._speaks.take(event)
+        if self._is_read_only and event.type not in READS:
+            return self._refuse_to_write()
         match event.type:
             case PacketType.REQ_METADATA:
                 self._introduce(event.payload)
@@ -105,11 +116,24 @@ class Connection:
         """REQ_METADATA: agree on a protocol, hear who it is, and tell what there is."""
         self._speaks = self._spoken[protocol.agreed_protocol(payload)]
         owner, machine = protocol.claimed_owner(payload)
-        self.machine = machine or self._peer
+        self.machine = machine or self.who
+        if owner is not None and self._is_read_only:
+            return self._refuse_to_write()
         if owner is not None and self._keeper.is_foreign(owner):
             text = f"{self.machine} as a writer: {self._keeper.whose()}"
             return self.refuse(text, NackCode.TAKEN_OVER)
+        damage = self._keeper.backend.damage
+        if owner is not None and damage is not None:
+            return self.refuse(f"{self.machine} as a writer: {damage.problem}", NackCode.DAMAGED)
         self._outgoing.send(self._speaks.metadata())
+
+    def _refuse_part(self, part: SnapshotPart) -> None:
+        if part.last:
+            self._refuse_to_write()
+
+    def _refuse_to_write(self) -> None:
+        text = f"{self.machine} as a writer: this address is for reading only"
+        self.refuse(text, NackCode.READ_ONLY)
 
     def _compact(self) -> None:
         try:
@@ -120,16 +144,22 @@ class Connection:
 
     # See client.Client
 
-    def ask(self, decide: Callable[[], Answer]) -> None:
+    def ask(self, decide: Callable[[], Answer]) -> Answer:
         """Call ``decide`` under the keeper's lock and send what it returns."""
         # The answer, too, under the lock: else who takes over, or a stop of the server, could end
         # this connection between a deed and its ACK. So it is sent at once or never.
         with self._keeper.lock:
-            self.answer(decide())
+            answer = decide()
+            self.answer(answer)
+        return answer
 
     def write(self, decide: Callable[[], Answer]) -> None:
         """``ask`` for what is appended: if the disk fails then, the server stops."""
-        self._host.guard(lambda: self.ask(decide))
+
+        def ask() -> None:
+            self.ask(decide)
+
+        self._host.guard(ask)
 
     def refuse(self, reason: str, code: NackCode = NackCode.OTHER) -> None:
         """Answer that nothing was stored, and why."""

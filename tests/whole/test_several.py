@@ -103,24 +103,28 @@ def test_a_life_from_init_to_restore(node_dir: Path, tmp_path: Path, served: Ser
     assert all(url in run_cli("status", urls[0]).stdout for url in urls), "also when compacted"
 
 
-def test_one_that_fails_is_left_behind_and_comes_back(node_dir: Path, tmp_path: Path) -> None:
-    urls = files(tmp_path, 3)
+def test_one_that_fails_is_left_behind_and_comes_back(
+    node_dir: Path, tmp_path: Path, served: ServerProcess
+) -> None:
+    remote = f"{served.url}?retry_for=0"
+    urls = [*files(tmp_path, 2), remote]
     run_cli("init", "--lightning-dir", node_dir, "--acks", 2, *urls)
-    lost = path_of(urls[1])
-    aside = lost.with_suffix(".aside")
     with PluginProcess(node_dir) as plugin:
         write(plugin, 1, 3)
         until(lambda: versions(urls) == [3, 3, 3])
-        lost.rename(aside)  # A log that leaves its place takes no change.
+        served.kill()
         write(plugin, 4, 6)
+        until(lambda: plugin.logged(f"{remote} is not in step any more"))
         done = run_cli("status", "--lightning-dir", node_dir, check=4)
-        assert "There is no backup at" in done.stdout and "2 are in step" in done.stdout
-        aside.rename(lost)
-        until(lambda: plugin.logged(f"{urls[1]} is in step again"))
-        write(plugin, 7, 7)
-        until(lambda: versions(urls) == [7, 7, 7])
-        assert sum("is not in step any more" in line for _, line in plugin.log) == 1
-    run_cli("status", "--lightning-dir", node_dir)
+        assert "cannot be reached" in done.stdout and "2 are in step" in done.stdout
+        row = plugin.call("backup-status")["destinations"][2]
+        assert row["part"] == "lagging" and "cannot be reached" in row["last_error"]
+        with ServerProcess(f"file://{tmp_path}/served/node.bkp", port=served.port):
+            until(lambda: plugin.logged(f"{remote} is in step again"))
+            write(plugin, 7, 7)
+            until(lambda: versions(urls) == [7, 7, 7])
+            assert sum("is not in step any more" in line for _, line in plugin.log) == 1
+            run_cli("status", "--lightning-dir", node_dir)
 
 
 def test_fewer_than_k_halt_the_node(node_dir: Path, tmp_path: Path) -> None:

@@ -66,9 +66,9 @@ class Flaky(FileDestination):
         super().__init__(place.url)
         self.place = place
 
-    def open(self, owner: bytes | None = None) -> None:
+    def open(self, owner: bytes | None = None, though_damaged: bool = False) -> None:
         self.place.check()
-        super().open(owner)
+        super().open(owner, though_damaged)
 
     def look(self) -> Look:
         self.place.check()
