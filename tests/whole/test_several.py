@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import support
-from tests.peers import ServerProcess
+from tests.peers import ServerProcess, patched
 from tests.support import PluginProcess, Refused, run_cli
 
 CALLS = support.first_changes(12)
@@ -234,6 +234,88 @@ def test_a_server_that_stands_still_keeps_nobody(
         until(lambda: versions(urls) == [9, 9])
         write(plugin, 10, 10)
         until(lambda: versions(urls) == [10, 10])
+
+
+def test_one_that_falls_behind_what_is_in_memory(
+    node_dir: Path, tmp_path: Path, served: ServerProcess
+) -> None:
+    urls = [*files(tmp_path, 1), served.url]
+    run_cli("init", "--lightning-dir", node_dir, "--acks", 1, *urls)
+    calls = [support.change(version, f"-- {'x' * (1 << 20)}") for version in range(3, 15)]
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 1, 2)
+        until(lambda: versions(urls) == [2, 2])
+        served.process.send_signal(signal.SIGSTOP)
+        for version, statements in calls:
+            plugin.write(version, statements)
+        assert plugin.logged(f"{served.url} is too slow and fell behind")
+        served.process.send_signal(signal.SIGCONT)
+        until(lambda: plugin.logged(f"{served.url} is in step again"))
+        assert versions(urls) == [14, 14]
+    assert support.stored(urls[0]) == support.stored(f"file://{tmp_path}/served/node.bkp")
+
+
+STUCK = """
+import os, time, durable
+real = durable.flush
+def flush(fd):
+    while os.path.exists({marker!r}) and {disk!r} in os.readlink(f"/proc/self/fd/{{fd}}"):
+        time.sleep(0.01)
+    real(fd)
+durable.flush = flush
+"""
+"""A disk that flushes nothing as long as a file is there."""
+
+
+def test_a_disk_that_stands_still_keeps_nobody(node_dir: Path, tmp_path: Path) -> None:
+    urls, marker = files(tmp_path, 3), tmp_path / "stuck"
+    run_cli("init", "--lightning-dir", node_dir, "--acks", 2, *urls)
+    patch = STUCK.format(marker=str(marker), disk=str(tmp_path / "disk1"))
+    with PluginProcess(node_dir, patched(support.PLUGIN, patch)) as plugin:
+        write(plugin, 1, 2)
+        until(lambda: versions(urls) == [2, 2, 2])
+        marker.touch()
+        write(plugin, 3, 9)
+        assert versions([urls[0], urls[2]]) == [9, 9]
+        assert json.loads(run_cli("status", "--json", urls[1]).stdout)["version"] < 9
+        marker.unlink()
+        until(lambda: versions(urls) == [9, 9, 9])
+
+
+def test_the_last_change_of_a_killed_plugin_is_restored(node_dir: Path, tmp_path: Path) -> None:
+    """What two of three have is acknowledged: any two restore it, whichever lags."""
+    urls, marker = files(tmp_path, 3), tmp_path / "stuck"
+    run_cli("init", "--lightning-dir", node_dir, "--acks", 2, *urls)
+    patch = STUCK.format(marker=str(marker), disk=str(tmp_path / "disk0"))
+    with PluginProcess(node_dir, patched(support.PLUGIN, patch)) as plugin:
+        write(plugin, 1, 2)
+        until(lambda: versions(urls) == [2, 2, 2])
+        marker.touch()
+        write(plugin, 3, 5)
+        plugin.kill()
+    for number, two in enumerate((urls[:2], urls[1:], [urls[0], urls[2]])):
+        done = run_cli("restore", *two, tmp_path / f"restored-{number}.sqlite3")
+        assert "Restored version 5" in done.stdout
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 6, 6)
+        until(lambda: versions(urls) == [6, 6, 6])
+
+
+def test_a_node_that_is_ahead_heals_all(
+    node_dir: Path, tmp_path: Path, served: ServerProcess
+) -> None:
+    urls = [*files(tmp_path, 2), served.url]
+    node_database(node_dir, 2)
+    run_cli("init", "--lightning-dir", node_dir, *urls)
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 3, 4)
+    database = node_database(node_dir, 8)  # It has run without the plugin.
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 9, 10)
+        assert plugin.logged("Healed: ")
+        assert plugin.call("backup-compact")
+    node_database(node_dir, 10)
+    run_cli("verify", *urls, "--against", database)
 
 
 def test_a_second_node_shuts_the_first_one_out(node_dir: Path, tmp_path: Path) -> None:
