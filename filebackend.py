@@ -28,7 +28,7 @@ from filelog import adoption, appender, former, layout1, layout2, look, proof
 from filelog.appender import LogAppender
 from filelog.layout2 import BEFORE_FIRST, Head, Kind, TailKind
 from filelog.reader import FileReading, LogReader, is_foreign_keys_off
-from filelog.writer import FLUSH_STEP, SMALL_FLUSH_STEP, write_log
+from filelog.writer import FLUSH_STEP, SMALL_FLUSH_STEP, copy_log, write_log
 from quorum import Roster
 from replica import Look
 
@@ -135,6 +135,18 @@ class FileBackend(Backend):
                 return self.put(beside)
             finally:
                 durable.discard(beside)
+
+    def take_all(self, records: Iterator[tuple[Head, bytes]], owner: bytes) -> str | None:
+        """See replica.Replica."""
+        beside = f"{self.scratch_prefix}log"
+        try:
+            durable.remove(beside)
+            copy_log(beside, records, self.path, SMALL_FLUSH_STEP)
+            return self.put(beside)
+        except OSError as error:
+            raise DiskError(self.path, error, "replace") from error
+        finally:
+            durable.discard(beside)
 
     def put(self, beside: str) -> str | None:
         """Go on with the file ``beside``, which ``build`` wrote; as ``replace``, once open."""

@@ -31,6 +31,7 @@ from several.catchup import CatchUp, continues, marks
 from several.hearing import Branched, Heard, Make, Silent, end_of, hear
 
 MAX_DESTINATIONS = 16
+FIRST_TERM = 2
 BACKLOG_SIZE = 8 << 20
 """Bytes of records that are kept for destinations that are slower; at least the newest one."""
 PATIENCE_S = 2.0
@@ -180,7 +181,7 @@ class MirrorBackend(Destination):
         kept, errors = [], []
         for each in found:
             try:
-                session = layout2.session_of(owner, 2 * term)
+                session = layout2.session_of(owner, term)
                 where = each.replica.replace(snapshot, session, override=override)
                 kept.append(f"{each.url}: {where}" if where else "")
             except BackupError as error:
@@ -190,20 +191,20 @@ class MirrorBackend(Destination):
                 f"{len(kept)} of {self._rule.n} destinations could be replaced, and"
                 f" {self._rule.to_start} are needed: {' '.join(errors)}"
             )
-        self._claim(owner, (), term + 1)
+        self._claim(owner, (), _next_term(term))
         return ", ".join(filter(None, kept)) or None
 
-    def _claim(self, owner: bytes, changes: Sequence[Change], term: int = 1) -> None:
+    def _claim(self, owner: bytes, changes: Sequence[Change], term: int = FIRST_TERM) -> None:
         """Let each of them keep the list, and ``owner`` write to it."""
         for each in self._all():
             try:
                 with contextlib.closing(each):
                     each.open()
-                    session, payload = layout2.session_of(owner, 2 * term), self._payload()
+                    session, payload = layout2.session_of(owner, term), self._payload()
                     head = layout2.owner_behind(each.newest, session, payload)
                     each.add_record(head, payload)
             except BackupError as error:
-                if term == 1:
+                if term == FIRST_TERM:
                     raise
                 log.warning(f"{each.url} is left behind: {error}")
         if changes:
@@ -318,7 +319,7 @@ class MirrorBackend(Destination):
             heads = [member.backend.newest for member in heard]
         leader = heard[hearing.leader_of([self._make(m.url) for m in heard], heads)]
         newest = leader.backend.newest
-        term = 1 + max(end_of(head).term for head in heads)
+        term = _next_term(max(end_of(head).term for head in heads))
         owner = newest.session if self._owner is None else self._owner
         with self._changed:
             self._leader, self._newest = self._make(leader.url), newest
@@ -329,8 +330,9 @@ class MirrorBackend(Destination):
     def _claim_as(self, owner: bytes, term: int) -> None:
         """Begin a term of ``owner``."""
         payload = self._payload()
-        session = layout2.session_of(owner, 2 * term)
-        self._session = layout2.session_of(owner, 2 * term + 1)
+        session = layout2.session_of(owner, term)
+        # Another one than that of the start: within a session nothing is taken back.
+        self._session = layout2.session_of(owner, term + 1)
         with self._changed:
             self._started = True
             self._changed.notify_all()
@@ -352,7 +354,7 @@ class MirrorBackend(Destination):
     def take_over(self, owner: bytes) -> None:
         """See Backend. Each of them must have it."""
         self._owner = owner
-        self._claim_as(owner, 1 + (layout2.term_of(self._session) >> 1))
+        self._claim_as(owner, _next_term(layout2.term_of(self._session)))
         self._await_all()
 
     def _await_all(self) -> None:
@@ -698,6 +700,11 @@ class MirrorBackend(Destination):
     def rebuild(self, owner: bytes, progress: Progress) -> str | None:
         """See Destination."""
         raise ConfigError("None of several destinations is of an old layout.")
+
+
+def _next_term(term: int) -> int:
+    """The next one after ``term``: even, see quorum.End."""
+    return term + 2 - term % 2
 
 
 def _is_taken(error: BackupError) -> bool:

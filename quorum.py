@@ -89,7 +89,8 @@ class End(NamedTuple):
     """What a destination holds, by its newest record.
 
     Attributes:
-        term: of the start that wrote it, 0 if none did.
+        term: of the start that wrote it, 0 if none did: even for the record of the start
+            itself, and one more for what the node wrote then.
         chain, rewindable, version: as in a Mark.
         chain_before: the chain without the last record.
     """
@@ -131,6 +132,8 @@ def compare(end: End, marks: Iterable[Mark]) -> tuple[Relation, int]:
     for count, mark in enumerate(marks, 1):
         if count == 1:
             folded = mark.version
+            if end.version < folded:
+                return Relation.FOLDED, 0  # Nothing behind a snapshot is older than that.
         if mark.chain == end.chain:
             alike = count
             exact = count if mark.rewindable == end.rewindable else exact
@@ -166,15 +169,28 @@ def lead(ends: Sequence[End], relation: Callable[[int, int], Relation]) -> int:
     latest = [number for number, end in enumerate(ends) if end.term == term]
     leader = latest[0]
     for number in latest[1:]:  # Of one term there is one writer: one of two is the longer.
-        if _same(ends[number], ends[leader]):
-            continue
-        if relation(number, leader) not in (Relation.EQUAL, Relation.BEHIND, Relation.FOLDED):
+        if not _same(ends[number], ends[leader]) and _is_longer(number, leader, ends, relation):
             leader = number
     for number, end in enumerate(ends):
         same = number == leader or _same(end, ends[leader])
         if not same and relation(number, leader) is Relation.APART:
             raise Branches(number, leader)
     return leader
+
+
+def _is_longer(
+    one: int, other: int, ends: Sequence[End], relation: Callable[[int, int], Relation]
+) -> bool:
+    """Whether ``one`` of two of the same term has what the other has, and more."""
+    mine = relation(one, other)
+    if mine is Relation.FOLDED:  # Or a PRAGMA call, which leaves the version as it is, is more.
+        return relation(other, one) is Relation.BEHIND
+    if mine is not Relation.BEHIND:
+        return mine is not Relation.EQUAL
+    if not ends[one].rewindable or ends[other].rewindable:
+        return False
+    # A change may come again after its rewind, which is the first record of a term.
+    return relation(other, one) is Relation.BEHIND
 
 
 def _same(one: End, other: End) -> bool:

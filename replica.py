@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from backend import Destination
-from filelog.layout2 import Head
+import durable
+import scratch
+import space
+from backend import NOBODY, TAG_SIZE, Destination, Snapshot
+from filelog.layout2 import Head, Kind
 from quorum import Roster
 
 Record = tuple[Head, bytes]
@@ -58,9 +63,60 @@ class Replica(Destination):
             head: continues ``newest``.
         """
 
+    def take_all(self, records: Iterator[Record], owner: bytes) -> str | None:
+        """Start over with all the records of another one, and go on with them; only once open.
+
+        Args:
+            owner: who writes to it.
+
+        Returns:
+            Where the old backup is kept, None if it was empty.
+        """
+        with scratch.held(self.scratch_paths(None)) as base:
+            snapshot, first = _unpacked(records, f"{base}.sqlite3")
+            self.close()
+            # Of this owner, in no term: whoever is cut off here goes on from here.
+            kept = self.replace(snapshot, owner[:TAG_SIZE].ljust(len(NOBODY), b"\0"))
+            self.open(owner)
+            for head, payload in itertools.chain([first] if first else [], records):
+                self.add_record(head, payload)
+        return kept
+
     @abstractmethod
     def records(self) -> contextlib.AbstractContextManager[Iterator[Record]]:
         """All of its records in order, beginning with the pieces of its snapshot.
 
         Needs no open. The iterator raises BackupError where they are damaged.
         """
+
+
+def _unpacked(records: Iterator[Record], path: str) -> tuple[Snapshot | None, Record | None]:
+    """The snapshot of a log as the new file ``path``, and the first record behind it."""
+    last: Head | None = None
+    following: Record | None = None
+    with contextlib.closing(_Spool(path)) as spool:
+        for head, payload in records:
+            if head.kind != Kind.SNAPSHOT:
+                following = head, payload
+                break
+            spool.add(payload)
+            last = head
+    return (Snapshot(path, last.version, last.chain) if last else None), following
+
+
+class _Spool:
+    """A new file, written from its beginning."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = durable.create(path)
+        self._size = 0
+
+    def add(self, data: bytes) -> None:
+        if not self._size % (64 << 20):
+            space.require(self._path)
+        durable.write_all(self._fd, data, self._size)
+        self._size += len(data)
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import durable
 from backend import MAX_CHUNK_SIZE, NOBODY, Change, Snapshot, new_session
@@ -47,6 +47,7 @@ class LogWriter:
         self._flush_step = flush_step
         self._unflushed = 0
         self._end = 0
+        self._snapshot_size = 0
         self.last = BEFORE_FIRST._replace(backup_id=backup_id)
         try:
             self._write(layout2.encode_header(backup_id, time.time_ns(), snapshot_size))
@@ -95,6 +96,16 @@ class LogWriter:
         """Add a record, but no snapshot, that another log holds."""
         moved = layout2.moved(head, self.last)
         self._add(moved, layout2.encode(moved, payload))
+
+    def add_piece(self, head: Head, payload: bytes) -> None:
+        """Add a piece of a snapshot as another log holds it; its size need not be known before."""
+        here = head._replace(backup_id=self.last.backup_id, offset=self._end, changes=0)
+        self._add(here, layout2.encode_head(here, payload), payload, layout2.trailer(here.offset))
+        self._snapshot_size += len(payload)
+        if head.flags & layout2.FINAL:
+            size = self._snapshot_size
+            header = layout2.encode_header(here.backup_id, time.time_ns(), size)
+            durable.write_all(self._fd, header, 0)
 
     def _add(self, head: Head, *parts: bytes | memoryview) -> None:
         for part in parts:
@@ -159,6 +170,29 @@ def write_log(
         session = new_session(owner)
         for change in changes:
             writer.add_change(change, session)
+        writer.finish()
+    finally:
+        writer.close()
+    check_log(path)
+
+
+def copy_log(
+    path: str,
+    records: Iterable[tuple[Head, bytes]],
+    like: str | None = None,
+    flush_step: int = FLUSH_STEP,
+) -> None:
+    """Write a new log with all the ``records`` of another one to the new file ``path``.
+
+    It is complete, flushed and verified then, as that of ``write_log``.
+    """
+    writer = LogWriter(path, secrets.token_bytes(16), 0, flush_step, like)
+    try:
+        for head, payload in records:
+            if head.kind == Kind.SNAPSHOT:
+                writer.add_piece(head, payload)
+            else:
+                writer.add(head, payload)
         writer.finish()
     finally:
         writer.close()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import threading
 from collections.abc import Iterable, Iterator
 
-import durable
-import scratch
-import space
-from backend import EMPTY_CHAIN, NOBODY, TAG_SIZE, Snapshot, log
+from backend import EMPTY_CHAIN, TAG_SIZE, log
 from errors import BackupError
 from filelog.layout2 import Head, Kind, rewind_behind
 from quorum import Mark, Relation
@@ -98,18 +93,10 @@ class CatchUp:
     def _begin_anew(self, source: Replica) -> None:
         """Replace it by all that ``source`` has; what it was is kept."""
         target = self._target
-        with scratch.held(target.scratch_paths(None)) as base, source.records() as records:
-            snapshot, first = _unpacked(records, f"{base}.sqlite3")
-            with self._lock:
-                target.close()
-                # Of this owner, in no term: whoever is cut off here goes on from here.
-                owner = self._owner[:TAG_SIZE].ljust(len(NOBODY), b"\0")
-                kept = target.replace(snapshot, owner)
-                target.open(self._owner)
-            if kept is not None:
-                log.info(f"{target.url} begins anew, with all of {source.url}; kept: {kept}")
-            for head, payload in itertools.chain([first] if first else [], records):
-                self.add(head, payload)
+        with source.records() as records, self._lock:
+            kept = target.take_all(records, self._owner)
+        if kept is not None:
+            log.info(f"{target.url} begins anew, with all of {source.url}; kept: {kept}")
 
 
 def _next_session(session: bytes) -> bytes:
@@ -119,35 +106,3 @@ def _next_session(session: bytes) -> bytes:
 
 def _behind_snapshot(records: Iterable[Record]) -> Iterator[Record]:
     return (record for record in records if record[0].kind != Kind.SNAPSHOT)
-
-
-def _unpacked(records: Iterator[Record], path: str) -> tuple[Snapshot | None, Record | None]:
-    """The snapshot of a log as the new file ``path``, and the first record behind it."""
-    last: Head | None = None
-    following: Record | None = None
-    with contextlib.closing(_Spool(path)) as spool:
-        for head, payload in records:
-            if head.kind != Kind.SNAPSHOT:
-                following = head, payload
-                break
-            spool.add(payload)
-            last = head
-    return (Snapshot(path, last.version, last.chain) if last else None), following
-
-
-class _Spool:
-    """A new file, written from its beginning."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._fd = durable.create(path)
-        self._size = 0
-
-    def add(self, data: bytes) -> None:
-        if not self._size % (64 << 20):
-            space.require(self._path)
-        durable.write_all(self._fd, data, self._size)
-        self._size += len(data)
-
-    def close(self) -> None:
-        os.close(self._fd)

@@ -40,7 +40,7 @@ def end_of(head: Head) -> End:
     """What the newest record ``head`` tells of a destination."""
     begins = head.chain_before == EMPTY_CHAIN and not head.rewindable
     before = head.chain if begins or head.kind == Kind.SNAPSHOT else head.chain_before
-    term = layout2.term_of(head.session) >> 1
+    term = layout2.term_of(head.session)
     return End(term, head.chain, head.rewindable, head.version, before)
 
 

@@ -71,7 +71,7 @@ def plan(urls: Sequence[str], acks: int, former: Roster | None, make: Make) -> P
     relations = {heard.url: _relation(heard, leader) for heard in found[: len(urls)]}
     terms = [end_of(h.look.newest).term for h in distinct(found) if h.look is not None]
     epoch = 1 + (before.epoch if before is not None else 0)
-    return Plan(leader, Roster(epoch, acks, tuple(urls)), 1 + max(terms), relations)
+    return Plan(leader, Roster(epoch, acks, tuple(urls)), 2 + max(terms) // 2 * 2, relations)
 
 
 def _is_absent(heard: Heard) -> bool:
@@ -134,7 +134,7 @@ def take_over(plan: Plan, owner: bytes, make: Make) -> None:
 
 def _claim(replica: Replica, plan: Plan, owner: bytes) -> None:
     roster = plan.roster if len(plan.roster.urls) > 1 else None
-    session = layout2.session_of(owner, 2 * plan.term) if roster else owner
+    session = layout2.session_of(owner, plan.term) if roster else owner
     payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
     replica.add_record(layout2.owner_behind(replica.newest, session, payload), payload)
 

@@ -156,15 +156,22 @@ def relation_of(logs: Sequence[Log]) -> tuple[list[End], object]:
 
 
 def test_of_one_term_the_longest_leads() -> None:
-    for whole in ALL:
-        for sizes in itertools.product(range(len(whole) + 1), repeat=3):
-            logs = [Log(whole[:size]) for size in sizes]
-            ends = [log.end(7) for log in logs]
-            leader = lead(ends, lambda a, b: compare(ends[a], logs[b].marks)[0])  # noqa: B023
-            assert sizes[leader] == max(sizes) or (
-                # An empty rest: a change and its rewind may be on none of them.
-                compare(ends[leader], Log(whole[: max(sizes)]).marks)[0] is Relation.EQUAL
-            )
+    """Some hold the start of a term, others what came then, which may begin with a rewind."""
+    for before, written in itertools.product(texts(2), texts(3)):
+        for rewind in ("", "<") if before.endswith(("A", "B")) else ("",):
+            whole = before + rewind + written
+            if "<" in written:
+                continue  # Within a session nothing is taken back.
+            sizes = range(len(before), len(whole) + 1)
+            for some in itertools.product(sizes, repeat=3):
+                logs = [Log(whole[:size]) for size in some]
+                ends = [
+                    log.end(6 + (size > len(before))) for log, size in zip(logs, some, strict=True)
+                ]
+                leader = lead(ends, lambda a, b: compare(ends[a], logs[b].marks)[0])  # noqa: B023
+                longest = logs[some.index(max(some))].end()
+                found = logs[leader].end()
+                assert (found.chain, found.rewindable) == (longest.chain, longest.rewindable)
 
 
 def test_the_higher_term_leads_though_it_is_shorter() -> None:
