@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests import support
-from tests.peers import free_port
+from tests.peers import ServerProcess, free_port
 from tests.support import run_cli
 from wallet import database
 
@@ -391,6 +391,43 @@ def test_the_plugin_is_killed_under_traffic(
 ) -> None:
     kill_the_plugin(node, destination, 5)
     assert_same(node, destination, tmp_path / "restored.sqlite3")
+
+
+def test_several_destinations_and_kills_of_all(lightningd: Lightningd, tmp_path: Path) -> None:
+    """Two files and a server, two of which acknowledge; node, plugin and server are killed."""
+    places = [tmp_path / name for name in ("one", "two", "served")]
+    for place in places:
+        place.mkdir()
+    files = [f"file://{place}/node.bkp" for place in places]
+    run_cli("init", files[2])
+    port, node = free_port(), lightningd
+    urls = [*files[:2], f"socket:127.0.0.1:{port}?retry_for=0"]
+    server = ServerProcess(files[2], port).ready()
+    try:
+        run_cli("init", "--lightning-dir", node.directory, "--acks", 2, *urls)
+        for kill in (node.kill, node.kill_plugin, node.kill):
+            node.start()
+            worker = threading.Thread(target=act_until_it_dies, args=(node,))
+            worker.start()
+            wait_for_versions(files[0], status(files[0])["version"] + 3)
+            server.kill()
+            wait_for_versions(files[0], status(files[0])["version"] + 3)
+            server = ServerProcess(files[2], port).ready()
+            kill()
+            worker.join()
+            node.wait()
+        node.start()
+        node.act(1)
+        version = status(files[0])["version"]
+        for file in files:
+            wait_for_versions(file, version)
+        node.stop()
+        for number, two in enumerate((urls[:2], urls[1:], [urls[0], urls[2]])):
+            target = tmp_path / f"restored-{number}.sqlite3"
+            run_cli("restore", *two, target)
+            assert database.compare(str(node.database), str(target)) == []
+    finally:
+        server.kill()
 
 
 @pytest.mark.soak

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests import support
+from tests.cutproxy import CutProxy
 from tests.peers import ServerProcess, patched
 from tests.support import PluginProcess, Refused, run_cli
 
@@ -252,6 +253,20 @@ def test_one_that_falls_behind_what_is_in_memory(
         served.process.send_signal(signal.SIGCONT)
         until(lambda: plugin.logged(f"{served.url} is in step again"))
         assert versions(urls) == [14, 14]
+    assert support.stored(urls[0]) == support.stored(f"file://{tmp_path}/served/node.bkp")
+
+
+def test_a_slow_line_keeps_nobody(node_dir: Path, tmp_path: Path, served: ServerProcess) -> None:
+    """20 ms and 100 kB/s: the changes come faster than they go through."""
+    with CutProxy(("127.0.0.1", served.port), 0.02, 100_000) as line:
+        urls = [*files(tmp_path, 2), f"socket:127.0.0.1:{line.port}"]
+        run_cli("init", "--lightning-dir", node_dir, "--acks", 2, *urls)
+        calls = [support.change(version, os.urandom(10_000).hex()) for version in range(1, 21)]
+        with PluginProcess(node_dir) as plugin:
+            for version, statements in calls:
+                plugin.write(version, statements)
+            assert versions(urls[:2]) == [20, 20]
+            until(lambda: versions([served.url]) == [20])
     assert support.stored(urls[0]) == support.stored(f"file://{tmp_path}/served/node.bkp")
 
 
