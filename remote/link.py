@@ -18,6 +18,8 @@ ANSWER_TIMEOUT_S = 90.0
 """Longer than a server retries its disk."""
 SLOWEST_RATE = 10 << 10
 """Bytes a second that the slowest line brings; a large change gets so much more time."""
+MOST_ON_THE_WAY = 16 << 20
+"""Bytes that buffers on the way hold, those of a tunnel too: what is sent has not arrived."""
 TIMEOUT_STEP_S = 10
 """A timeout grows in steps: to set another one is a call of the system."""
 SNAPSHOT_TIMEOUT_S = 3600.0
@@ -35,6 +37,18 @@ class Unreachable(BackupError):
         if isinstance(reason, NoWay):
             next_step = reason.next_step
         super().__init__(f"The backup server {target} cannot be reached: {reason}.", next_step)
+
+
+class NotTaken(BackupError):
+    """The server answers, but each time a record is sent the connection is lost."""
+
+    def __init__(self, target: HostPort, size: int, tries: int, reason: object) -> None:
+        super().__init__(
+            f"The backup server {target} answers, but {tries} times the line was lost while it was"
+            f" to store {size} bytes: {reason}.",
+            "Look at its log and its memory, and whether the way to it carries large packets: a"
+            " VPN may need a smaller MTU.",
+        )
 
 
 class Refused(BackupError):
@@ -72,6 +86,10 @@ NEXT_STEPS = {
 class Link:
     """One connection to the server: requests out, events in.
 
+    Attributes:
+        protocol: what was agreed on.
+        still_s: how long nothing may move.
+
     Raises:
         OSError: the connection is lost, or an answer took too long.
         ProtocolError: the server broke a rule.
@@ -84,15 +102,16 @@ class Link:
         self._packer = protocol.RecordPacker()
         self._unpacker = protocol.RecordUnpacker()
         self.protocol = 1
+        self.still_s = ANSWER_TIMEOUT_S
 
     def send(self, data: bytes) -> None:
         """Send ``data``, as long as it moves on."""
-        self._stream.send(data, ANSWER_TIMEOUT_S)
+        self._stream.send(data, self.still_s)
 
     def event(self, timeout_s: float | None = None) -> protocol.Event:
         """The next event from the server."""
         while not self._events:
-            data = self._stream.receive(ANSWER_TIMEOUT_S if timeout_s is None else timeout_s)
+            data = self._stream.receive(self.still_s if timeout_s is None else timeout_s)
             if not data:
                 raise ConnectionError("the server closed the connection")
             self._events.extend(self._decoder.feed(data))
@@ -140,8 +159,8 @@ class Link:
 
     def await_ack(self, expected: Packet, size: int) -> None:
         """Wait until a record with ``size`` bytes of payload is acknowledged (see check_ack)."""
-        steps = -(-size // (SLOWEST_RATE * TIMEOUT_STEP_S))
-        self.check_ack(self.answer(ANSWER_TIMEOUT_S + steps * TIMEOUT_STEP_S), expected)
+        steps = min(size, MOST_ON_THE_WAY) // (SLOWEST_RATE * TIMEOUT_STEP_S)
+        self.check_ack(self.answer(self.still_s + steps * TIMEOUT_STEP_S), expected)
 
     @staticmethod
     def check_ack(packet: Packet, expected: Packet) -> None:

@@ -40,7 +40,7 @@ from backend import FOREIGN_KEYS_OFF, Backend, Change, Session, Snapshot, bump
 from errors import BackupError, DiskError, LostState, OutOfDate
 from filebackend import FileBackend
 from filelog import appender
-from remote import address, delivery
+from remote import address, patience
 from socketbackend import SocketBackend
 from tests import peers, support
 from upkeep import compaction
@@ -443,7 +443,7 @@ def in_this_process(patch: pytest.MonkeyPatch) -> None:
     """Let a server, its compactions and an impatient client run in this process."""
     patch.setattr(signal, "signal", lambda *_: None)  # A thread may set none.
     patch.setattr(signal, "set_wakeup_fd", lambda *_, **__: -1)
-    patch.setattr(delivery, "FIRST_PAUSE_S", 0.001)
+    patch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     patch.setattr(
         compaction.Compactor,
         "_build_and_adopt",
