@@ -510,6 +510,17 @@ class Backend(ABC):
         """
         return os.path.join(chosen or otherwise or os.getcwd(), "backup.scratch-")
 
+    @contextlib.contextmanager
+    def at_hand(self, prefix: str, progress: Progress) -> Iterator[Callable[[], Reading]]:
+        """``read``, as often as wanted, and however slowly: what is elsewhere is fetched first.
+
+        Args:
+            prefix: how the path of the copy begins. It stays after an error: the next call goes
+                on with it.
+            progress: called with bytes fetched, and in all.
+        """
+        yield self.read
+
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Keep writers away while it is copied, as far as the destination can."""
         return contextlib.nullcontext()

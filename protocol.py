@@ -38,7 +38,8 @@ another's, the server answers NACK. From then on, in place of CHANGE, SNAPSHOT a
 
     type  name      from    payload                                          answer
       10  RECORD    both    a record, compressed                             ACK or NACK
-      11  COMING    server  bytes u64: size of the log to come
+      05  RESTORE   client  none, or a place: offset u64, sequence u64, chain 16 bytes  see below
+      11  COMING    server  of the log: bytes u64, of its snapshot: bytes u64, backup id 16 bytes
       06  ACK       server  version u32, chain 16 bytes, that are now stored
       07  NACK      server  version u32 of the backup, code u16, text in UTF-8
       08  METADATA  server  as in protocol 1 with protocol = 2, then: backup id 16 bytes,
@@ -65,10 +66,13 @@ The records of one direction of one connection are one raw deflate stream, with 
 flush after each: it keeps its window, and a new connection begins with a new one. A
 snapshot's pieces are records of at most 1 MiB; only the last is answered. RESTORE is
 answered by COMING, the log's records as they stand, rewinds included, and DONE; or by
-NACK where the log is damaged. A client appends only onto the chain it knows; once another
-session has written, every record of the session before gets a NACK, and so does a record
-whose session does not begin like the backup's owner. An owner is taken from any client, if
-its chains are the backup's.
+NACK where the log is damaged. With a place only what stands behind that record comes: the one
+that ends at that offset of the log, with that sequence and chain. If none does, as after a
+compaction, the answer is NACK with code 16, and the client begins anew.
+
+A client appends only onto the chain it knows; once another session has written, every record
+of the session before gets a NACK, and so does a record whose session does not begin like the
+backup's owner. An owner is taken from any client, if its chains are the backup's.
 """
 
 from __future__ import annotations
@@ -92,7 +96,8 @@ METADATA = struct.Struct("!IIIQ")
 DETAILS = struct.Struct("!16sQ16s16s16sQQ")
 NACK = struct.Struct("!IH")
 ACK = struct.Struct("!I16s")
-COMING = struct.Struct("!Q")
+COMING = struct.Struct("!QQ16s")
+PLACE = struct.Struct("!QQ16s")
 RECORD = struct.Struct("!BBIQIQ16s16s16s")
 _CRC = struct.Struct("!I")
 _CRC_AT = 14
@@ -206,6 +211,31 @@ class Metadata(NamedTuple):
     details: Details | None = None
 
 
+class Coming(NamedTuple):
+    """The log whose records come.
+
+    Attributes:
+        size: of the log, in bytes.
+        snapshot_size: bytes of the SQLite file that it starts with.
+    """
+
+    size: int
+    snapshot_size: int
+    backup_id: bytes
+
+
+class Place(NamedTuple):
+    """A record of a log, by where it ends: what stands behind it is asked for.
+
+    Attributes:
+        offset: of its end.
+    """
+
+    offset: int
+    sequence: int
+    chain: bytes
+
+
 class NackCode(enum.IntEnum):
     """Why a server of protocol 2 refuses."""
 
@@ -217,6 +247,7 @@ class NackCode(enum.IntEnum):
     OLD_SNAPSHOT = 5
     INVALID = 6
     DAMAGED = 7
+    NO_SUCH_PLACE = 16
 
 
 class Nack(NamedTuple):
@@ -330,11 +361,25 @@ def decode_nack(payload: bytes) -> Nack:
     return Nack(version, known, payload[NACK.size :].decode(errors="replace"))
 
 
-def decode_coming(payload: bytes) -> int:
-    """The size that a COMING packet announces."""
+def decode_coming(payload: bytes) -> Coming:
+    """The log that a COMING packet announces."""
     if len(payload) != COMING.size:
         raise ProtocolError(f"COMING of {len(payload)} bytes in place of {COMING.size}.")
-    return int(COMING.unpack(payload)[0])
+    return Coming._make(COMING.unpack(payload))
+
+
+def encode_restore(place: Place | None) -> bytes:
+    """The RESTORE packet for all behind ``place``; None: for the whole log."""
+    return encode(PacketType.RESTORE, PLACE.pack(*place) if place is not None else b"")
+
+
+def decode_restore(payload: bytes) -> Place | None:
+    """The place that a RESTORE of protocol 2 names, None for the beginning."""
+    if not payload:
+        return None
+    if len(payload) != PLACE.size:
+        raise ProtocolError(f"RESTORE of {len(payload)} bytes in place of {PLACE.size}.")
+    return Place._make(PLACE.unpack(payload))
 
 
 def decode_version(payload: bytes) -> int:

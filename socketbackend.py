@@ -8,7 +8,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import protocol
@@ -32,6 +32,7 @@ from protocol import Metadata, PacketType, ProtocolError
 from remote import protocol1
 from remote.address import parse_socket_url
 from remote.delivery import Delivery
+from remote.fetching import fetched
 from remote.link import COMPACT_TIMEOUT_S, SNAPSHOT_TIMEOUT_S, Link, Refused, Unreachable
 from remote.reading import SocketReading
 
@@ -150,6 +151,12 @@ class SocketBackend(Destination):
         """See Backend."""
         link, found = self._once()
         return SocketReading(link, found, self._url.target)
+
+    @contextlib.contextmanager
+    def at_hand(self, prefix: str, progress: Progress) -> Iterator[Callable[[], Reading]]:
+        """See Backend. A server of protocol 1 cannot go on in the middle: it is read as it is."""
+        with fetched(self._url, prefix, progress) as copy:
+            yield self.read if copy is None else copy.read
 
     def keep_house(self, lock: threading.Lock, least: int | None) -> None:
         """See Destination. The server does."""

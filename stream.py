@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import socket
 import struct
+import sys
+import termios
 
 KEEPALIVE_S = 15
 RECEIVE_SIZE = 1 << 16
@@ -55,14 +58,39 @@ class Stream:
 
     def send(self, data: bytes, timeout_s: float) -> None:
         """Send all of ``data`` with as few segments as it needs, as long as it moves on."""
+        left = memoryview(data)[self.send_now(data) :]
+        if not left:
+            return
         self._limit(socket.SO_SNDTIMEO, timeout_s)
-        left: bytes | memoryview = data
+        queued = self.queued()
+        while left:
+            before, sent = queued, 0
+            try:
+                # Not sendall: it says nothing of what went before a timeout.
+                sent = self._sock.send(left)
+            except BlockingIOError as error:
+                queued = self.queued()
+                # Linux wakes a sender when a third of its buffer is free: minutes at 10 kB/s.
+                if queued is None or queued == before:
+                    raise TimeoutError("timed out") from error
+            else:
+                queued = self.queued()
+            left = left[sent:]
+
+    def queued(self) -> int | None:
+        """Bytes sent that the peer's system has not confirmed; None where this one cannot tell."""
         try:
-            # Not sendall: it says nothing of what went before a timeout.
-            while (sent := self._sock.send(left)) < len(left):
-                left = memoryview(left)[sent:]
-        except BlockingIOError as error:
-            raise TimeoutError("timed out") from error
+            found = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))
+        except OSError:
+            return None
+        return int.from_bytes(found, sys.byteorder)
+
+    def let_it_pause(self, pause_s: float) -> None:
+        """The peer may stop reading for ``pause_s`` while more is sent to it."""
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # It counts also the time in which a peer that is well takes nothing.
+            option = socket.TCP_USER_TIMEOUT
+            self._sock.setsockopt(socket.IPPROTO_TCP, option, round(1000 * pause_s))
 
     def send_now(self, data: bytes | memoryview) -> int:
         """Send what the system takes without waiting; the bytes of it."""

@@ -26,6 +26,7 @@ from backend import (
     outcome,
 )
 from commands.shared import (
+    at_hand,
     directory_option,
     main,
     node_database,
@@ -399,7 +400,8 @@ def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> Non
         version: the database's.
     """
     with (
-        contextlib.closing(backend.read()) as reading,
+        at_hand(backend, prefix, only_verdict=True) as read,
+        contextlib.closing(read()) as reading,
         scratching.held(prefix) as base,
         progress_bar("Comparing", 0) as advance,
     ):

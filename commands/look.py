@@ -17,6 +17,7 @@ from backend import (
 )
 from commands.shared import (
     EXIT_WARNING,
+    at_hand,
     expand,
     main,
     progress_bar,
@@ -86,7 +87,8 @@ def verify(url: str, against: str | None, scratch: str | None) -> None:
     backend = destinations.backend_for(url)
     prefix = scratch_prefix(backend, scratch)
     with (
-        contextlib.closing(backend.read()) as reading,
+        at_hand(backend, prefix, only_verdict=True) as read,
+        contextlib.closing(read()) as reading,
         scratching.held(prefix) as base,
         progress_bar("Verifying", 0) as advance,
     ):

@@ -6,17 +6,18 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
 import destinations
 from backend import (
-    Backend,
+    Reading,
     utc,
 )
 from commands.shared import (
     EXIT_UNSOUND,
+    at_hand,
     expand,
     main,
     progress_bar,
@@ -52,13 +53,14 @@ def restore(url: str, dest: str, allow_damaged: bool, up_to: int | None) -> None
     """
     backend = destinations.backend_for(url)
     incomplete: BackupError | None = None
-    try:
-        result = _restored(backend, dest, allow_damaged, up_to)
-    except DoesNotReplay as error:
-        if not allow_damaged or not error.base:
-            raise BackupError(error.problem, error.way_out(url, dest)) from error
-        result = _restored(backend, dest, allow_damaged, error.base)
-        incomplete = error
+    with at_hand(backend, f"{restoring.destination(dest)}.") as read:
+        try:
+            result = _restored(read, dest, allow_damaged, up_to)
+        except DoesNotReplay as error:
+            if not allow_damaged or not error.base:
+                raise BackupError(error.problem, error.way_out(url, dest)) from error
+            result = _restored(read, dest, allow_damaged, error.base)
+            incomplete = error
     ending = result.ending
     click.echo(f"Restored version {ending.version} to {result.path}")
     when = f"Last change: {utc(ending.last_change_ns)}; " if ending.last_change_ns else ""
@@ -89,11 +91,11 @@ def restore(url: str, dest: str, allow_damaged: bool, up_to: int | None) -> None
 
 
 def _restored(
-    backend: Backend, dest: str, allow_damaged: bool, up_to: int | None
+    read: Callable[[], Reading], dest: str, allow_damaged: bool, up_to: int | None
 ) -> restoring.Restored:
     """What a pass over the backup delivered."""
     with (
-        contextlib.closing(backend.read()) as reading,
+        contextlib.closing(read()) as reading,
         progress_bar("Restoring", 0) as advance,
     ):
         return restoring.restore(reading, dest, allow_damaged, advance, up_to)

@@ -79,6 +79,7 @@ NEXT_STEPS = {
     f" `{CLI} resync --lightning-dir DIR`.",
     NackCode.OLD_SNAPSHOT: "The backup is the newer copy: restore it in place of the node's.",
     NackCode.INVALID: "Look at both logs before you start lightningd again.",
+    NackCode.NO_SUCH_PLACE: "Try again.",
     NackCode.DAMAGED: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
 }
 

@@ -93,7 +93,7 @@ class Connection:
             case PacketType.RESTORE:
                 log.info(f"{self}: restores the backup")
                 self._restored = True
-                self._speaks.restore()
+                self._speaks.restore(event.payload)
             case PacketType.COMPACT:
                 self._compact()
             case PacketType.ACK if self._restored:

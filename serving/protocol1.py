@@ -105,8 +105,9 @@ class Protocol1:
             return protocol.encode_version(PacketType.NACK, answer.version or 0)
         return protocol.encode_version(PacketType.ACK, answer.version)
 
-    def restore(self) -> None:
+    def restore(self, _payload: bytes) -> None:
         """Send a snapshot and the changes after it, without those that were taken back."""
+        self._outgoing.begin_backup()
         backend = self._keeper.backend
         with contextlib.closing(backend.read()) as reading:
             for block in blocks(reading, os.path.dirname(backend.path)):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 
 import protocol
-from backend import log, payload_bumps
+from backend import NOBODY, log, payload_bumps
 from errors import InvalidChange
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
-from protocol import Event, Nack, NackCode, PacketType, SnapshotPart
+from protocol import Event, Nack, NackCode, PacketType, Place, SnapshotPart
 from serving.client import Answer, Client, Dropped
 from serving.keeper import Keeper
 from serving.outgoing import BLOCK_SIZE, Outgoing
@@ -77,20 +77,39 @@ class Protocol2:
             return protocol.encode_nack(answer)
         return protocol.encode(PacketType.ACK, protocol.ACK.pack(*answer))
 
-    def restore(self) -> None:
-        """Send the log as it stands."""
-        backend = self._keeper.backend
+    def restore(self, payload: bytes) -> None:
+        """Send the log as it stands, or what stands behind the place that is asked for."""
+        backend, place = self._keeper.backend, protocol.decode_restore(payload)
+        self._outgoing.begin_backup()
         with contextlib.closing(LogReader(backend.path)) as reader:
-            size = protocol.COMING.pack(backend.size)
-            block = bytearray(protocol.encode(PacketType.COMING, size))
-            for head, payload in reader:
-                block += self._packer.pack(head, payload)
-                if len(block) >= BLOCK_SIZE:
-                    self._outgoing.send_block(bytes(block))
-                    block.clear()
-            self._outgoing.send_block(bytes(block))
+            if place is not None and not _goes_on(reader, place):
+                text = "the place to go on from is not in the log any more: it was compacted"
+                nack = Nack(backend.version, NackCode.NO_SUCH_PLACE, text)
+                return self._outgoing.send_block(protocol.encode_nack(nack))
+            self._send_records(reader)
         if reader.damage is not None:
             log.warning(f"{self._client}: the restore ends early: {reader.damage}")
             nack = Nack(backend.version, NackCode.DAMAGED, str(reader.damage))
             return self._outgoing.send_block(protocol.encode_nack(nack))
         self._outgoing.send_block(protocol.encode(PacketType.DONE))
+
+    def _send_records(self, reader: LogReader) -> None:
+        log_start = reader.log_start or layout2.FIRST_RECORD
+        size, backup_id = self._keeper.backend.size, reader.backup_id or NOBODY
+        coming = size, layout2.snapshot_size(log_start), backup_id
+        block = bytearray(protocol.encode(PacketType.COMING, protocol.COMING.pack(*coming)))
+        for head, payload in reader:
+            block += self._packer.pack(head, payload)
+            if len(block) >= BLOCK_SIZE:
+                self._outgoing.send_block(bytes(block))
+                block.clear()
+        self._outgoing.send_block(bytes(block))
+
+
+def _goes_on(reader: LogReader, place: Place) -> bool:
+    """Have ``reader`` begin behind ``place``; False if that is not in its log."""
+    head = reader.ending_at(place.offset)
+    if head is None or (head.sequence, head.chain) != (place.sequence, place.chain):
+        return False
+    reader.start_after(head)
+    return True

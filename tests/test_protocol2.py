@@ -25,6 +25,7 @@ from protocol import (
     NackCode,
     Packet,
     PacketType,
+    Place,
     ProtocolError,
     RecordPacker,
     RecordUnpacker,
@@ -120,7 +121,7 @@ def content(packet: bytes) -> bytes:
 
 
 def test_golden_packets_cover_what_protocol_2_adds() -> None:
-    types = {"REQ_METADATA", "METADATA", "ACK", "NACK", "RECORD", "COMING"}
+    types = {"REQ_METADATA", "METADATA", "ACK", "NACK", "RECORD", "COMING", "RESTORE"}
     assert {entry["type"] for entry in GOLDEN} == types
     assert {entry["kind"] for entry in RECORDS} == set(Kind)
 
@@ -165,8 +166,20 @@ def test_golden_nack(entry: dict[str, Any]) -> None:
 
 def test_golden_coming() -> None:
     (entry,) = [entry for entry in GOLDEN if entry["type"] == "COMING"]
-    assert protocol.decode_coming(the_packet(entry).payload) == entry["size"]
-    assert protocol.encode(PacketType.COMING, protocol.COMING.pack(entry["size"])) == raw(entry)
+    expected = entry["size"], entry["snapshot_size"], bytes.fromhex(entry["backup_id"])
+    assert protocol.decode_coming(the_packet(entry).payload) == expected
+    assert protocol.encode(PacketType.COMING, protocol.COMING.pack(*expected)) == raw(entry)
+
+
+def test_golden_restore() -> None:
+    (entry,) = [entry for entry in GOLDEN if entry["type"] == "RESTORE"]
+    place = Place(entry["offset"], entry["sequence"], bytes.fromhex(entry["chain"]))
+    assert protocol.encode_restore(place) == raw(entry)
+    assert protocol.decode_restore(the_packet(entry).payload) == place
+    assert protocol.decode_restore(protocol.encode_restore(None)[5:]) is None
+    for size in (1, 8, 31, 33):
+        with pytest.raises(ProtocolError, match="RESTORE"):
+            protocol.decode_restore(bytes(size))
 
 
 @pytest.mark.parametrize("entry", [e for e in RECORDS if e["deflate"] == "stored"], ids=golden_id)
@@ -490,7 +503,7 @@ def test_text_of_a_nack_is_bounded() -> None:
     assert len(protocol.encode_nack(Nack(None, NackCode.OTHER, ""))) == 11
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 9])
+@pytest.mark.parametrize("size", [0, 8, 31, 33])
 def test_coming_of_another_size_is_refused(size: int) -> None:
     with pytest.raises(ProtocolError, match="COMING"):
         protocol.decode_coming(bytes(size))
@@ -594,6 +607,8 @@ def consume(data: bytes, limits: Any, size: int) -> None:
                     protocol.decode_nack(event.payload)
                 elif event.type is PacketType.COMING:
                     protocol.decode_coming(event.payload)
+                elif event.type is PacketType.RESTORE:
+                    protocol.decode_restore(event.payload)
                 elif event.type is PacketType.REQ_METADATA:
                     protocol.agreed_protocol(event.payload)
     except ProtocolError:

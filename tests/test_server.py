@@ -525,9 +525,7 @@ def test_byte_a_time_is_too_slow(url: str, backup: Path) -> None:
 def test_restore_that_nobody_reads_ends(url: str, acks: bool) -> None:
     big = f"INSERT INTO items VALUES (1, '{random.randbytes(MIB).hex()}')"
     support.make_backup(url, [support.change(number, big) for number in range(1, 13)])
-    with ServerProcess(
-        url, patch="from serving import outgoing; outgoing.SEND_TIMEOUT_S = 0.5"
-    ) as server:
+    with ServerProcess(url, patch="from serving import outgoing; outgoing.PAUSE_S = 0.5") as server:
         with server.client() as lazy:
             lazy.send(RESTORE)
             while not server.logged("it took nothing for"):
