@@ -40,6 +40,9 @@ another's, the server answers NACK. From then on, in place of CHANGE, SNAPSHOT a
       10  RECORD    both    a record, compressed                             ACK or NACK
       05  RESTORE   client  none, or a place: offset u64, sequence u64, chain 16 bytes  see below
       11  COMING    server  of the log: bytes u64, of its snapshot: bytes u64, backup id 16 bytes
+      14  HELD      client  chain 16 bytes of a snapshot whose connection broke    HELD
+                    server  bytes u64 of it that are there; 0: none; all ones: all, and they are
+                            being looked at
       06  ACK       server  version u32, chain 16 bytes, that are now stored
       07  NACK      server  version u32 of the backup, code u16, text in UTF-8
       08  METADATA  server  as in protocol 1 with protocol = 2, then: backup id 16 bytes,
@@ -64,7 +67,9 @@ the crc:
 
 The records of one direction of one connection are one raw deflate stream, with a sync
 flush after each: it keeps its window, and a new connection begins with a new one. A
-snapshot's pieces are records of at most 1 MiB; only the last is answered. RESTORE is
+snapshot's pieces are records of at most 1 MiB; only the last is answered. Where the connection
+breaks before that, the server keeps what came for a while: over another one the client asks with
+HELD how much that is, and goes on there. RESTORE is
 answered by COMING, the log's records as they stand, rewinds included, and DONE; or by
 NACK where the log is damaged. With a place only what stands behind that record comes: the one
 that ends at that offset of the log, with that sequence and chain. If none does, as after a
@@ -83,7 +88,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, Change, chain_after
+from backend import CHAIN_SIZE, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, Change, chain_after
 from errors import BackupError
 from filelog.layout2 import MAX_LENGTH, Head, Kind
 
@@ -98,6 +103,11 @@ NACK = struct.Struct("!IH")
 ACK = struct.Struct("!I16s")
 COMING = struct.Struct("!QQ16s")
 PLACE = struct.Struct("!QQ16s")
+HELD = struct.Struct("!Q")
+ALL_HELD = 2**64 - 1
+"""In a HELD: all of the snapshot came, and the server is at work on it."""
+PACKING_LEVEL = 4
+"""zlib's; takes a sixth less time than 6 for a node's changes, and a fortieth more bytes."""
 RECORD = struct.Struct("!BBIQIQ16s16s16s")
 _CRC = struct.Struct("!I")
 _CRC_AT = 14
@@ -131,6 +141,7 @@ class PacketType(enum.IntEnum):
     COMPACT_RES = 11
     RECORD = 16
     COMING = 17
+    HELD = 20
 
 
 _TYPES = {int(kind): kind for kind in PacketType}
@@ -144,6 +155,7 @@ TO_SERVER: Mapping[int, int] = {
     PacketType.ACK: VERSION.size,
     PacketType.COMPACT: MAX_TEXT_SIZE,
     PacketType.RECORD: _MAX_CHANGE_PACKET,
+    PacketType.HELD: CHAIN_SIZE,
 }
 """What a server accepts: packet type to the greatest length."""
 TO_CLIENT: Mapping[int, int] = {
@@ -156,6 +168,7 @@ TO_CLIENT: Mapping[int, int] = {
     PacketType.COMPACT_RES: MAX_TEXT_SIZE,
     PacketType.RECORD: _MAX_CHANGE_PACKET,
     PacketType.COMING: COMING.size,
+    PacketType.HELD: HELD.size,
 }
 """What a client accepts: packet type to the greatest length."""
 
@@ -368,6 +381,13 @@ def decode_coming(payload: bytes) -> Coming:
     return Coming._make(COMING.unpack(payload))
 
 
+def decode_held(payload: bytes) -> int:
+    """The bytes that a server's HELD packet names."""
+    if len(payload) != HELD.size:
+        raise ProtocolError(f"HELD of {len(payload)} bytes in place of {HELD.size}.")
+    return int(HELD.unpack(payload)[0])
+
+
 def encode_restore(place: Place | None) -> bytes:
     """The RESTORE packet for all behind ``place``; None: for the whole log."""
     return encode(PacketType.RESTORE, PLACE.pack(*place) if place is not None else b"")
@@ -449,11 +469,21 @@ class RecordPacker:
     """One direction of a connection of protocol 2: records to RECORD packets.
 
     Args:
-        level: zlib's, 1 to 9; 4 takes a sixth less time than 6 for a node's changes, and a
-            fortieth more bytes.
+        level: zlib's, 0 to 9.
+
+    Attributes:
+        level: the one of the next record.
     """
 
-    def __init__(self, level: int = 4) -> None:
+    def __init__(self, level: int = PACKING_LEVEL) -> None:
+        self.go_on_at(level)
+
+    def go_on_at(self, level: int) -> None:
+        """Pack the next records at ``level``."""
+        if getattr(self, "level", None) == level:
+            return
+        self.level = level
+        # In mid-stream, too: the flush ended a block, and a new beginning looks back at nothing.
         # Filtered: matches of a few bytes, of numbers in a statement, cost more than they save.
         self._zlib = zlib.compressobj(
             level, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_FILTERED

@@ -20,6 +20,7 @@ from filebackend import FileBackend
 from remote.address import parse_host_port
 from serving.connection import Connection
 from serving.keeper import Keeper
+from serving.spool import Shelf
 from stream import Stream
 from upkeep.compaction import Compactor, Housekeeper
 
@@ -44,6 +45,7 @@ class Server:
     def __init__(self, backend: FileBackend, address: str, least: int | None) -> None:
         self.keeper = Keeper(backend)
         self.compactor = Compactor(backend, self.keeper.lock)
+        self.shelf = Shelf()
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()
         self._numbers = itertools.count(1)

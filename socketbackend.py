@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
 
 import protocol
 from backend import (
     EMPTY_CHAIN,
-    MAX_CHUNK_SIZE,
     NOBODY,
     TAG_SIZE,
     Change,
@@ -27,14 +24,14 @@ from backend import (
 )
 from errors import CLI, BackupExists, ConfigError
 from filelog import layout2
-from filelog.layout2 import BEFORE_FIRST, Head, Kind
+from filelog.layout2 import Head, Kind
 from protocol import Metadata, PacketType, ProtocolError
-from remote import protocol1
 from remote.address import parse_socket_url
 from remote.delivery import Delivery
 from remote.fetching import fetched
-from remote.link import COMPACT_TIMEOUT_S, SNAPSHOT_TIMEOUT_S, Link, Refused, Unreachable
+from remote.link import COMPACT_TIMEOUT_S, Link, Refused, Unreachable
 from remote.reading import SocketReading
+from remote.sending import send_snapshot
 
 
 class SocketBackend(Destination):
@@ -90,7 +87,7 @@ class SocketBackend(Destination):
         try:
             self._check_empty(found)
             if snapshot is not None:
-                self._send_snapshot(link, snapshot, owner)
+                send_snapshot(self._url, link, snapshot, owner)
         finally:
             link.close()
         with contextlib.closing(self):
@@ -103,30 +100,8 @@ class SocketBackend(Destination):
     def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
         link, _ = self._once()
-        try:
-            self._send_snapshot(link, snapshot, owner)
-        finally:
-            link.close()
+        send_snapshot(self._url, link, snapshot, owner)
         return f"on {self._url.target}, under the name that the server's log gives"
-
-    def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes) -> None:
-        head = BEFORE_FIRST._replace(
-            kind=Kind.SNAPSHOT,
-            version=snapshot.version,
-            time_ns=time.time_ns(),
-            session=owner,
-            chain=snapshot.chain,
-        )
-        try:
-            with open(snapshot.path, "rb") as source:
-                if link.protocol == 2:
-                    _send_pieces(link, source, head)
-                else:
-                    protocol1.send_snapshot(link.send, source, snapshot)
-            packet = link.answer(SNAPSHOT_TIMEOUT_S)
-        except OSError as error:
-            raise Unreachable(self._url.target, error) from error
-        link.check_ack(packet, link.ack_of(head))
 
     def status(self, check: bool = False) -> Status:
         """See Backend. A server of protocol 1 tells versions only; none checks its file."""
@@ -260,10 +235,3 @@ class SocketBackend(Destination):
     def close(self) -> None:
         """See Backend."""
         self._delivery.close()
-
-
-def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:
-    size = os.fstat(source.fileno()).st_size
-    while piece := source.read(MAX_CHUNK_SIZE):
-        flags = layout2.FINAL if source.tell() == size else 0
-        link.send_record(head._replace(flags=flags, length=len(piece)), piece)

@@ -89,6 +89,7 @@ class Link:
 
     Attributes:
         protocol: what was agreed on.
+        packer: packs what is sent in protocol 2.
         still_s: how long nothing may move.
 
     Raises:
@@ -100,7 +101,7 @@ class Link:
         self._stream = Stream(address.connect(url))
         self._decoder = protocol.Decoder(protocol.TO_CLIENT)
         self._events: deque[protocol.Event] = deque()
-        self._packer = protocol.RecordPacker()
+        self.packer = protocol.RecordPacker()
         self._unpacker = protocol.RecordUnpacker()
         self.protocol = 1
         self.still_s = ANSWER_TIMEOUT_S
@@ -144,9 +145,21 @@ class Link:
     def send_record(self, head: Head, payload: bytes) -> None:
         """Send a change, a rewind or, in protocol 2, a piece of a snapshot."""
         if self.protocol == 2:
-            self.send(self._packer.pack(head, payload))
+            self.send(self.packer.pack(head, payload))
         else:
             self.send(protocol1.packet(head, payload))
+
+    def queued(self) -> int | None:
+        """Bytes that the line has still to take, if that is known."""
+        return self._stream.queued()
+
+    def held(self, chain: bytes) -> int:
+        """How much the server has of the snapshot ``chain``: ALL_HELD if it is at work on it."""
+        self.send(protocol.encode(PacketType.HELD, chain))
+        packet = self.answer()
+        if packet.type is not PacketType.HELD:
+            raise ProtocolError(f"The server answered {packet.type.name} to HELD.")
+        return protocol.decode_held(packet.payload)
 
     def record(self, packet: Packet) -> tuple[Head, bytes]:
         """The record that a RECORD packet holds."""

@@ -16,7 +16,7 @@ from serving.keeper import Keeper
 from serving.outgoing import Outgoing
 from serving.protocol1 import Protocol1
 from serving.protocol2 import Protocol2
-from serving.spool import Arrival
+from serving.spool import Arrival, Shelf
 from stream import Stream
 from upkeep.compaction import Compactor
 
@@ -26,6 +26,7 @@ class Host(Protocol):
 
     keeper: Keeper
     compactor: Compactor
+    shelf: Shelf
 
     def guard(self, write: Callable[[], None]) -> None:
         """Call ``write``; if the disk fails, stop."""
@@ -53,7 +54,7 @@ class Connection:
         self._peer = peer
         self._restored = False
         self._outgoing = Outgoing(stream, self.incoming)
-        self._arrival = Arrival(self, self._keeper)
+        self._arrival = Arrival(self, self._keeper, host.shelf)
         parts = self, self._keeper, self._arrival, self._outgoing
         # Both for as long as it lasts: the records of one direction are one stream.
         self._spoken: dict[int, Protocol1 | Protocol2] = {
@@ -79,7 +80,7 @@ class Connection:
         except OSError as error:
             log.info(f"{self}: connection lost: {error}")
         finally:
-            self._arrival.drop()
+            self._arrival.leave()
             self._keeper.forget(self)
             self._host.forget(self)
             self._stream.close()

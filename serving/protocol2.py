@@ -39,6 +39,9 @@ class Protocol2:
         """Store what the client sends; Dropped if that may not come."""
         if isinstance(event, SnapshotPart):
             raise Dropped("SNAPSHOT may not come now")
+        if event.type is PacketType.HELD:
+            held = protocol.HELD.pack(self._arrival.go_on(event.payload))
+            return self._outgoing.send(protocol.encode(PacketType.HELD, held))
         if event.type is not PacketType.RECORD:
             raise Dropped(f"{event.type.name} may not come now")
         head, payload = self._unpacker.unpack(event.payload)

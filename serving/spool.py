@@ -5,32 +5,105 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 
 import durable
 import space
 from backend import Snapshot
 from errors import DiskError
-from protocol import NackCode, ProtocolError
+from protocol import ALL_HELD, NackCode, ProtocolError
 from serving.client import Answer, Client, Dropped
 from serving.keeper import Keeper
 from wallet import database, restore
 
 MIN_FREE_BYTES = space.RESERVE
 """A snapshot that comes in leaves the disk at least this much for changes."""
+KEPT_FOR_S = 600.0
+"""How long what came of a snapshot waits for its client to come back."""
+CUT_WITHIN_S = 10.0
+"""Time in which a connection that is cut gives up its snapshot."""
 SPACE_CHECK_BYTES = 16 << 20
 """Bytes of a snapshot between two looks at the free space."""
+
+
+class Shelf:
+    """Snapshots whose clients were lost, for when they come back; the newest alone has a place.
+
+    A snapshot goes by its chain, which is random: who knows it, sent it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._coming: dict[bytes, Arrival] = {}
+        self._left: tuple[bytes, Spool, threading.Timer] | None = None
+
+    def begin(self, chain: bytes, arrival: Arrival) -> None:
+        """A snapshot comes by ``arrival``."""
+        with self._changed:
+            self._coming[chain] = arrival
+        self._drop_left()
+
+    def end(self, chain: bytes, arrival: Arrival, left: Spool | None = None) -> None:
+        """No more comes by ``arrival``, of which ``left`` is to be kept for a while."""
+        with self._changed:
+            if self._coming.get(chain) is arrival:
+                del self._coming[chain]
+            self._changed.notify_all()
+        if left is None:
+            return
+        self._drop_left()
+        timer = threading.Timer(KEPT_FOR_S, self._drop_left, (left,))
+        timer.daemon = True
+        with self._changed:
+            self._left = chain, left, timer
+            self._changed.notify_all()
+        timer.start()
+
+    def take(self, chain: bytes) -> tuple[int, Spool | None]:
+        """How much there is of a snapshot, and the spool with that; ALL_HELD if all of it came.
+
+        A connection over which it still came is cut off.
+        """
+        with self._changed:
+            before = self._coming.get(chain)
+            if before is not None and not before.is_complete:
+                before.cut()
+                self._changed.wait_for(lambda: chain not in self._coming, CUT_WITHIN_S)
+            if chain in self._coming:
+                return ALL_HELD, None
+            if self._left is None or self._left[0] != chain:
+                return 0, None
+            _, spool, timer = self._left
+            timer.cancel()
+            self._left = None
+            return spool.size, spool
+
+    def _drop_left(self, only: Spool | None = None) -> None:
+        with self._changed:
+            if self._left is None or only not in (None, self._left[1]):
+                return
+            _, spool, timer = self._left
+            self._left = None
+        timer.cancel()
+        spool.close()
 
 
 class Arrival:
     """The snapshot that a client sends, one at a time: in pieces, the last of which is answered.
 
+    Args:
+        shelf: keeps what came when the connection breaks.
+
     Attributes:
         chain: that of the snapshot that has begun, if its client named one; else None.
+        is_complete: all of it came, and it is looked at.
     """
 
-    def __init__(self, client: Client, keeper: Keeper) -> None:
+    def __init__(self, client: Client, keeper: Keeper, shelf: Shelf) -> None:
         self.chain: bytes | None = None
+        self.is_complete = False
+        self._shelf = shelf
         self._client = client
         self._keeper = keeper
         self._refused = ""
@@ -50,6 +123,20 @@ class Arrival:
             path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
             snapshot = Snapshot(path, version) if chain is None else Snapshot(path, version, chain)
             self._spool = Spool(snapshot)
+            if chain is not None:
+                self._shelf.begin(chain, self)
+
+    def go_on(self, chain: bytes) -> int:
+        """The bytes that came of the snapshot ``chain`` before: the client sends the rest here.
+
+        ALL_HELD if all of it came.
+        """
+        held, spool = self._shelf.take(chain)
+        if spool is not None:
+            self.drop()
+            self.chain, self._spool, self._refused = chain, spool, ""
+            self._shelf.begin(chain, self)
+        return held
 
     def add(self, piece: bytes) -> None:
         """Take a piece; Dropped if the disk has no room for it."""
@@ -62,6 +149,7 @@ class Arrival:
         if self._spool is None:
             what = f"a snapshot of version {version}: {self._refused}"
             return self._client.refuse(what, NackCode.OLD_SNAPSHOT)
+        self.is_complete = True
         self._spool.finish()
         snapshot = self._spool.snapshot
         self._client.ask(lambda: replace(snapshot))
@@ -71,7 +159,20 @@ class Arrival:
         """Remove what came."""
         if self._spool is not None:
             self._spool.close()
+            self._shelf.end(self._spool.snapshot.chain, self)
             self._spool = None
+        self.is_complete = False
+
+    def leave(self) -> None:
+        """The connection is closed: what came without its end waits for the next one."""
+        if self._spool is not None and self.chain is not None:
+            self._shelf.end(self.chain, self, self._spool)
+            self._spool = None
+        self.drop()
+
+    def cut(self) -> None:
+        """End the connection from another thread."""
+        self._client.cut()
 
 
 class Spool:
@@ -86,6 +187,11 @@ class Spool:
         with self._writing():
             self._file = os.fdopen(durable.create(snapshot.path), "wb")
         self._unchecked = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes that came."""
+        return self._file.tell()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

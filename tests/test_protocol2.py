@@ -121,7 +121,7 @@ def content(packet: bytes) -> bytes:
 
 
 def test_golden_packets_cover_what_protocol_2_adds() -> None:
-    types = {"REQ_METADATA", "METADATA", "ACK", "NACK", "RECORD", "COMING", "RESTORE"}
+    types = {"REQ_METADATA", "METADATA", "ACK", "NACK", "RECORD", "COMING", "RESTORE", "HELD"}
     assert {entry["type"] for entry in GOLDEN} == types
     assert {entry["kind"] for entry in RECORDS} == set(Kind)
 
@@ -169,6 +169,15 @@ def test_golden_coming() -> None:
     expected = entry["size"], entry["snapshot_size"], bytes.fromhex(entry["backup_id"])
     assert protocol.decode_coming(the_packet(entry).payload) == expected
     assert protocol.encode(PacketType.COMING, protocol.COMING.pack(*expected)) == raw(entry)
+
+
+def test_golden_held() -> None:
+    asked, answered = [entry for entry in GOLDEN if entry["type"] == "HELD"]
+    assert protocol.encode(PacketType.HELD, bytes.fromhex(asked["chain"])) == raw(asked)
+    assert protocol.decode_held(the_packet(answered).payload) == answered["held"]
+    for size in (0, 7, 9):
+        with pytest.raises(ProtocolError, match="HELD"):
+            protocol.decode_held(bytes(size))
 
 
 def test_golden_restore() -> None:
