@@ -121,6 +121,8 @@ MAX_NACK_TEXT = 4096
 MAX_MACHINE_SIZE = 255
 _MAX_CHANGE_PACKET = VERSION.size + MAX_CHANGE_SIZE + MAX_CHANGE_SIZE // 1000 + 64
 """zlib adds less than a thousandth to what it cannot compress."""
+_STORED = struct.Struct("<BHH")
+_MAX_STORED = 0xFFFF
 _GREATEST_RATIO = 1032
 """zlib compresses to no less than one byte in this many."""
 
@@ -493,8 +495,21 @@ class RecordPacker:
         """The RECORD packet; the CRC is computed here."""
         fields = _fields(head)
         _CRC.pack_into(fields, _CRC_AT, zlib.crc32(payload, zlib.crc32(fields)))
+        if self.level == 0:
+            blocks = [*_stored(fields), *_stored(payload)]
+            header = HEADER.pack(PacketType.RECORD, sum(map(len, blocks)))
+            return b"".join((header, *blocks))
         data = self._zlib.compress(fields + payload)
         return encode(PacketType.RECORD, data + self._zlib.flush(zlib.Z_SYNC_FLUSH))
+
+
+def _stored(data: bytes | bytearray) -> Iterator[bytes | memoryview]:
+    """Deflate's blocks of plain bytes: zlib would copy them thrice."""
+    view = memoryview(data)
+    for start in range(0, len(view), _MAX_STORED):
+        block = view[start : start + _MAX_STORED]
+        yield _STORED.pack(0, len(block), len(block) ^ 0xFFFF)
+        yield block
 
 
 class RecordUnpacker:
