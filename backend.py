@@ -295,6 +295,8 @@ class Status:
         version_count: changes since the snapshot, and one for the snapshot.
         last_change_ns: Unix time of the last record, nanoseconds.
         owner: what every session of the owner begins with, in hex; of zeros for nobody.
+        last_start_rewound: the last start of the node took a change back, which the node had
+            announced, and not committed; None also if that start is too far back.
         torn_tail: an append that was never acknowledged stands at the end.
         checked: all of it was read, not only its end.
         damage: what does not check, or None.
@@ -319,6 +321,7 @@ class Status:
     allocated: int | None = None
     last_change_ns: int | None = None
     owner: str | None = None
+    last_start_rewound: bool | None = None
     torn_tail: bool = False
     checked: bool = False
     damage: str | None = None
@@ -415,7 +418,10 @@ class Backend(ABC):
         version_count: changes since the snapshot, and one for the snapshot.
         medium: what a slow call waits for, in words.
         reconnects: how often the way to it was lost and found again since ``open``.
+        keeps_owner: it can hold who may write to it; known once it was looked at.
+        last_writer: who wrote last and when, in words, as far as it was heard.
         directories: those on this machine in which it keeps its files; none if it is elsewhere.
+        unsound: what a check beside the node found, until it is mended or proven wrong.
         home: the node's network directory, if known: what root creates belongs to its owner.
         can_be_served: `server` can keep it, so that an empty one can be made without a node.
         snapshot_copies: copies of a snapshot that ``create`` takes of the disk where scratch
@@ -425,6 +431,7 @@ class Backend(ABC):
     medium = "the disk"
     directories: Sequence[str] = ()
     can_be_served = False
+    keeps_owner = True
     snapshot_copies = 1
 
     def __init__(self, url: str) -> None:
@@ -433,6 +440,8 @@ class Backend(ABC):
         self.rewindable = False
         self.version_count = 0
         self.reconnects = 0
+        self.last_writer = ""
+        self.unsound: str | None = None
         self.home: str | None = None
 
     @property
@@ -477,8 +486,13 @@ class Backend(ABC):
         """Take back the last change, durably; only if ``rewindable``."""
 
     @abstractmethod
-    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str | None:
-        """Start over with ``snapshot``, whoever's the backup was.
+    def replace(
+        self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False
+    ) -> str | None:
+        """Start over with ``snapshot``, whoever's the backup was, and go on with it if open.
+
+        Args:
+            override: also if a server keeps a newer state: what is there is somebody else's.
 
         Returns:
             Where the old backup is kept, None if it was empty.
@@ -627,7 +641,7 @@ class Session:
         if verdict is Verdict.OUT_OF_DATE:
             raise OutOfDate(backend.version, change.base, self._dir)
         if verdict is Verdict.LOST_STATE:
-            raise LostState(backend.version, change.base, backend.url)
+            raise LostState(backend.version, change.base, backend.url, backend.last_writer)
         if verdict is Verdict.REWIND:
             log.info("Last changes not applied, rewinding non-committed transaction")
             backend.rewind()

@@ -24,7 +24,7 @@ from backend import (
     new_session,
 )
 from errors import CLI, BackupError, BackupExists, ConfigError, DiskError
-from filelog import adoption, appender, layout1, layout2, look, proof
+from filelog import adoption, appender, former, layout1, layout2, look, proof
 from filelog.appender import LogAppender
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
 from filelog.reader import FileReading, LogReader, is_foreign_keys_off
@@ -109,8 +109,10 @@ class FileBackend(Backend):
         owner: bytes = NOBODY,
         changes: Sequence[Change] = (),
         machine: str | None = None,
+        *,
+        override: bool = False,
     ) -> str | None:
-        """See Backend.
+        """See Backend. A file takes any state: it is on the caller to compare.
 
         Args:
             changes: what follows the snapshot, so that the last of it can be rewound.
@@ -209,6 +211,7 @@ class FileBackend(Backend):
     def _load(self, owner: bytes | None = None) -> None:
         self._log = appender.open_log(self.path, self.url, owner)
         self._session = self._log.newest.tag + self._session[TAG_SIZE:]
+        self.unsound = proof.read(self.path, self._log.newest.backup_id).unsound
         self._settle()
 
     @property
@@ -329,6 +332,7 @@ class FileBackend(Backend):
             with contextlib.suppress(OSError), contextlib.closing(LogReader(self.path)) as reader:
                 if reader.backup_id is not None:
                     proof.note(self.path, reader.backup_id, **proof.proven_now())
+                    former.prune(self.path)
 
     def _is_checked(self) -> bool:
         return os.path.exists(self.path + proof.SUFFIX)

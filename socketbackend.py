@@ -58,7 +58,9 @@ class SocketBackend(Destination):
         except OSError as error:
             raise Unreachable(self._url.target, error) from error
         try:
-            return link, link.metadata()
+            found = link.metadata()
+            self._hear(found)
+            return link, found
         except OSError as error:
             link.close()
             raise Unreachable(self._url.target, error) from error
@@ -87,7 +89,7 @@ class SocketBackend(Destination):
         try:
             self._check_empty(found)
             if snapshot is not None:
-                send_snapshot(self._url, link, snapshot, owner)
+                send_snapshot(self._url, link, found, snapshot, owner)
         finally:
             link.close()
         with contextlib.closing(self):
@@ -97,10 +99,19 @@ class SocketBackend(Destination):
             for change in changes:
                 self.add_change(change)
 
-    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str:
+    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
-        link, _ = self._once()
-        send_snapshot(self._url, link, snapshot, owner)
+        flags, link = protocol.OVERRIDE if override else 0, self._delivery.link()
+        if link is not None:  # As the writer: refused if another one has written meanwhile.
+            before = self._delivery.known
+            send_snapshot(self._url, link, before, snapshot, owner, flags)
+            self._delivery.look()
+        else:
+            link, before = self._once()
+            try:
+                send_snapshot(self._url, link, before, snapshot, owner, flags)
+            finally:
+                link.close()
         return f"on {self._url.target}, under the name that the server's log gives"
 
     def status(self, check: bool = False) -> Status:
@@ -124,6 +135,9 @@ class SocketBackend(Destination):
 
     def read(self) -> Reading:
         """See Backend."""
+        if self._delivery.known.details is None:
+            # Servers of protocol 1 may serve one connection at a time; ``replace`` makes it anew.
+            self._delivery.close()
         link, found = self._once()
         return SocketReading(link, found, self._url.target)
 
@@ -174,7 +188,7 @@ class SocketBackend(Destination):
     def open(self, owner: bytes | None = None) -> None:
         """See Backend. Waits for the server as long as a change would.
 
-        A server of protocol 1 keeps no owner, and takes any.
+        A server of protocol 1 keeps no owner, so that it is refused to one who has one.
         """
         self._delivery.open(owner)
 
@@ -200,6 +214,11 @@ class SocketBackend(Destination):
         self.version, self.version_count = known.version, known.version_count
         self.rewindable = known.prev_version == known.version - 1
         self.reconnects = reconnects
+        self._hear(known)
+
+    def _hear(self, found: Metadata) -> None:
+        self.keeps_owner = found.details is not None
+        self.last_writer = found.details.last_writer if found.details else ""
 
     def add_change(self, change: Change) -> None:
         """See Backend."""

@@ -254,6 +254,31 @@ def is_foreign_keys_off(head: Head) -> bool:
     return head.chain == chain_after(head.chain_before, head.version, payload)
 
 
+class Rewinds:
+    """The rewinds among the records that pass."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last: Head | None = None
+
+    def seen(self, log_records: Iterable[tuple[Head, bytes]]) -> Iterator[tuple[Head, bytes]]:
+        """``log_records``, as they are."""
+        for record in log_records:
+            if record[0].kind == Kind.REWIND:
+                self._count, self._last = self._count + 1, record[0]
+            yield record
+
+    def notes(self) -> tuple[str, ...]:
+        """What to tell of them: often the node was killed, but it may be its disk that forgets."""
+        if self._last is None:
+            return ()
+        what = "1 change" if self._count == 1 else f"{self._count} changes"
+        return (
+            f"Left out: {what} that the node announced, but never committed; the last one to"
+            f" version {self._last.version + 1}, taken back on {utc(self._last.time_ns)}.",
+        )
+
+
 def effective(
     log_records: Iterable[tuple[Head, bytes]], snapshot_size: int | None = None
 ) -> Iterator[tuple[Head, Beginning | Change]]:
@@ -322,8 +347,9 @@ class FileReading(Reading):
         reader, total = self._reader, self._reader.allocated
         size = layout2.snapshot_size(reader.log_start) if reader.log_start else None
         damage: BackupError | None = None
+        rewinds = Rewinds()
         try:
-            for head, found in effective(reader, size):
+            for head, found in effective(rewinds.seen(reader), size):
                 yield Step(found, head.end, total)
         except BackupError as error:
             damage = error
@@ -333,6 +359,7 @@ class FileReading(Reading):
             last_change_ns=last.time_ns if reader.last else None,
             torn_tail=reader.tail.kind is TailKind.TORN,
             damage=damage or reader.damage,
+            notes=rewinds.notes(),
         )
         yield Step(ending, reader.position if ending.damage else total, total)
 

@@ -13,7 +13,7 @@ from protocol import Metadata, NackCode
 from remote import protocol1
 from remote.address import SocketUrl
 from remote.fate import Fate, fate_by_content
-from remote.link import Diverged, Link, NotTaken, Unreachable
+from remote.link import Diverged, Link, NoHistory, NotTaken, Unreachable
 from remote.patience import Patience
 
 OWNER_TRIES = 3
@@ -56,6 +56,19 @@ class Delivery:
         self._connect(Patience(self._url))
         details = self.known.details
         self.session = new_session(owner or (details.session if details else NOBODY))
+
+    def link(self) -> Link | None:
+        """The writer's connection, made anew if it was closed; None if nobody has opened it."""
+        if self._link is None and self.session != NOBODY:
+            self._connect(Patience(self._url))
+        return self._link
+
+    def look(self, patience: Patience | None = None) -> None:
+        """Ask the server what it holds now, as long as ``patience`` lasts."""
+        try:
+            self._ask()
+        except OSError:
+            self._connect(patience or Patience(self._url))
 
     def go_on_as(self, owner: bytes) -> None:
         """Write as ``owner`` from now on."""
@@ -146,11 +159,8 @@ class Delivery:
         )
 
     def _look_again(self, head: Head, patience: Patience) -> None:
-        """Ask the server what it holds now that ``head`` is stored."""
-        try:
-            self._ask()
-        except OSError:
-            self._connect(patience)
+        """``look``, now that ``head`` is stored."""
+        self.look(patience)
         if head.kind == Kind.REWIND and self.known.version != head.version:
             raise Diverged(NackCode.INVALID, "it has forgotten a rewind that it acknowledged")
 
@@ -181,10 +191,13 @@ class Delivery:
                 code = NackCode.TAKEN_OVER
                 text = taken_over(now.version, now.details.time_ns)
         elif now.version < before.version:
+            code = NackCode.OUT_OF_DATE
             text = (
                 f"it has lost acknowledged changes: it is at version {now.version}, this node"
                 f" at version {before.version}"
             )
+        if now.details and now.details.last_writer:
+            text += f"; last written by {now.details.last_writer}"
         return Diverged(code, text)
 
     def _connect(self, patience: Patience) -> None:
@@ -212,6 +225,9 @@ class Delivery:
     def _ask(self) -> None:
         assert self._link is not None
         found = self._link.metadata(self._owner)
+        knew = self.known.details is not None or self._owner not in (None, NOBODY)
+        if knew and found.details is None:
+            raise NoHistory(self._url.target)
         self.session = self._counts.session(self.session, self.known, found)
         self._note(found)
 

@@ -13,6 +13,8 @@ EVIDENCE = 8 << 20
 """Bytes that a line takes before it counts as quick: tunnels have buffers, too."""
 FULL = 1 << 20
 """Bytes in the queue of a line that is the slower one; and what it takes then to be measured."""
+BELIEVED_FOR = 16
+"""How often EVIDENCE may come before a line that was measured is tried anew."""
 LONG_S = 0.5
 """Or the time without that."""
 
@@ -34,6 +36,9 @@ class Effort:
         """Of a level: seconds and bytes on the line for each byte of a piece."""
         self._sent = self._taken = 0
         self._since = clock()
+        self._byte_s = 0.0
+        """Seconds that the line takes for a byte, 0 as long as it is not the slower one."""
+        self._empty = 0
 
     def tried(self, level: int, size: int, packed: int, took_s: float) -> None:
         """A piece of ``size`` bytes was packed into ``packed`` bytes."""
@@ -54,12 +59,16 @@ class Effort:
         is_full, moved = queued > FULL, taken - self._taken
         if moved < (FULL if is_full else EVIDENCE) and not (is_full and now - self._since > LONG_S):
             return
-        # A queue that is empty shows that the line could take more, but not how much.
-        byte_s = (now - self._since) / max(moved, 1) / (1 if is_full else 2)
+        if is_full:
+            self._byte_s, self._empty = (now - self._since) / max(moved, 1), 0
+        else:
+            self._empty += 1
+            if self._empty == BELIEVED_FOR:
+                self._byte_s = 0.0  # It may take more by now: that is seen when it does not.
         self._since, self._taken = now, taken
-        self.level = min(self._costs, key=lambda level: self._time(level, byte_s))
+        self.level = min(self._costs, key=self._time)
 
-    def _time(self, level: int, byte_s: float) -> float:
+    def _time(self, level: int) -> float:
         """Seconds that a byte takes: one is packed while the one before is on the line."""
         pack_s, share = self._costs[level]
-        return max(pack_s, share * byte_s)
+        return max(pack_s, share * self._byte_s)

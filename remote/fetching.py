@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import stat
@@ -140,9 +141,7 @@ class _CopyReading(Reading):
     def __iter__(self) -> Iterator[Step]:
         for step in self._reading:
             if isinstance(step.found, Ending) and step.found.damage is None:
-                ending = Ending(
-                    step.found.version, step.found.last_change_ns, damage=self._copy.damage
-                )
+                ending = dataclasses.replace(step.found, damage=self._copy.damage)
                 step = step._replace(found=ending)
             yield step
 

@@ -66,7 +66,7 @@ _OF_AN_ONION = {
 
 
 class NoWay(OSError):
-    """A proxy did not lead to the server.
+    """A proxy did not lead to the server, or a stranger has taken its place.
 
     Args:
         problem: why, without an end.

@@ -9,7 +9,7 @@ from backend import Ending, Reading, Step
 from errors import BackupError
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
-from filelog.reader import effective
+from filelog.reader import Rewinds, effective
 from protocol import Coming, Metadata, PacketType, Place, ProtocolError
 from remote import reading1
 from remote.address import HostPort
@@ -108,6 +108,7 @@ class SocketReading(Reading):
         self._expected = expected
         self._target = target
         self._received = Received(link)
+        self._rewinds = Rewinds()
         self._version = 0
 
     def __iter__(self) -> Iterator[Step]:
@@ -122,7 +123,8 @@ class SocketReading(Reading):
         last = received.last
         version = last.version if last is not None else self._version
         damage = damage or falls_short(version, self._expected, self._target)
-        ending = Ending(version, last.time_ns if last else None, damage=damage)
+        last_change_ns = last.time_ns if last else None
+        ending = Ending(version, last_change_ns, damage=damage, notes=self._rewinds.notes())
         yield Step(ending, received.position, received.total)
 
     def _steps_1(self) -> Iterator[Step]:
@@ -132,7 +134,7 @@ class SocketReading(Reading):
             yield Step(found, 0, 0)
 
     def _steps(self) -> Iterator[Step]:
-        for head, found in effective(self._received):
+        for head, found in effective(self._rewinds.seen(self._received)):
             yield Step(found, head.end, self._received.total)
 
     def close(self) -> None:

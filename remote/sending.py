@@ -11,24 +11,28 @@ import protocol
 from backend import MAX_CHUNK_SIZE, Snapshot, log
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
-from protocol import ProtocolError, RecordPacker
+from protocol import Details, Metadata, NackCode, ProtocolError, RecordPacker
 from remote import protocol1
 from remote.address import SocketUrl
 from remote.effort import LEVELS, Effort
-from remote.link import SNAPSHOT_TIMEOUT_S, Link, Unreachable
+from remote.link import SNAPSHOT_TIMEOUT_S, Diverged, Link, Unreachable
 from remote.patience import Patience
 
 BUSY_PAUSE_S = 1.0
 """Between two questions whether the server is done with a snapshot."""
 
 
-def send_snapshot(url: SocketUrl, link: Link, snapshot: Snapshot, owner: bytes) -> None:
+def send_snapshot(
+    url: SocketUrl, link: Link, before: Metadata, snapshot: Snapshot, owner: bytes, flags: int = 0
+) -> None:
     """Have the server start over with ``snapshot``, which belongs to ``owner`` then.
 
     In protocol 2, when the line breaks a new one goes on where the server has it.
 
     Args:
-        link: agreed on a protocol; it is closed.
+        link: agreed on a protocol.
+        before: what the server said there.
+        flags: protocol.OVERRIDE, or 0.
 
     Raises:
         Unreachable: for ``retry_for`` nothing more of it came there.
@@ -37,6 +41,7 @@ def send_snapshot(url: SocketUrl, link: Link, snapshot: Snapshot, owner: bytes) 
     """
     head = BEFORE_FIRST._replace(
         kind=Kind.SNAPSHOT,
+        flags=flags,
         version=snapshot.version,
         time_ns=time.time_ns(),
         session=owner,
@@ -44,22 +49,20 @@ def send_snapshot(url: SocketUrl, link: Link, snapshot: Snapshot, owner: bytes) 
     )
     try:
         with open(snapshot.path, "rb") as source:
-            if link.protocol == 2:
-                _Sending(url, source, head).run(link)
-                return
+            if before.details is not None:
+                return _Sending(url, source, head, before.details).run(link)
             protocol1.send_snapshot(link.send, source, snapshot)
         link.check_ack(link.answer(SNAPSHOT_TIMEOUT_S), link.ack_of(head))
     except OSError as error:
         raise Unreachable(url.target, error) from error
-    finally:
-        link.close()
 
 
 class _Sending:
-    def __init__(self, url: SocketUrl, source: BinaryIO, head: Head) -> None:
+    def __init__(self, url: SocketUrl, source: BinaryIO, head: Head, before: Details) -> None:
         self._url = url
         self._source = source
         self._head = head
+        self._before = before
         self._size = os.fstat(source.fileno()).st_size
         self._held = 0
         self._patience = Patience(url)
@@ -92,6 +95,8 @@ class _Sending:
                 raise ProtocolError(f"The server {self._url.target} speaks protocol 1 now.")
             if details.chain == self._head.chain:
                 return True
+            if details.chain != self._before.chain:
+                raise Diverged(NackCode.OTHER_HISTORY, "another one has written meanwhile")
             held = link.held(self._head.chain)
             if held != protocol.ALL_HELD:
                 break
@@ -108,6 +113,7 @@ class _Sending:
         effort, number = Effort(), 0
         while piece := self._source.read(MAX_CHUNK_SIZE):
             flags = layout2.FINAL if self._source.tell() == self._size else 0
+            flags |= self._head.flags
             head, number = self._head._replace(flags=flags, length=len(piece)), number + 1
             # What the levels cost is seen at the 1st, 2nd, 4th, 8th ... piece.
             for level in LEVELS if number & (number - 1) == 0 else ():

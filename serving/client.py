@@ -33,9 +33,11 @@ class Client(Protocol):
     Attributes:
         number: connections are numbered as they come.
         machine: its name as it says, else its address.
+        who: a host's address or a user, the same for each of its connections.
     """
 
     number: int
+    who: str
     machine: str
 
     def ask(self, decide: Callable[[], Answer]) -> None:

@@ -11,6 +11,7 @@ from backend import log
 from errors import BackupError
 from protocol import Event, Nack, NackCode, PacketType, SnapshotPart
 from serving.client import Answer, Dropped
+from serving.door import Caller
 from serving.incoming import Incoming
 from serving.keeper import Keeper
 from serving.outgoing import Outgoing
@@ -19,6 +20,9 @@ from serving.protocol2 import Protocol2
 from serving.spool import Arrival, Shelf
 from stream import Stream
 from upkeep.compaction import Compactor
+
+READS = frozenset({PacketType.REQ_METADATA, PacketType.RESTORE, PacketType.ACK})
+"""What a connection may send that is for reading only."""
 
 
 class Host(Protocol):
@@ -40,18 +44,23 @@ class Connection:
 
     Args:
         host: whose connection it is.
-        peer: the client's address.
+        caller: who it is.
         number: connections are numbered as they come.
+        is_read_only: whatever it asks for, it never writes.
     """
 
-    def __init__(self, host: Host, stream: Stream, peer: str, number: int) -> None:
+    def __init__(
+        self, host: Host, stream: Stream, caller: Caller, number: int, is_read_only: bool
+    ) -> None:
         self.number = number
-        self.machine = peer
+        self.who = caller.who
+        self.machine = caller.who
         self.incoming = Incoming(stream)
         self._host = host
         self._keeper = host.keeper
         self._stream = stream
-        self._peer = peer
+        self._peer = caller.at
+        self._is_read_only = is_read_only
         self._restored = False
         self._outgoing = Outgoing(stream, self.incoming)
         self._arrival = Arrival(self, self._keeper, host.shelf)
@@ -87,7 +96,9 @@ class Connection:
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, SnapshotPart):
-            return self._speaks.take(event)
+            return self._refuse_part(event) if self._is_read_only else self._speaks.take(event)
+        if self._is_read_only and event.type not in READS:
+            return self._refuse_to_write()
         match event.type:
             case PacketType.REQ_METADATA:
                 self._introduce(event.payload)
@@ -106,11 +117,21 @@ class Connection:
         """REQ_METADATA: agree on a protocol, hear who it is, and tell what there is."""
         self._speaks = self._spoken[protocol.agreed_protocol(payload)]
         owner, machine = protocol.claimed_owner(payload)
-        self.machine = machine or self._peer
+        self.machine = machine or self.who
+        if owner is not None and self._is_read_only:
+            return self._refuse_to_write()
         if owner is not None and self._keeper.is_foreign(owner):
             text = f"{self.machine} as a writer: {self._keeper.whose()}"
             return self.refuse(text, NackCode.TAKEN_OVER)
         self._outgoing.send(self._speaks.metadata())
+
+    def _refuse_part(self, part: SnapshotPart) -> None:
+        if part.last:
+            self._refuse_to_write()
+
+    def _refuse_to_write(self) -> None:
+        text = f"{self.machine} as a writer: this address is for reading only"
+        self.refuse(text, NackCode.READ_ONLY)
 
     def _compact(self) -> None:
         try:

@@ -11,6 +11,7 @@ from filelog import layout2
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
 from protocol import Event, Nack, NackCode, PacketType, Place, SnapshotPart
+from serving import rules
 from serving.client import Answer, Client, Dropped
 from serving.keeper import Keeper
 from serving.outgoing import BLOCK_SIZE, Outgoing
@@ -60,13 +61,15 @@ class Protocol2:
         self._client.write(lambda: self._keeper.record(self._client, head, payload))
 
     def _take_piece(self, head: Head, payload: bytes) -> None:
+        override = bool(head.flags & protocol.OVERRIDE)
         if self._arrival.chain != head.chain:
-            self._arrival.begin(head.version, head.chain)
+            self._arrival.begin(head.version, head.chain, override)
         self._arrival.add(payload)
         if head.flags & layout2.FINAL:
             owner = head.session
+            rule = rules.overriding_snapshot if override else rules.snapshot
             self._arrival.end(
-                head.version, lambda found: self._keeper.replace(self._client, found, owner)
+                head.version, lambda found: self._keeper.replace(self._client, found, owner, rule)
             )
 
     def metadata(self) -> bytes:

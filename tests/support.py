@@ -271,6 +271,12 @@ def contents(directory: Path) -> dict[str, str]:
     return found
 
 
+def change_lock(directory: Path, **values: object) -> None:
+    """Add ``values`` to backup.lock, as an operator does by hand."""
+    path = directory / "backup.lock"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def make_backup(url: str, calls: Sequence[Call] = ()) -> Path:
     """A new backup of one session of ``calls``, without a snapshot; its file."""
     backend = FileBackend(url)
@@ -336,6 +342,15 @@ def stored(url: str) -> list[Call]:
     found = passed(FileBackend(url).read())
     assert found.ending.damage is None
     return found.calls
+
+
+def open_files() -> set[str]:
+    """What this process has open. Threads of tests before may still be closing theirs."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+    return found
 
 
 def records_of(path: Path) -> list[tuple[Head, bytes]]:
