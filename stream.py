@@ -10,7 +10,7 @@ import sys
 import termios
 
 KEEPALIVE_S = 15
-RECEIVE_SIZE = 1 << 16
+RECEIVE_SIZE = 1 << 18
 
 
 class Stream:

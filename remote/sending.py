@@ -18,6 +18,8 @@ from remote.effort import LEVELS, Effort
 from remote.link import SNAPSHOT_TIMEOUT_S, Diverged, Link, Unreachable
 from remote.patience import Patience
 
+SAMPLE_SIZE = 1 << 17
+"""Bytes of a piece that show what a level costs."""
 BUSY_PAUSE_S = 1.0
 """Between two questions whether the server is done with a snapshot."""
 
@@ -117,7 +119,7 @@ class _Sending:
             head, number = self._head._replace(flags=flags, length=len(piece)), number + 1
             # What the levels cost is seen at the 1st, 2nd, 4th, 8th ... piece.
             for level in LEVELS if number & (number - 1) == 0 else ():
-                _timed(effort, RecordPacker(level), head, piece)
+                _timed(effort, RecordPacker(level), head, piece[:SAMPLE_SIZE])
             link.packer.go_on_at(effort.level)
             packet = _timed(effort, link.packer, head, piece)
             link.send(packet)
