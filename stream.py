@@ -10,7 +10,9 @@ import sys
 import termios
 
 KEEPALIVE_S = 15
-RECEIVE_SIZE = 1 << 18
+RECEIVE_SIZE = 1 << 16
+MUCH_SIZE = 1 << 18
+"""Bytes to receive at once while much comes; as a buffer for an answer it would cost 10 us."""
 
 
 class Stream:
@@ -28,6 +30,7 @@ class Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._comes_much = False
         self._timeouts_s: dict[int, float] = {}
         try:
             self._tune(sock)
@@ -56,9 +59,11 @@ class Stream:
         """The next bytes, as soon as there are some; b"" at the peer's end."""
         self._limit(socket.SO_RCVTIMEO, timeout_s)
         try:
-            return self._sock.recv(RECEIVE_SIZE)
+            data = self._sock.recv(MUCH_SIZE if self._comes_much else RECEIVE_SIZE)
         except BlockingIOError as error:
             raise TimeoutError("timed out") from error
+        self._comes_much = len(data) >= RECEIVE_SIZE
+        return data
 
     def send(self, data: bytes, timeout_s: float) -> None:
         """Send all of ``data`` with as few segments as it needs, as long as it moves on."""
