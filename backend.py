@@ -49,6 +49,8 @@ NOBODY = bytes(16)
 """The owner of a backup that no node has claimed yet."""
 TAG_SIZE = 8
 """Bytes of the owner with which every session begins."""
+OVER_2 = b"rec2"
+"""Stands behind the tag in sessions of nobody over protocol 2."""
 FOREIGN_KEYS_OFF = "PRAGMA foreign_keys = OFF;"
 FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
 NOT_BUMPING = (FOREIGN_KEYS_OFF.encode(), FOREIGN_KEYS_ON.encode())
@@ -253,6 +255,22 @@ def new_owner() -> bytes:
 def new_session(owner: bytes) -> bytes:
     """A name for one run of a writer: 16 bytes, the first of ``owner``, the others random."""
     return owner[:TAG_SIZE] + secrets.token_bytes(CHAIN_SIZE - TAG_SIZE)
+
+
+def session_over_2(owner: bytes) -> bytes:
+    """``new_session`` for what is written by protocol 2: for nobody as the owner it is marked.
+
+    A server refuses protocol 1 from then on (see ``is_over_2``), also after a restart.
+    """
+    session = new_session(owner)
+    if any(owner[:TAG_SIZE]):
+        return session
+    return session[:TAG_SIZE] + OVER_2 + session[TAG_SIZE + len(OVER_2) :]
+
+
+def is_over_2(session: bytes) -> bool:
+    """Whether a record of ``session`` came by protocol 2: of an owner, or marked."""
+    return any(session[:TAG_SIZE]) or session[TAG_SIZE:].startswith(OVER_2)
 
 
 def taken_over(version: int, time_ns: int) -> str:
@@ -489,10 +507,12 @@ class Backend(ABC):
     def replace(
         self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False
     ) -> str | None:
-        """Start over with ``snapshot``, whoever's the backup was, and go on with it if open.
+        """Start over with ``snapshot``, and go on with it if open.
 
         Args:
-            override: also if a server keeps a newer state: what is there is somebody else's.
+            owner: who may write to it from then on.
+            override: also if a server keeps another owner's backup, another node's, or a newer
+                state: what is there is somebody else's.
 
         Returns:
             Where the old backup is kept, None if it was empty.

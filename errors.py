@@ -59,6 +59,11 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]+")
 """Line breaks, and what a terminal would obey: messages quote what comes out of a backup."""
 
 
+def printable(text: str) -> str:
+    """``text`` of somebody else in one line, without what a terminal would obey."""
+    return _UNPRINTABLE.sub(" ", text).strip()
+
+
 class BackupError(Exception):
     """Root of the tree.
 
@@ -71,8 +76,8 @@ class BackupError(Exception):
 
     def __init__(self, problem: str, next_step: str = "") -> None:
         # Not blanks: a path may have several.
-        self.problem = _UNPRINTABLE.sub(" ", problem).strip()
-        self.next_step = _UNPRINTABLE.sub(" ", next_step).strip()
+        self.problem = printable(problem)
+        self.next_step = printable(next_step)
         super().__init__(f"{self.problem} {self.next_step}".strip())
 
 

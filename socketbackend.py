@@ -13,7 +13,6 @@ import protocol
 from backend import (
     EMPTY_CHAIN,
     NOBODY,
-    TAG_SIZE,
     Change,
     Destination,
     Progress,
@@ -22,7 +21,7 @@ from backend import (
     Status,
     chain_after,
 )
-from errors import CLI, BackupExists, ConfigError
+from errors import CLI, BackupExists, ConfigError, printable
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from protocol import Metadata, PacketType, ProtocolError
@@ -32,6 +31,11 @@ from remote.fetching import fetched
 from remote.link import COMPACT_TIMEOUT_S, Link, Refused, Unreachable
 from remote.reading import SocketReading
 from remote.sending import send_snapshot
+
+CHECKS_BY_ITSELF = (
+    "the server reads and checks all of its file each day and replays it each week, which nobody"
+    " else makes it do: what it found last is shown here"
+)
 
 
 class SocketBackend(Destination):
@@ -115,22 +119,31 @@ class SocketBackend(Destination):
         return f"on {self._url.target}, under the name that the server's log gives"
 
     def status(self, check: bool = False) -> Status:
-        """See Backend. A server of protocol 1 tells versions only; none checks its file."""
+        """See Backend. A server of protocol 1 tells versions only; none is made to check its file.
+
+        Raises:
+            Refused, Unreachable, ProtocolError.
+        """
         link, found = self._once()
-        link.close()
-        status = Status(
-            url=self.url,
-            layout="server of protocol 1",
-            version=found.version,
-            prev_version=found.prev_version if found.prev_version != found.version else None,
-            version_count=found.version_count,
-        )
-        if found.details is not None:
-            status.layout = f"{found.details.server}, protocol 2"
-            status.backup_id = found.details.backup_id.hex()
-            status.size = found.details.size
-            status.last_change_ns = found.details.time_ns or None
-            status.owner = found.details.session[:TAG_SIZE].hex()
+        with contextlib.closing(link):
+            if found.details is None:
+                return Status(
+                    url=self.url,
+                    layout="server of protocol 1",
+                    version=found.version,
+                    prev_version=found.prev_version
+                    if found.prev_version != found.version
+                    else None,
+                    version_count=found.version_count,
+                )
+            try:
+                status = link.status()
+            except OSError as error:
+                raise Unreachable(self._url.target, error) from error
+        status.url, server = self.url, printable(found.details.server)
+        status.layout = f"{server}, protocol 2, {status.layout}"
+        if check:
+            status.notes.append(CHECKS_BY_ITSELF)
         return status
 
     def read(self) -> Reading:

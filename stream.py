@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import select
 import socket
 import struct
 import sys
@@ -65,6 +66,10 @@ class Stream:
         self._comes_much = len(data) >= RECEIVE_SIZE
         return data
 
+    def has_data(self) -> bool:
+        """Whether ``receive`` would return at once."""
+        return bool(select.select([self._sock], [], [], 0)[0])
+
     def send(self, data: bytes, timeout_s: float) -> None:
         """Send all of ``data`` with as few segments as it needs, as long as it moves on."""
         left = memoryview(data)[self.send_now(data) :]
@@ -96,7 +101,7 @@ class Stream:
 
     def let_it_pause(self, pause_s: float) -> None:
         """The peer may stop reading for ``pause_s`` while more is sent to it."""
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
+        if hasattr(socket, "TCP_USER_TIMEOUT") and self._sock.family != socket.AF_UNIX:
             # It counts also the time in which a peer that is well takes nothing.
             option = socket.TCP_USER_TIMEOUT
             self._sock.setsockopt(socket.IPPROTO_TCP, option, round(1000 * pause_s))

@@ -24,6 +24,11 @@ def prune(path: str) -> None:
         log.info(f"{name} is removed: {path} is proven to restore, and {AT_MOST} newer are kept")
 
 
+def count(path: str) -> int:
+    """How many there are of the backup ``path``."""
+    return len(_by_age(path))
+
+
 def _by_age(path: str) -> list[str]:
     """Those there are, the oldest first."""
     found = []

@@ -85,7 +85,7 @@ class LogReader:
         try:
             self.backup_id, self.log_start, self.rules = layout2.decode_header(header)
         except layout2.HeaderError as error:
-            if self._newest_anywhere() is None:
+            if self.newest_anywhere() is None:
                 found = f"not a backup: {error}"
                 raise UnsupportedLayout(self.path, found, "Check the URL.") from error
             self.damage = self.as_damage(0, str(error))
@@ -229,7 +229,7 @@ class LogReader:
 
     def as_damage(self, offset: int, reason: str) -> Damaged:
         """The error that names damage at ``offset`` and the versions behind it."""
-        newest = self._newest_anywhere()
+        newest = self.newest_anywhere()
         good = self.last.version if self.last else 0
         if newest is None or newest.version <= good:
             lost = "and whether a later one is lost cannot be told"
@@ -237,7 +237,8 @@ class LogReader:
             lost = f"versions {good + 1} to {newest.version} stand behind the damage"
         return Damaged(self.path, offset, reason, good, lost, newest.version if newest else None)
 
-    def _newest_anywhere(self) -> Head | None:
+    def newest_anywhere(self) -> Head | None:
+        """The last record of all that is there, also behind damage."""
         start = layout2.FIRST_RECORD
         return layout2.find_last(self.pread, start, self.allocated, self.backup_id)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from backend import NOBODY, log, new_session, taken_over
+from backend import NOBODY, log, session_over_2, taken_over
 from errors import BackupError
 from filelog import layout2
 from filelog.layout2 import Head, Kind
@@ -55,7 +55,7 @@ class Delivery:
         self._owner = owner
         self._connect(Patience(self._url))
         details = self.known.details
-        self.session = new_session(owner or (details.session if details else NOBODY))
+        self.session = session_over_2(owner or (details.session if details else NOBODY))
 
     def link(self) -> Link | None:
         """The writer's connection, made anew if it was closed; None if nobody has opened it."""
@@ -72,7 +72,7 @@ class Delivery:
 
     def go_on_as(self, owner: bytes) -> None:
         """Write as ``owner`` from now on."""
-        self._owner, self.session = owner, new_session(owner)
+        self._owner, self.session = owner, session_over_2(owner)
 
     def deliver(self, head: Head, payload: bytes) -> None:
         """Send a record until its ACK came, or METADATA shows that it is stored.

@@ -56,7 +56,7 @@ def send_snapshot(
             protocol1.send_snapshot(link.send, source, snapshot)
         link.check_ack(link.answer(SNAPSHOT_TIMEOUT_S), link.ack_of(head))
     except OSError as error:
-        raise Unreachable(url.target, error) from error
+        raise link.last_words() or Unreachable(url.target, error) from error
 
 
 class _Sending:
@@ -111,9 +111,20 @@ class _Sending:
         return False
 
     def _send_rest(self, link: Link) -> None:
+        try:
+            self._send_pieces(link)
+            link.check_ack(link.answer(SNAPSHOT_TIMEOUT_S), link.ack_of(self._head))
+        except OSError as error:
+            refused = link.last_words()
+            if refused is not None:
+                raise refused from error
+            raise
+
+    def _send_pieces(self, link: Link) -> None:
         link.still_s = self._patience.still_s
         effort, number = Effort(), 0
-        while piece := self._source.read(MAX_CHUNK_SIZE):
+        # An answer that comes early says no.
+        while not link.has_answer() and (piece := self._source.read(MAX_CHUNK_SIZE)):
             flags = layout2.FINAL if self._source.tell() == self._size else 0
             flags |= self._head.flags
             head, number = self._head._replace(flags=flags, length=len(piece)), number + 1
@@ -124,7 +135,6 @@ class _Sending:
             packet = _timed(effort, link.packer, head, piece)
             link.send(packet)
             effort.sent(len(packet), link.queued())
-        link.check_ack(link.answer(SNAPSHOT_TIMEOUT_S), link.ack_of(head))
 
 
 def _timed(effort: Effort, packer: RecordPacker, head: Head, piece: bytes) -> bytes:

@@ -32,9 +32,11 @@ from filelog import adoption, appender, layout1, layout2
 from filelog import reader as logreader
 from filelog import writer as logwriter
 from filelog.layout2 import Tail, TailKind
+from serving import rules as serving_rules
 from serving import spool
 from serving.client import Stored
 from serving.keeper import Keeper
+from serving.rules import Offer
 from tests import support
 from tests.disk import Disk, Fault, Files, Killed, Model, standing_in
 from upkeep import compaction, upgrade
@@ -794,14 +796,17 @@ class Life:
         client: Any = Client(1)
         with open(source, "rb") as file:
             data = file.read()
-        coming = spool.Spool(Snapshot(f"{self.backend.scratch_prefix}in-1", version))
+        offer = Offer(version, self.rng.randbytes(16), override=True)
+        place = Snapshot(f"{self.backend.scratch_prefix}in-1", version)
+        coming = spool.Spool(place, offer, serving_rules.snapshot)
         try:
             for start in range(0, len(data), 1000):
                 coming.add(data[start : start + 1000])
             coming.finish()
             redo, kept = Redo("replace", source, history), self._kept()
             self.mark({self.stored, history, *self._gone()}, (history,), redo, kept)
-            answer = keeper.replace(client, coming.snapshot, self.rng.randbytes(16))
+            ready = keeper.prepare(client, coming.snapshot, offer)
+            answer = keeper.replace(client, ready)
         finally:
             coming.close()
         assert answer == Stored(version, coming.snapshot.chain)
