@@ -18,8 +18,10 @@ from backend import NOTICE, log
 from errors import ConfigError, DiskError
 from filebackend import FileBackend
 from remote.address import parse_host_port
+from serving import memory
 from serving.connection import Connection
 from serving.keeper import Keeper
+from serving.memory import Memory
 from stream import Stream
 from upkeep.compaction import Compactor, Housekeeper
 
@@ -43,6 +45,7 @@ class Server:
 
     def __init__(self, backend: FileBackend, address: str, least: int | None) -> None:
         self.keeper = Keeper(backend)
+        self.memory = Memory(memory.BUDGET - MAX_CONNECTIONS * memory.SHARE)
         self.compactor = Compactor(backend, self.keeper.lock)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()

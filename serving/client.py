@@ -33,10 +33,12 @@ class Client(Protocol):
     Attributes:
         number: connections are numbered as they come.
         machine: its name as it says, else its address.
+        claims: it said that the backup is its own, and it may be.
     """
 
     number: int
     machine: str
+    claims: bool
 
     def ask(self, decide: Callable[[], Answer]) -> None:
         """Have ``decide`` called when no other client's request is in hand, and answer it."""

@@ -9,10 +9,11 @@ from typing import Protocol
 import protocol
 from backend import log
 from errors import BackupError
-from protocol import Event, Nack, NackCode, PacketType, SnapshotPart
+from protocol import Event, Nack, NackCode, Packet, PacketType
 from serving.client import Answer, Dropped
 from serving.incoming import Incoming
 from serving.keeper import Keeper
+from serving.memory import Memory
 from serving.outgoing import Outgoing
 from serving.protocol1 import Protocol1
 from serving.protocol2 import Protocol2
@@ -26,6 +27,7 @@ class Host(Protocol):
 
     keeper: Keeper
     compactor: Compactor
+    memory: Memory
 
     def guard(self, write: Callable[[], None]) -> None:
         """Call ``write``; if the disk fails, stop."""
@@ -46,6 +48,7 @@ class Connection:
     def __init__(self, host: Host, stream: Stream, peer: str, number: int) -> None:
         self.number = number
         self.machine = peer
+        self.claims = False
         self.incoming = Incoming(stream)
         self._host = host
         self._keeper = host.keeper
@@ -54,7 +57,7 @@ class Connection:
         self._restored = False
         self._outgoing = Outgoing(stream, self.incoming)
         self._arrival = Arrival(self, self._keeper)
-        parts = self, self._keeper, self._arrival, self._outgoing
+        parts = self, self._keeper, self._arrival, self._outgoing, host.memory
         # Both for as long as it lasts: the records of one direction are one stream.
         self._spoken: dict[int, Protocol1 | Protocol2] = {
             1: Protocol1(*parts),
@@ -80,12 +83,13 @@ class Connection:
             log.info(f"{self}: connection lost: {error}")
         finally:
             self._arrival.drop()
+            self._host.memory.release(self)
             self._keeper.forget(self)
             self._host.forget(self)
             self._stream.close()
 
     def _handle(self, event: Event) -> None:
-        if isinstance(event, SnapshotPart):
+        if not isinstance(event, Packet):
             return self._speaks.take(event)
         match event.type:
             case PacketType.REQ_METADATA:
@@ -109,6 +113,7 @@ class Connection:
         if owner is not None and self._keeper.is_foreign(owner):
             text = f"{self.machine} as a writer: {self._keeper.whose()}"
             return self.refuse(text, NackCode.TAKEN_OVER)
+        self.claims = owner is not None
         self._outgoing.send(self._speaks.metadata())
 
     def _compact(self) -> None:

@@ -30,7 +30,7 @@ class Incoming:
         self.busy = False
         self.last_heard = time.monotonic()
         self._stream = stream
-        self._decoder = protocol.Decoder(protocol.TO_SERVER)
+        self._decoder = protocol.Decoder(protocol.TO_SERVER, protocol.WHOLE_SIZE)
         self._silent = True
         self._packet_began = self.last_heard
         self._packet_size = 0

@@ -96,10 +96,15 @@ class Keeper:
         return self.carry_out(
             client,
             rules.record(self.state(client), head),
-            f"the {'rewind' if head.kind == Kind.REWIND else 'change'} to version {head.version}",
+            _what(head),
             lambda: self.backend.add_record(head, payload),
             Stored(head.version, head.chain),
         )
+
+    def refusal(self, client: Client, head: Head) -> Nack | None:
+        """Why ``record`` would refuse ``head`` now, whatever its payload; None if it would not."""
+        with self.lock:
+            return self.refused(rules.record(self.state(client), head), _what(head))
 
     def take_over(self, client: Client, head: Head, payload: bytes) -> Answer:
         """Let another owner write from here on, or refuse it."""
@@ -164,17 +169,25 @@ class Keeper:
             store: does it, durably.
             stored: the answer if it is stored.
         """
+        if (nack := self.refused(decision, what)) is not None:
+            return nack
         if decision.superseded is not None:
             self._superseded.add(decision.superseded)
-        if decision.reason is not None:
-            text = f"refused {what}: {self._words(decision.reason)}"
-            return Nack(self.backend.version, decision.reason.code, text)
         if decision.act is Act.KNOWN:
             log.info(f"{client}: version {stored.version} came again; it is stored already")
         self._become_writer(client)
         if decision.act is Act.STORE:
             store()
         return stored
+
+    def refused(self, decision: Decision, what: str) -> Nack | None:
+        """What a client is told if a rule refuses ``what``."""
+        if decision.reason is None:
+            return None
+        if decision.superseded is not None:
+            self._superseded.add(decision.superseded)
+        text = f"refused {what}: {self._words(decision.reason)}"
+        return Nack(self.backend.version, decision.reason.code, text)
 
     def _words(self, reason: Reason) -> str:
         newest = self.backend.newest
@@ -201,3 +214,7 @@ class Keeper:
         with self.lock:
             if self._writer is client:
                 self._writer = None
+
+
+def _what(head: Head) -> str:
+    return f"the {'rewind' if head.kind == Kind.REWIND else 'change'} to version {head.version}"

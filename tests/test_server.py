@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+import protocol
 from backend import MAX_CHANGE_SIZE
 from tests import peers, support
 from tests.peers import (
@@ -561,9 +562,11 @@ def test_bombs_are_refused_and_cost_no_memory(server: ServerProcess, backup: Pat
     before = support.contents(backup.parent)
     deflate = zlib.compressobj(9)
     first, again = (
-        deflate.compress(bytes(MIB)) + deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(2)
+        deflate.compress(bytes(32 * MIB)) + deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(2)
     )
-    bomb = first + again * (MAX_CHANGE_SIZE // MIB + 4)
+    bomb = first + again * (MAX_CHANGE_SIZE // (32 * MIB))
+    # What is longer comes in parts, and may take what one change of that size takes.
+    bomb = bomb[: protocol.WHOLE_SIZE - 100]
     for kind in (CHANGE, SNAPSHOT):
         with server.client() as client:
             client.send(kind, struct.pack("!I", 1) + bomb)

@@ -1,0 +1,173 @@
+"""What a hostile client may cost the server's real process, and the node that writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import protocol
+from backend import MAX_CHANGE_SIZE, NOBODY, bump, chain_after
+from filebackend import FileBackend
+from filelog.layout2 import BUMPS, Head, Kind
+from protocol import Metadata, NackCode, PacketType, RecordPacker
+from tests.peers import ACK, NACK, OldClient, ServerProcess
+
+MIB = 1 << 20
+OWNER = b"owner".ljust(16, b".")
+
+
+class NewClient(OldClient):
+    """A client of protocol 2 that packs what it is told to.
+
+    Attributes:
+        known: what the server said last.
+        deflate: the stream of its records.
+    """
+
+    def __init__(self, server: ServerProcess, owner: bytes | None = None) -> None:
+        super().__init__(server.host, server.port)
+        self.deflate = zlib.compressobj(1, zlib.DEFLATED, -15)
+        self.owner = owner
+        self.known = self.look()
+
+    def __enter__(self) -> NewClient:
+        return self
+
+    def look(self) -> Metadata:
+        """Ask for METADATA."""
+        self.sock.sendall(protocol.encode_request_metadata(self.owner, "evil"))
+        kind, payload = self.receive()
+        assert kind == PacketType.METADATA
+        return protocol.decode_metadata(payload)
+
+    def head(self, payload: bytes, **fields: int | bytes) -> Head:
+        """A head of the next change, which fits but for ``fields``."""
+        details = self.known.details
+        assert details is not None
+        version = self.known.version + 1
+        head = Head(
+            kind=Kind.CHANGE,
+            flags=BUMPS,
+            version=version,
+            session=(self.owner or NOBODY)[:8] + b"session.",
+            length=len(payload),
+            chain_before=details.chain,
+            chain=chain_after(details.chain, version, payload),
+        )
+        return head._replace(**fields)  # type: ignore[arg-type]
+
+    def write(self, text: str) -> None:
+        """A change that must be acknowledged."""
+        payload = f"{text}\0{bump(self.known.version + 1)}".encode()
+        head = self.head(payload)
+        self.sock.sendall(self.packed(head, payload))
+        assert self.receive() == (PacketType.ACK, protocol.ACK.pack(head.version, head.chain))
+        details = self.known.details
+        assert details is not None
+        self.known = self.known._replace(
+            version=head.version, details=details._replace(chain=head.chain)
+        )
+
+    def packed(self, head: Head, payload: bytes) -> bytes:
+        """The RECORD packet, of this client's stream."""
+        packed = RecordPacker().pack(head, payload)[5:]
+        plain = zlib.decompressobj(-15).decompress(packed)
+        body = self.deflate.compress(plain) + self.deflate.flush(zlib.Z_SYNC_FLUSH)
+        return protocol.encode(PacketType.RECORD, body)
+
+
+@pytest.fixture
+def backup(url: str) -> Path:
+    """An empty backup of OWNER's, made for a server; its file."""
+    FileBackend(url).create(None, OWNER)
+    return Path(url.removeprefix("file://"))
+
+
+@pytest.fixture
+def server(url: str, backup: Path) -> Iterator[ServerProcess]:
+    """A server of that backup."""
+    with ServerProcess(url) as process:
+        yield process
+
+
+def bomb(head: Head, size: int) -> bytes:
+    """A RECORD packet of about a thousandth of ``size``, the zeros that it inflates to."""
+    plain = zlib.decompressobj(-15).decompress(RecordPacker().pack(head, b"")[5:])
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    body = deflate.compress(plain) + deflate.flush(zlib.Z_FULL_FLUSH)
+    piece = deflate.compress(bytes(MIB)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    again = deflate.compress(bytes(MIB)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    return protocol.encode(PacketType.RECORD, body + piece + again * (size // MIB - 1))
+
+
+def test_chain_is_asked_before_a_bomb_is_inflated(server: ServerProcess) -> None:
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(NewClient(server, OWNER))
+        node.write("SELECT 1")
+        evil = stack.enter_context(NewClient(server))
+        other = evil.head(b"", length=MAX_CHANGE_SIZE, chain_before=b"x" * 16)
+        evil.sock.sendall(bomb(other, 64 * MIB))
+        assert evil.is_closed()  # It inflates to less than it says.
+        evil = stack.enter_context(NewClient(server))
+        payload = b"x" * (3 * MIB)
+        for _ in range(2):  # And what came was taken out of the stream.
+            evil.sock.sendall(evil.packed(evil.head(payload, chain_before=b"x" * 16), payload))
+            kind, answer = evil.receive()
+            assert kind == NACK
+            assert protocol.decode_nack(answer).code is NackCode.TAKEN_OVER
+        node.write("SELECT 2")
+    assert server.peak_rss() < 64 * MIB
+
+
+@pytest.mark.parametrize("kind", [PacketType.CHANGE, PacketType.RECORD])
+def test_large_changes_of_all_share_one_budget(url: str, kind: PacketType) -> None:
+    FileBackend(url).create(None)  # Nobody's: so protocol 1 writes, too.
+    patch = "from serving import memory; memory.BUDGET = 160 << 20"
+    with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
+        evils = [stack.enter_context(NewClient(server)) for _ in range(8)]
+        for evil in evils:
+            packet = bomb(evil.head(b"", length=100 * MIB), 100 * MIB)
+            if kind is PacketType.CHANGE:
+                evil.sock.sendall(protocol.encode(PacketType.REQ_METADATA))
+                assert evil.receive()[0] == PacketType.METADATA
+                body = struct.pack("!I", 1) + zlib.compress(bytes(100 * MIB), 9)
+                packet = protocol.encode(kind, body)
+            evil.sock.sendall(packet)
+        for evil in evils:
+            with contextlib.suppress(ConnectionError):
+                assert evil.receive()[0] == NACK  # Zeros are no change.
+        assert server.peak_rss() < 250 * MIB
+
+
+def test_announced_packet_keeps_no_memory_from_the_writer(url: str, backup: Path) -> None:
+    patch = "from serving import memory; memory.BUDGET = 100 << 20"
+    with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
+        node = stack.enter_context(NewClient(server, OWNER))
+        node.write("SELECT 1")
+        evil = stack.enter_context(NewClient(server))
+        evil.owner = OWNER  # As a reader may find out.
+        whole = bomb(evil.head(b"", length=MAX_CHANGE_SIZE), 64 * MIB)
+        evil.sock.sendall(struct.pack("!BI", PacketType.RECORD, MAX_CHANGE_SIZE) + whole[5:])
+        node.write("SELECT 2")
+        node.write("-- " + "x" * (2 * MIB))
+        assert evil.is_closed()
+        node.write("SELECT 3")
+
+
+def test_millions_of_statements_are_not_made_into_as_many_objects(url: str) -> None:
+    FileBackend(url).create(None)
+    with ServerProcess(url) as server, server.client() as client:
+        for end, answer in ((b"\0" + bump(1).encode(), NACK), (bump(1).encode(), ACK)):
+            payload = b"--\0" * (3 * MIB) + end
+            packet = protocol.encode(
+                PacketType.CHANGE, struct.pack("!I", 1) + zlib.compress(payload)
+            )
+            assert len(packet) < 12_000
+            client.sock.sendall(packet)
+            assert client.receive()[0] == answer
+        assert server.peak_rss() < 96 * MIB
