@@ -34,11 +34,13 @@ class Client(Protocol):
         number: connections are numbered as they come.
         machine: its name as it says, else its address.
         claims: it said that the backup is its own, and it may be.
+        ended: its connection was cut.
     """
 
     number: int
     machine: str
     claims: bool
+    ended: bool
 
     def ask(self, decide: Callable[[], Answer]) -> None:
         """Have ``decide`` called when no other client's request is in hand, and answer it."""

@@ -15,9 +15,11 @@ from serving.incoming import Incoming
 from serving.keeper import Keeper
 from serving.memory import Memory
 from serving.outgoing import Outgoing
+from serving.places import Place, Places
 from serving.protocol1 import Protocol1
 from serving.protocol2 import Protocol2
 from serving.spool import Arrival
+from serving.turns import Turns
 from stream import Stream
 from upkeep.compaction import Compactor
 
@@ -28,12 +30,11 @@ class Host(Protocol):
     keeper: Keeper
     compactor: Compactor
     memory: Memory
+    places: Places
+    turns: Turns
 
     def guard(self, write: Callable[[], None]) -> None:
         """Call ``write``; if the disk fails, stop."""
-
-    def forget(self, connection: Connection) -> None:
-        """``connection`` is closed."""
 
 
 class Connection:
@@ -48,14 +49,14 @@ class Connection:
     def __init__(self, host: Host, stream: Stream, peer: str, number: int) -> None:
         self.number = number
         self.machine = peer
-        self.claims = False
-        self.incoming = Incoming(stream)
+        self.claims = self.ended = False
+        self._incoming = Incoming(stream, lambda: self._arrival.is_open)
         self._host = host
         self._keeper = host.keeper
         self._stream = stream
         self._peer = peer
-        self._restored = False
-        self._outgoing = Outgoing(stream, self.incoming)
+        self._introduced = self._restored = False
+        self._outgoing = Outgoing(stream, self._incoming, self, host.turns)
         self._arrival = Arrival(self, self._keeper)
         parts = self, self._keeper, self._arrival, self._outgoing, host.memory
         # Both for as long as it lasts: the records of one direction are one stream.
@@ -72,32 +73,33 @@ class Connection:
         """Serve until the client leaves or breaks a rule."""
         try:
             log.debug(f"{self}: connected")
-            for event in self.incoming:
+            for event in self._incoming:
                 self._handle(event)
             log.debug(f"{self}: left")
         except Dropped as error:
             log.warning(f"{self}: closed: {error}")
-        except BackupError as error:
-            log.warning(f"{self}: closed: {error}")
+        except (BackupError, MemoryError) as error:
+            log.warning(f"{self}: closed: {error or 'out of memory'}")
         except OSError as error:
             log.info(f"{self}: connection lost: {error}")
         finally:
             self._arrival.drop()
             self._host.memory.release(self)
             self._keeper.forget(self)
-            self._host.forget(self)
+            self._host.places.leave(self)
             self._stream.close()
 
     def _handle(self, event: Event) -> None:
+        if not self._introduced:
+            self._introduced = True
+            self._take_place()
         if not isinstance(event, Packet):
             return self._speaks.take(event)
         match event.type:
             case PacketType.REQ_METADATA:
                 self._introduce(event.payload)
             case PacketType.RESTORE:
-                log.info(f"{self}: restores the backup")
-                self._restored = True
-                self._speaks.restore()
+                self._restore()
             case PacketType.COMPACT:
                 self._compact()
             case PacketType.ACK if self._restored:
@@ -114,7 +116,19 @@ class Connection:
             text = f"{self.machine} as a writer: {self._keeper.whose()}"
             return self.refuse(text, NackCode.TAKEN_OVER)
         self.claims = owner is not None
+        self._take_place()
         self._outgoing.send(self._speaks.metadata())
+
+    def _take_place(self) -> None:
+        self._host.places.enter(self, Place.OWNER if self.claims else Place.GUEST)
+
+    def _restore(self) -> None:
+        log.info(f"{self}: restores the backup")
+        self._restored = True
+        self._host.places.enter(self, Place.READER)
+        with self._outgoing.restoring():
+            self._speaks.restore()
+        self._take_place()
 
     def _compact(self) -> None:
         try:
@@ -148,4 +162,5 @@ class Connection:
 
     def cut(self) -> None:
         """End the connection from another thread."""
+        self.ended = True
         self._stream.cut()

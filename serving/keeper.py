@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from backend import NOBODY, NOTICE, RELEASE, Snapshot, log, taken_over
 from decisions import may_write
+from errors import BackupError
 from filebackend import FileBackend
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
@@ -73,8 +74,11 @@ class Keeper:
         return self._told[1]
 
     def _look_whose(self) -> str:
-        with contextlib.closing(LogReader(self.backend.path)) as reader:
-            taken = reader.taken_over()
+        try:
+            with contextlib.closing(LogReader(self.backend.path)) as reader:
+                taken = reader.taken_over()
+        except BackupError as error:  # No descriptor is left, say. That ends no server.
+            return f"the backup belongs to another node; {error.problem}"
         if not taken:
             return "this backup is nobody's: it is not the one that this node wrote"
         return f"the backup belongs to another node: {taken}"

@@ -20,6 +20,9 @@ WAIT_S = 60.0
 """How long a payload waits for its turn; its client waits longer for an answer."""
 
 
+LOOK_S = 1.0
+
+
 class Memory:
     """What is left of the budget; who asks for it waits in turn.
 
@@ -51,10 +54,13 @@ class Memory:
                 for other in self._held:
                     other.cut()
             try:
-                if not self._changed.wait_for(
-                    lambda: self._waiting[0] is client and self._fits(size), WAIT_S
+                waited_s = 0.0
+                while not self._changed.wait_for(
+                    lambda: self._waiting[0] is client and self._fits(size), LOOK_S
                 ):
-                    raise Dropped(f"no memory came free for it in {WAIT_S:.0f} s")
+                    waited_s += LOOK_S
+                    if client.ended or waited_s >= WAIT_S:
+                        raise Dropped(f"no memory came free for it in {waited_s:.0f} s")
                 self._held[client] = size
             finally:
                 self._waiting.remove(client)

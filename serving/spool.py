@@ -27,10 +27,12 @@ class Arrival:
 
     Attributes:
         chain: that of the snapshot that has begun, if its client named one; else None.
+        is_open: more of its pieces have to come.
     """
 
     def __init__(self, client: Client, keeper: Keeper) -> None:
         self.chain: bytes | None = None
+        self.is_open = False
         self._client = client
         self._keeper = keeper
         self._refused = ""
@@ -45,6 +47,7 @@ class Arrival:
         """Another snapshot comes; what came of the one before is dropped."""
         self.drop()
         self.chain = chain
+        self.is_open = True
         self._refused = self._keeper.old_snapshot(version)
         if not self._refused:
             path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
@@ -58,7 +61,7 @@ class Arrival:
 
     def end(self, version: int, replace: Callable[[Snapshot], Answer]) -> None:
         """All of it came: call ``replace`` with it if it holds ``version``, and answer."""
-        self.chain = None
+        self.chain, self.is_open = None, False
         if self._spool is None:
             what = f"a snapshot of version {version}: {self._refused}"
             return self._client.refuse(what, NackCode.OLD_SNAPSHOT)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,9 @@ from backend import MAX_CHANGE_SIZE, NOBODY, bump, chain_after
 from filebackend import FileBackend
 from filelog.layout2 import BUMPS, Head, Kind
 from protocol import Metadata, NackCode, PacketType, RecordPacker
-from tests.peers import ACK, NACK, OldClient, ServerProcess
+from tests import support
+from tests.peers import ACK, NACK, RESTORE, OldClient, ServerProcess
+from tests.stopping import eventually
 
 MIB = 1 << 20
 OWNER = b"owner".ljust(16, b".")
@@ -131,21 +136,21 @@ def test_large_changes_of_all_share_one_budget(url: str, kind: PacketType) -> No
     with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
         evils = [stack.enter_context(NewClient(server)) for _ in range(8)]
         for evil in evils:
-            packet = bomb(evil.head(b"", length=100 * MIB), 100 * MIB)
+            packet = bomb(evil.head(b"", length=40 * MIB), 40 * MIB)
             if kind is PacketType.CHANGE:
                 evil.sock.sendall(protocol.encode(PacketType.REQ_METADATA))
                 assert evil.receive()[0] == PacketType.METADATA
-                body = struct.pack("!I", 1) + zlib.compress(bytes(100 * MIB), 9)
+                body = struct.pack("!I", 1) + zlib.compress(bytes(40 * MIB), 9)
                 packet = protocol.encode(kind, body)
             evil.sock.sendall(packet)
         for evil in evils:
             with contextlib.suppress(ConnectionError):
                 assert evil.receive()[0] == NACK  # Zeros are no change.
-        assert server.peak_rss() < 250 * MIB
+        assert server.peak_rss() < 200 * MIB
 
 
 def test_announced_packet_keeps_no_memory_from_the_writer(url: str, backup: Path) -> None:
-    patch = "from serving import memory; memory.BUDGET = 100 << 20"
+    patch = "from serving import memory; memory.BUDGET = 200 << 20"
     with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
         node = stack.enter_context(NewClient(server, OWNER))
         node.write("SELECT 1")
@@ -171,3 +176,117 @@ def test_millions_of_statements_are_not_made_into_as_many_objects(url: str) -> N
             client.sock.sendall(packet)
             assert client.receive()[0] == answer
         assert server.peak_rss() < 96 * MIB
+
+
+def test_who_claims_the_backup_always_gets_in(server: ServerProcess) -> None:
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(NewClient(server, OWNER))
+        node.write("SELECT 1")
+        for _ in range(3):
+            for begins in (b"", b"\x04\0\0", protocol.encode(PacketType.REQ_METADATA) + b"\x04"):
+                for _ in range(17):
+                    evil = stack.enter_context(server.client())
+                    evil.sock.sendall(begins)
+            for _ in range(5):
+                stack.enter_context(NewClient(server, OWNER))
+            node.write("SELECT 2")
+        with NewClient(server, OWNER) as again:
+            again.write("SELECT 3")
+
+
+QUICK = "from serving import incoming; incoming.FIRST_PACKET_S = incoming.GRACE_S = 0.5"
+
+
+def test_snapshot_whose_bytes_do_not_come_ends(url: str, backup: Path) -> None:
+    with ServerProcess(url, patch=QUICK) as server, NewClient(server, OWNER) as evil:
+        piece = evil.head(b"x", kind=Kind.SNAPSHOT, flags=0, version=9, chain=b"c" * 16)
+        evil.sock.sendall(evil.packed(piece, b"x"))
+        assert evil.is_closed()
+        server.wait_for("are too slow")
+        assert not list(backup.parent.glob("*.scratch-*"))
+
+
+def fill(url: str, mebibytes: int) -> None:
+    """Make the backup at ``url`` so large that no socket's buffers hold it."""
+    big = f"INSERT INTO items VALUES (1, '{random.Random(6).randbytes(MIB // 2).hex()}')"
+    changes = [support.change(number, big) for number in range(1, mebibytes + 1)]
+    FileBackend(url).create(None)
+    support.add_session(url, changes)
+
+
+def test_who_takes_nothing_keeps_no_turn(url: str) -> None:
+    fill(url, 12)
+    patch = "from serving.places import Place; Place.READER.limit = 4"
+    with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
+        for number in range(4):
+            lazy = stack.enter_context(NewClient(server) if number % 2 else server.client())
+            lazy.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            lazy.sock.sendall(protocol.encode(PacketType.RESTORE))
+        eventually(lambda: sum("restores the backup" in line for line in server.lines) == 4)
+        # There is room for no more of them, until one leaves.
+        late = stack.enter_context(server.client())
+        late.send(RESTORE)
+        server.wait_for("4 clients read the backup")
+        lazy.close()
+        eventually(lambda: can_restore(server))
+
+
+def can_restore(server: ServerProcess) -> bool:
+    """Whether the server gives its backup to a new connection."""
+    with server.client() as client, contextlib.suppress(ConnectionError):
+        return len(client.restore(acks=False)) == 12
+    return False
+
+
+def test_reader_that_is_slow_in_all_its_time_ends(url: str) -> None:
+    fill(url, 12)
+    patch = "from serving import outgoing; outgoing.SEND_TIMEOUT_S, outgoing.MIN_RATE = 1, 1 << 30"
+    with ServerProcess(url, patch=patch) as server, server.client() as slow:
+        slow.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.send(RESTORE)
+        while not server.logged("that is too slow"):
+            assert slow.sock.recv(1 << 8)
+            time.sleep(0.02)
+
+
+def test_no_thread_and_no_descriptor_end_no_server(url: str, backup: Path) -> None:
+    patch = (
+        "import resource, threading\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))\n"
+        "started, start = [], threading.Thread.start\n"
+        "def fails(thread):\n"
+        "    if 'run' in repr(thread.name):\n"
+        "        started.append(thread)\n"
+        "        if len(started) % 3 == 0:\n"
+        '            raise RuntimeError("can\'t start new thread")\n'
+        "    start(thread)\n"
+        "threading.Thread.start = fails"
+    )
+    with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
+        node = stack.enter_context(NewClient(server, OWNER))
+        node.write("SELECT 1")
+        for _ in range(40):
+            stack.enter_context(server.client())
+        node.write("SELECT 2")
+        server.wait_for("can't start new thread")
+        server.wait_for("could not be accepted")
+        eventually(lambda: can_write(server))
+        assert not server.logged("Traceback")
+
+
+def can_write(server: ServerProcess) -> bool:
+    """Whether a new connection of the owner can write."""
+    with contextlib.suppress(ConnectionError), NewClient(server, OWNER) as client:
+        client.write("SELECT 3")
+        return True
+    return False
+
+
+def test_nobody_fills_the_log(url: str, backup: Path) -> None:
+    patch = "import serving.fewlines as f; f.PERIOD_S = 0.5"
+    with ServerProcess(url, patch=patch) as server:
+        for number in range(300):
+            with server.client() as evil:
+                assert evil.rewind(number) == (NACK, 0)
+        server.wait_for("more lines like:")
+        assert sum("refused the rewind" in line for line in server.lines) < 250
