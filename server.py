@@ -25,6 +25,7 @@ from serving.fewlines import PERIOD_S, FewLines
 from serving.keeper import Keeper
 from serving.memory import Memory
 from serving.places import Place, Places
+from serving.room import Room
 from serving.turns import Turns
 from stream import Stream
 from upkeep.compaction import Compactor, Housekeeper
@@ -50,6 +51,7 @@ class Server:
         self.keeper = Keeper(backend)
         self.memory = Memory(memory.BUDGET - places.ALL * memory.SHARE)
         self.places = Places(self.keeper)
+        self.room = Room(backend.path)
         self.turns = Turns()
         self.compactor = Compactor(backend, self.keeper.lock)
         self._numbers = itertools.count(1)

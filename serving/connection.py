@@ -18,6 +18,7 @@ from serving.outgoing import Outgoing
 from serving.places import Place, Places
 from serving.protocol1 import Protocol1
 from serving.protocol2 import Protocol2
+from serving.room import Room
 from serving.spool import Arrival
 from serving.turns import Turns
 from stream import Stream
@@ -31,6 +32,7 @@ class Host(Protocol):
     compactor: Compactor
     memory: Memory
     places: Places
+    room: Room
     turns: Turns
 
     def guard(self, write: Callable[[], None]) -> None:
@@ -57,7 +59,7 @@ class Connection:
         self._peer = peer
         self._introduced = self._restored = False
         self._outgoing = Outgoing(stream, self._incoming, self, host.turns)
-        self._arrival = Arrival(self, self._keeper)
+        self._arrival = Arrival(self, self._keeper, host.room)
         parts = self, self._keeper, self._arrival, self._outgoing, host.memory
         # Both for as long as it lasts: the records of one direction are one stream.
         self._spoken: dict[int, Protocol1 | Protocol2] = {

@@ -7,8 +7,6 @@ that it can be dropped one day.
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 import zlib
 from collections.abc import Generator, Iterable, Iterator
 
@@ -173,28 +171,36 @@ class Protocol1:
     def restore(self) -> None:
         """Send a snapshot and the changes after it, without those that were taken back."""
         backend = self._keeper.backend
-        with contextlib.closing(backend.read()) as reading:
-            for block in blocks(reading, os.path.dirname(backend.path)):
+        with contextlib.ExitStack() as stack:
+            with self._keeper.lock:  # Both of one file, though another may be put in its place.
+                counted, sent = (
+                    stack.enter_context(contextlib.closing(backend.read())) for _ in range(2)
+                )
+            for block in blocks(counted, sent):
                 self._outgoing.send_block(block)
         self._outgoing.send_block(protocol.encode(PacketType.DONE))
 
 
-def blocks(steps: Iterable[Step], directory: str) -> Iterator[bytes]:
+def blocks(counted: Iterable[Step], sent: Iterable[Step]) -> Iterator[bytes]:
     """The SNAPSHOT and CHANGE packets of a restore, in blocks that are good to send.
+
+    Args:
+        counted, sent: two passes over one file.
 
     Raises:
         Dropped: behind them stands damage.
     """
-    all_found = (step.found for step in steps)
+    all_found = (step.found for step in sent)
     block = bytearray()
     for found in all_found:
-        while isinstance(found, Beginning):
-            found = yield from _snapshot_blocks(found, all_found, directory)
+        if isinstance(found, Beginning):
+            found = yield from _snapshot_blocks(found.version, counted, all_found)
         if isinstance(found, Ending):
             yield bytes(block)
             if found.damage is not None:
                 raise Dropped(f"the backup is damaged: {found.damage}")
             return
+        assert isinstance(found, Change)
         block += protocol.encode_change(found)
         if len(block) >= BLOCK_SIZE:
             yield bytes(block)
@@ -202,19 +208,25 @@ def blocks(steps: Iterable[Step], directory: str) -> Iterator[bytes]:
 
 
 def _snapshot_blocks(
-    beginning: Beginning, following: Iterator[Found], directory: str
+    version: int, counted: Iterable[Step], following: Iterator[Found]
 ) -> Generator[bytes, None, Found]:
     """The SNAPSHOT packet of the pieces that come first; returns what comes after them."""
+    # The packet begins with its length, and neither memory nor disk is for readers to fill: so
+    # all is compressed twice.
+    size = 0
+    for data in _deflated(step.found for step in counted if not isinstance(step.found, Beginning)):
+        size += len(data)
+        yield b""  # Others may have their turn.
+    yield protocol.snapshot_header(version, size)
+    return (yield from _deflated(following))
+
+
+def _deflated(following: Iterator[Found]) -> Generator[bytes, None, Found]:
+    """The pieces of a snapshot, compressed; returns what comes after them."""
     deflate = zlib.compressobj(1)
-    # The packet begins with its length, and memory is bounded: hence a scratch file.
-    with tempfile.TemporaryFile(dir=directory) as packed:
-        for found in following:
-            if not isinstance(found, Change) or found.snapshot is None:
-                break
-            packed.write(deflate.compress(found.snapshot))
-        packed.write(deflate.flush())
-        yield protocol.snapshot_header(beginning.version, packed.tell())
-        packed.seek(0)
-        while block := packed.read(BLOCK_SIZE):
-            yield block
+    for found in following:
+        if not isinstance(found, Change) or found.snapshot is None:
+            break
+        yield deflate.compress(found.snapshot)
+    yield deflate.flush()
     return found

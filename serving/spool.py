@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 
 import durable
-import space
 from backend import Snapshot
 from errors import DiskError
 from protocol import NackCode, ProtocolError
-from serving.client import Answer, Client, Dropped
+from serving import room
+from serving.client import Answer, Client
 from serving.keeper import Keeper
+from serving.room import Room
 from wallet import database, restore
-
-MIN_FREE_BYTES = space.RESERVE
-"""A snapshot that comes in leaves the disk at least this much for changes."""
-SPACE_CHECK_BYTES = 16 << 20
-"""Bytes of a snapshot between two looks at the free space."""
 
 
 class Arrival:
@@ -30,13 +25,16 @@ class Arrival:
         is_open: more of its pieces have to come.
     """
 
-    def __init__(self, client: Client, keeper: Keeper) -> None:
+    def __init__(self, client: Client, keeper: Keeper, room: Room) -> None:
         self.chain: bytes | None = None
         self.is_open = False
         self._client = client
         self._keeper = keeper
+        self._room = room
         self._refused = ""
         self._spool: Spool | None = None
+        self._promised = 0
+        """Bytes for which there is room on the disk."""
 
     @property
     def is_wanted(self) -> bool:
@@ -52,12 +50,16 @@ class Arrival:
         if not self._refused:
             path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
             snapshot = Snapshot(path, version) if chain is None else Snapshot(path, version, chain)
-            self._spool = Spool(snapshot)
+            self._spool, self._promised = Spool(snapshot), 0
 
     def add(self, piece: bytes) -> None:
         """Take a piece; Dropped if the disk has no room for it."""
-        if self._spool is not None:
-            self._spool.add(piece)
+        if self._spool is None:
+            return
+        if self._spool.size + len(piece) > self._promised:
+            self._room.take(self._client, self._spool.size)
+            self._promised = self._spool.size + room.STEP
+        self._spool.add(piece)
 
     def end(self, version: int, replace: Callable[[Snapshot], Answer]) -> None:
         """All of it came: call ``replace`` with it if it holds ``version``, and answer."""
@@ -75,6 +77,7 @@ class Arrival:
         if self._spool is not None:
             self._spool.close()
             self._spool = None
+            self._room.give(self._client)
 
 
 class Spool:
@@ -82,13 +85,16 @@ class Spool:
 
     Args:
         snapshot: its path, which must not exist, and what the client says of it.
+
+    Attributes:
+        size: bytes that came.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
+        self.size = 0
         with self._writing():
             self._file = os.fdopen(durable.create(snapshot.path), "wb")
-        self._unchecked = 0
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -98,17 +104,10 @@ class Spool:
             raise DiskError(self.snapshot.path, error, "write") from error
 
     def add(self, piece: bytes) -> None:
-        """Take a piece; Dropped if the disk has no room for it."""
-        self._unchecked += len(piece)
-        if self._unchecked >= SPACE_CHECK_BYTES:
-            self._unchecked = 0
-            self._check_space()
+        """Take a piece."""
+        self.size += len(piece)
         with self._writing():
             self._file.write(piece)
-
-    def _check_space(self) -> None:
-        if shutil.disk_usage(os.path.dirname(self.snapshot.path)).free < MIN_FREE_BYTES:
-            raise Dropped("the disk has no room for this snapshot")
 
     def finish(self) -> None:
         """Check that the file is the database it claims to be."""

@@ -578,8 +578,7 @@ def test_bombs_are_refused_and_cost_no_memory(server: ServerProcess, backup: Pat
 
 
 def test_snapshot_may_not_fill_the_disk(url: str, backup: Path) -> None:
-    limits = "spool.MIN_FREE_BYTES = 1 << 60; spool.SPACE_CHECK_BYTES = 1 << 20"
-    patch = f"from serving import spool; {limits}"
+    patch = "import space; space.RESERVE = 1 << 60"
     before = names(backup) | {"node.bkp.writer"}
     with ServerProcess(url, patch=patch) as server, server.client() as client:
         data = b"SQLite format 3\0" + bytes(2 * MIB)

@@ -10,16 +10,21 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 import protocol
-from backend import MAX_CHANGE_SIZE, NOBODY, bump, chain_after
+import space
+from backend import MAX_CHANGE_SIZE, NOBODY, Snapshot, bump, chain_after
 from filebackend import FileBackend
 from filelog.layout2 import BUMPS, Head, Kind
 from protocol import Metadata, NackCode, PacketType, RecordPacker
+from serving.client import Client, Dropped
+from serving.room import STEP, Room
 from tests import support
-from tests.peers import ACK, NACK, RESTORE, OldClient, ServerProcess
+from tests.peers import ACK, NACK, RESTORE, SNAPSHOT, OldClient, ServerProcess
 from tests.stopping import eventually
 
 MIB = 1 << 20
@@ -290,3 +295,31 @@ def test_nobody_fills_the_log(url: str, backup: Path) -> None:
                 assert evil.rewind(number) == (NACK, 0)
         server.wait_for("more lines like:")
         assert sum("refused the rewind" in line for line in server.lines) < 250
+
+
+def test_restore_of_protocol_1_makes_no_file(url: str, tmp_path: Path) -> None:
+    source = tmp_path / "node.sqlite3"
+    support.apply_calls(source, support.first_changes(2))
+    FileBackend(url).create(Snapshot(str(source), 2))
+    patch = "import tempfile; del tempfile.TemporaryFile, tempfile.NamedTemporaryFile"
+    with ServerProcess(url, patch=patch) as server, server.client() as client:
+        assert client.restore() == [(SNAPSHOT, 2, source.read_bytes())]
+
+
+def test_snapshots_of_all_share_what_the_disk_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [space.RESERVE + 10 * STEP]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    room = Room(str(tmp_path / "node.bkp"))
+    clients = [cast(Client, object()) for _ in range(10)]
+    for client in clients[:9]:
+        room.take(client, 0)  # Each needs its step twice in the end.
+    with pytest.raises(Dropped, match="no room"):
+        room.take(clients[9], 0)
+    free[0] -= STEP  # The first has written what it has.
+    with pytest.raises(Dropped, match="no room"):
+        room.take(clients[0], STEP)
+    room.give(clients[1])
+    room.give(clients[2])
+    room.take(clients[0], STEP)
