@@ -20,7 +20,8 @@ def backend_for(url: str) -> Destination:
     if url.startswith("socket:"):
         return SocketBackend(url)
     raise ConfigError(
-        f"{url!r} is no backup URL.", "The forms are file:///path/to/file and socket:host:port."
+        f"{url!r} is no backup URL.",
+        "The forms are file:///path/to/file, socket:unix:/path/to/socket and socket:host:port.",
     )
 
 

@@ -48,6 +48,13 @@ CLI = shlex.quote(typed("backup-cli", "backup-cli"))
 """The command line tool in a line for a shell, for messages that name the next command."""
 PLUGIN = typed("cln-backup-plugin", "backup.py")
 """The plugin, for lightningd's configuration."""
+OWN_STATE = (
+    "If this node's own database is its latest state, somebody else has written to the backup, or"
+    f" exchanged it: stop the node and run `{CLI} resync --override --lightning-dir DIR`; the old"
+    " backup is kept."
+)
+"""How to go on where the backup may be a stranger's."""
+OLD_COPY = "If the node's database is an old copy, move it away and run"
 _UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]+")
 """Line breaks, and what a terminal would obey: messages quote what comes out of a backup."""
 
@@ -240,16 +247,23 @@ class OutOfDate(BackupError):
 
 
 class LostState(BackupError):
-    """The backup's version is above the node's, by more than a rewind can explain."""
+    """The backup's version is above the node's, by more than a rewind can explain.
 
-    def __init__(self, backup_version: int, node_version: int, url: str) -> None:
+    Args:
+        last_writer: who wrote the backup last, as far as known.
+    """
+
+    def __init__(
+        self, backup_version: int, node_version: int, url: str, last_writer: str = ""
+    ) -> None:
         self.backup_version = backup_version
         self.node_version = node_version
         super().__init__(
             f"lightningd seems to have lost some state: the backup is ahead. The node is at"
-            f" version {node_version}, the backup at version {backup_version}. Do not run"
-            " the node on this database.",
-            f"Move the database away and run `{CLI} restore {shlex.quote(url)} DEST`.",
+            f" version {node_version}, the backup at version {backup_version}"
+            f"{f', last written by {last_writer}' if last_writer else ''}. Do not run the node"
+            " before you know why.",
+            f"{OLD_COPY} `{CLI} restore {shlex.quote(url)} DEST`. {OWN_STATE}",
         )
 
 

@@ -109,8 +109,10 @@ class FileBackend(Backend):
         owner: bytes = NOBODY,
         changes: Sequence[Change] = (),
         machine: str | None = None,
+        *,
+        override: bool = False,
     ) -> str | None:
-        """See Backend.
+        """See Backend. A file takes any state: it is on the caller to compare.
 
         Args:
             changes: what follows the snapshot, so that the last of it can be rewound.

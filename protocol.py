@@ -44,14 +44,15 @@ another's, the server answers NACK. From then on, in place of CHANGE, SNAPSHOT a
       08  METADATA  server  as in protocol 1 with protocol = 2, then: backup id 16 bytes,
                             sequence u64, chain before 16, chain 16, session 16,
                             time u64 (ns), size of the log u64, the server's name and
-                            version in UTF-8
+                            version in UTF-8, and as a second line who wrote last, if known
 
 A record is what file layout 2 (filelog/layout2.py) stores, and its fields mean the same but for
 the crc:
 
     offset  size  field         meaning
          0     1  kind          1 snapshot, 2 change, 3 rewind, 4 owner
-         1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot
+         1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot, bit 2:
+                                of a snapshot to the server: also if the backup is ahead
          2     4  data_version
          6     8  sequence      in a restore; 0 from a client
         14     4  crc           CRC-32 of all of the record, with 0 here
@@ -97,6 +98,8 @@ NACK = struct.Struct("!IH")
 ACK = struct.Struct("!I16s")
 COMING = struct.Struct("!Q")
 RECORD = struct.Struct("!BBIQIQ16s16s16sI")
+OVERRIDE = 4
+"""Flag of a RECORD: see above."""
 _CRC = struct.Struct("!I")
 _CRC_AT = 14
 _NO_CRC = bytes(_CRC.size)
@@ -201,6 +204,7 @@ class Details(NamedTuple):
     Attributes:
         size: bytes of the log.
         server: its name and version.
+        last_writer: who wrote last and when, in words, "" if it is not known.
     """
 
     backup_id: bytes
@@ -211,6 +215,7 @@ class Details(NamedTuple):
     time_ns: int
     size: int
     server: str
+    last_writer: str = ""
 
 
 class Metadata(NamedTuple):
@@ -234,6 +239,8 @@ class NackCode(enum.IntEnum):
     OLD_SNAPSHOT = 5
     INVALID = 6
     DAMAGED = 7
+    READ_ONLY = 8
+    NOT_ALLOWED = 9
 
 
 class Nack(NamedTuple):
@@ -283,7 +290,9 @@ def encode_metadata(metadata: Metadata) -> bytes:
     """The METADATA packet."""
     payload = METADATA.pack(*metadata[:4])
     if metadata.details is not None:
-        payload += DETAILS.pack(*metadata.details[:-1]) + metadata.details.server.encode()
+        *numbers, server, last_writer = metadata.details
+        text = f"{server}\n{last_writer}" if last_writer else server
+        payload += DETAILS.pack(*numbers) + text.encode()
     return encode(PacketType.METADATA, payload)
 
 
@@ -297,8 +306,9 @@ def decode_metadata(payload: bytes) -> Metadata:
         return metadata
     if metadata.protocol != 2 or len(rest) < DETAILS.size:
         raise ProtocolError(f"METADATA of protocol {metadata.protocol} is not known here.")
-    server = rest[DETAILS.size :].decode(errors="replace")
-    return metadata._replace(details=Details._make((*DETAILS.unpack_from(rest), server)))
+    server, _, last_writer = rest[DETAILS.size :].decode(errors="replace").partition("\n")
+    details = Details._make((*DETAILS.unpack_from(rest), server, last_writer))
+    return metadata._replace(details=details)
 
 
 def encode_request_metadata(owner: bytes | None = None, machine: str = "") -> bytes:
@@ -318,7 +328,9 @@ def claimed_owner(payload: bytes) -> tuple[bytes | None, str]:
         return None, ""
     _, claims, owner = CLAIM.unpack_from(payload)
     machine = payload[CLAIM.size :][:MAX_MACHINE_SIZE].decode(errors="replace")
-    return owner if claims else None, machine
+    # It goes into logs, and to other clients.
+    shown = "".join(letter if letter.isprintable() else "?" for letter in machine)
+    return owner if claims else None, shown
 
 
 def agreed_protocol(payload: bytes) -> int:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import itertools
 import os
 import selectors
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import unwind
 from backend import NOTICE, log
-from errors import ConfigError, DiskError
+from errors import DiskError
 from filebackend import FileBackend
-from remote.address import parse_host_port
 from serving import memory, places
 from serving.connection import Connection
+from serving.door import Door
 from serving.fewlines import PERIOD_S, FewLines
 from serving.keeper import Keeper
 from serving.memory import Memory
@@ -40,14 +38,11 @@ class Server:
 
     Args:
         backend: open for writing.
-        address: where to listen, ``host:port``; a name means all its addresses.
+        doors: where it listens; ``run`` closes them.
         least: when to compact, see compaction.parse_least.
-
-    Raises:
-        ConfigError: it cannot listen there.
     """
 
-    def __init__(self, backend: FileBackend, address: str, least: int | None) -> None:
+    def __init__(self, backend: FileBackend, doors: Sequence[Door], least: int | None) -> None:
         self.keeper = Keeper(backend)
         self.memory = Memory(memory.BUDGET - places.ALL * memory.SHARE)
         self.places = Places(self.keeper)
@@ -58,7 +53,7 @@ class Server:
         self._wake_read, self._wake_write = os.pipe()
         self._exit_code: int | None = None
         self._stopping = threading.RLock()  # A signal may come while it is held.
-        self._listeners = listen(address)
+        self._doors = doors
         self._housekeeper = Housekeeper(backend, self.compactor, least)
 
     def run(self) -> int:
@@ -74,16 +69,16 @@ class Server:
         log.addFilter(few)
         self._housekeeper.start()
         with selectors.DefaultSelector() as selector:
-            for listener in self._listeners:
-                selector.register(listener, selectors.EVENT_READ, listener)
+            for door in self._doors:
+                selector.register(door, selectors.EVENT_READ, door)
             selector.register(self._wake_read, selectors.EVENT_READ, None)
             while self._exit_code is None:
                 for key, _ in selector.select(PERIOD_S):
                     if key.data is not None:
                         self._accept(key.data)
                 few.report()
-        for listener in self._listeners:
-            listener.close()
+        for door in self._doors:
+            door.close()
         signal.set_wakeup_fd(-1)
         with self._stopping:  # Whoever stopped it may not have written yet.
             os.close(self._wake_read)
@@ -111,9 +106,12 @@ class Server:
             self._stop(1)
             raise
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, door: Door) -> None:
         try:
-            sock, address = listener.accept()
+            accepted = door.accept()
+            if accepted is None:
+                return
+            sock, caller = accepted
             stream = Stream(sock)
         except OSError as error:
             log.warning(f"a connection could not be accepted: {error}")
@@ -121,8 +119,7 @@ class Server:
                 self.places.make_way()
             time.sleep(ACCEPT_PAUSE_S)  # Do not spin.
             return
-        peer = "[{}]:{}" if sock.family is socket.AF_INET6 else "{}:{}"
-        connection = Connection(self, stream, peer.format(*address[:2]), next(self._numbers))
+        connection = Connection(self, stream, caller, next(self._numbers), door.is_read_only)
         self.places.enter(connection, Place.NEW)
         try:
             threading.Thread(target=connection.run, daemon=True).start()
@@ -131,31 +128,3 @@ class Server:
             self.places.leave(connection)
             stream.close()
             self.places.make_way()
-
-
-def listen(address: str) -> list[socket.socket]:
-    """Sockets that listen at all addresses of ``host:port``; ConfigError if one cannot."""
-    try:
-        host = parse_host_port(address)
-        found = socket.getaddrinfo(
-            host.host, host.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"Cannot listen on {address!r}: {error}.", "Use HOST:PORT.") from error
-    listeners: list[socket.socket] = []
-    try:
-        for family, _, _, _, place in dict.fromkeys(found):
-            listeners.append(socket.create_server(place[:2], family=family, backlog=64))
-    except OSError as error:
-        for listener in listeners:
-            listener.close()
-        raise ConfigError(
-            f"Cannot listen on {address}: {error.strerror or error}.",
-            "Stop what uses the port, or choose another.",
-        ) from error
-    if not all(ipaddress.ip_address(sock.getsockname()[0]).is_loopback for sock in listeners):
-        log.warning(
-            f"{address} is not a loopback address: whoever reaches it can read the backup and"
-            " write to it. Use a VPN, an SSH forward or an onion service."
-        )
-    return listeners

@@ -60,7 +60,9 @@ class SocketBackend(Destination):
         except OSError as error:
             raise Unreachable(self._url.target, error) from error
         try:
-            return link, link.metadata()
+            found = link.metadata()
+            self._hear(found)
+            return link, found
         except OSError as error:
             link.close()
             raise Unreachable(self._url.target, error) from error
@@ -99,18 +101,19 @@ class SocketBackend(Destination):
             for change in changes:
                 self.add_change(change)
 
-    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY) -> str:
+    def replace(self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
         link, _ = self._once()
         try:
-            self._send_snapshot(link, snapshot, owner)
+            self._send_snapshot(link, snapshot, owner, protocol.OVERRIDE if override else 0)
         finally:
             link.close()
         return f"on {self._url.target}, under the name that the server's log gives"
 
-    def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes) -> None:
+    def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes, flags: int = 0) -> None:
         head = BEFORE_FIRST._replace(
             kind=Kind.SNAPSHOT,
+            flags=flags,
             version=snapshot.version,
             time_ns=time.time_ns(),
             session=owner,
@@ -192,7 +195,7 @@ class SocketBackend(Destination):
     def open(self, owner: bytes | None = None) -> None:
         """See Backend. Waits for the server as long as a change would.
 
-        A server of protocol 1 keeps no owner, and takes any.
+        A server of protocol 1 keeps no owner, so that it is refused to one who has one.
         """
         self._delivery.open(owner)
 
@@ -218,6 +221,11 @@ class SocketBackend(Destination):
         self.version, self.version_count = known.version, known.version_count
         self.rewindable = known.prev_version == known.version - 1
         self.reconnects = reconnects
+        self._hear(known)
+
+    def _hear(self, found: Metadata) -> None:
+        self.keeps_owner = found.details is not None
+        self.last_writer = found.details.last_writer if found.details else ""
 
     def add_change(self, change: Change) -> None:
         """See Backend."""
@@ -258,5 +266,5 @@ class SocketBackend(Destination):
 def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:
     size = os.fstat(source.fileno()).st_size
     while piece := source.read(MAX_CHUNK_SIZE):
-        flags = layout2.FINAL if source.tell() == size else 0
+        flags = head.flags | (layout2.FINAL if source.tell() == size else 0)
         link.send_record(head._replace(flags=flags, length=len(piece)), piece)

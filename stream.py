@@ -1,4 +1,4 @@
-"""A TCP connection of either side, each of whose calls ends after a time."""
+"""A connection of either side, by TCP or a unix socket, each of whose calls ends after a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ RECEIVE_SIZE = 1 << 16
 
 class Stream:
     """A connection that sends packets at once and notices within a minute that its peer is gone.
+
+    At a unix socket what carries it on, as ssh, has to notice that.
 
     Args:
         sock: connected; it is closed with this.
@@ -32,6 +34,10 @@ class Stream:
 
     @staticmethod
     def _tune(sock: socket.socket) -> None:
+        # Python's own timeouts cost a poll() before each call, in the path of every change.
+        sock.settimeout(None)
+        if sock.family == socket.AF_UNIX:
+            return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
@@ -42,8 +48,6 @@ class Stream:
         ):
             if hasattr(socket, name):  # Not every system has them all.
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        # Python's own timeouts cost a poll() before each call, in the path of every change.
-        sock.settimeout(None)
 
     def receive(self, timeout_s: float) -> bytes:
         """The next bytes, as soon as there are some; b"" at the peer's end."""

@@ -94,7 +94,7 @@ def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
                 click.echo(f"Found an existing database at {wallet_path}")
             # First the small file that is easily taken back: a server's backup is not. It gets
             # its name last: a node finds no backup.lock without a backup.
-            owner = new_owner()
+            owner = new_owner() if backend.keeps_owner else NOBODY
             with node.new_lock_file(directory, node.LockFile(url, owner=owner)):
                 backend.create(snapshot, owner)
             stored = readable(os.path.getsize(snapshot.path)) if snapshot else "nothing yet"
@@ -163,7 +163,7 @@ def _report_init(
 @directory_option
 @wallet_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--override", is_flag=True, help="Also if another node has taken the backup over.")
+@click.option("--override", is_flag=True, help="Also if somebody else has written to the backup.")
 def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) -> None:
     """Bring an outdated or damaged backup up to date with a fresh snapshot.
 
@@ -182,13 +182,13 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
         version = _version_reached(backend, None if override else lock_file.owner)
         with node_snapshot(backend, directory, wallet_path) as snapshot:
             found = snapshot.version if snapshot else 0
-            _check_resync(found, version, url)
+            _check_resync(found, version, url, override)
             assert snapshot is not None
             click.echo(f"The node is at version {found}, the backup at version {version}.")
             if not yes:
                 click.confirm("Replace the backup by a snapshot of the node?", abort=True)
             with _new_owner(backend, directory, lock_file, keep=not override) as owner:
-                kept = backend.replace(snapshot, owner)
+                kept = backend.replace(snapshot, owner, override=override)
     click.echo(f"The backup {url} is now at version {found}.")
     if kept is not None:
         click.echo(f"The old one is kept: {kept}")
@@ -237,7 +237,7 @@ def _new_owner(
     if keep and lock_file.owner != NOBODY:
         yield lock_file.owner
         return
-    owner = new_owner()
+    owner = new_owner() if backend.keeps_owner else NOBODY
     # First, so that a command that was killed can be typed again.
     node.write_lock_file(directory, dataclasses.replace(lock_file, owner=owner), replace=True)
     try:
@@ -305,7 +305,7 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
     """
     status = backend.status()
     found = None if status.owner is None else bytes.fromhex(status.owner)
-    if not may_replace(found, owner):
+    if not may_replace(found, owner) or not (backend.keeps_owner or owner in (None, NOBODY)):
         with contextlib.closing(backend):
             backend.open(owner)  # It knows who took it over.
     if not status.damage:
@@ -316,9 +316,16 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
     return max(status.version, getattr(damage, "newest", None) or 0)
 
 
-def _check_resync(node_version: int, backup_version: int, url: str) -> None:
+def _check_resync(node_version: int, backup_version: int, url: str, override: bool) -> None:
     obstacle = may_resync(node_version, backup_version)
     if obstacle is None:
+        return
+    if override and obstacle is not Obstacle.NO_DATABASE:
+        click.echo(
+            "Warning: the backup is ahead. Only if somebody else wrote to it is the node's database"
+            " the right one: if that is an old copy, the node must never run on it.",
+            err=True,
+        )
         return
     if obstacle is Obstacle.NO_DATABASE:
         raise ConfigError(
@@ -445,7 +452,7 @@ def _claim(backend: Backend) -> bytes:
     except UnsupportedLayout as error:
         click.echo(f"Warning: {error}", err=True)
         return NOBODY
-    return new_owner()
+    return new_owner() if backend.keeps_owner else NOBODY
 
 
 @main.command()

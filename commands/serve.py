@@ -53,33 +53,73 @@ LOG_LEVELS = {
     metavar="SIZE|off",
     help="Compact once the changes outgrow the snapshot and SIZE.  [default: 64MiB]",
 )
+@click.option("--group", metavar="G", help="Whose members may use the unix socket, too.")
+@click.option(
+    "--allow-user",
+    "users",
+    multiple=True,
+    metavar="USER",
+    help="Who may come in by the unix socket, besides this user and root. Several times.",
+)
+@click.option(
+    "--read-only",
+    "readers",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Another address, where nobody can ever write. Several times.",
+)
+@click.option("--read-only-group", metavar="G", help="As --group, for the read-only sockets.")
+@click.option(
+    "--read-only-user",
+    "reading_users",
+    multiple=True,
+    metavar="USER",
+    help="As --allow-user, for the read-only sockets.",
+)
 @click.argument("file_url")
-@click.argument("address", metavar="HOST:PORT")
+@click.argument("address")
 def server(
-    file_url: str, address: str, log_mode: str, log_level: str, compact_at: str | None
+    file_url: str,
+    address: str,
+    log_mode: str,
+    log_level: str,
+    compact_at: str | None,
+    group: str | None,
+    users: tuple[str, ...],
+    readers: tuple[str, ...],
+    read_only_group: str | None,
+    reading_users: tuple[str, ...],
 ) -> None:
-    """Keep a remote node's backup in FILE_URL; the node uses socket:HOST:PORT.
+    """Keep a remote node's backup in FILE_URL; the node uses socket:ADDRESS.
 
-    The backup must exist: make an empty one with init on this host. SIGTERM, SIGINT
-    and SIGHUP end the server once the change in hand is stored.
+    ADDRESS is unix:/path/to/socket or HOST:PORT. The backup must exist: make an empty one with
+    init on this host. SIGTERM, SIGINT and SIGHUP end the server once the change in hand is stored.
 
     \b
     Example:
         backup-cli init file:///srv/node.bkp
-        backup-cli server file:///srv/node.bkp 127.0.0.1:8700
+        backup-cli server file:///srv/node.bkp unix:/run/node-backup/server.sock
     """
+    if (read_only_group or reading_users) and not readers:
+        raise click.UsageError("--read-only-group and --read-only-user need --read-only ADDRESS.")
     from server import Server  # Only this command needs it.
+    from serving import door
 
     _log_to_stderr(log_mode, LOG_LEVELS[log_level])
     least = compaction.parse_least(compact_at)
     backend = FileBackend(file_url)
+    entries = [
+        door.Entry(address, False, group, users),
+        *(door.Entry(each, True, read_only_group, reading_users) for each in readers),
+    ]
     backend.open()
     try:
-        running = Server(backend, address, least)
+        running = Server(backend, door.listen(entries), least)
     except BaseException:
         backend.close()
         raise
-    log.log(NOTICE, f"serving {file_url}, at version {backend.version}, on {address}")
+    where = ", for reading only on ".join((address, *readers))
+    log.log(NOTICE, f"serving {file_url}, at version {backend.version}, on {where}")
     sys.exit(running.run())
 
 

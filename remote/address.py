@@ -1,4 +1,4 @@
-"""Where a server is: ``socket:<host>:<port>[?proxy=socks5:<host>:<port>]``, and the way there."""
+"""Where a server is, ``socket:<host>:<port>`` or ``socket:unix:/<path>``, and the way there."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import binascii
 import enum
 import hashlib
 import ipaddress
+import os
 import re
 import shlex
 import socket
+from collections.abc import Iterable
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
+import unixsocket
 from errors import ConfigError
-from remote.proxy import MAX_NAME_SIZE, is_onion, through
+from remote.proxy import MAX_NAME_SIZE, NoWay, is_onion, through
 
 DEFAULT_RETRY_FOR_S = 120.0
 """How long a node waits for its server to come back before the change is refused."""
@@ -33,6 +36,7 @@ class AddrType(enum.Enum):
     IPv4 = "IPv4"
     IPv6 = "IPv6"
     NAME = "NAME"
+    UNIX = "UNIX"
 
 
 class ProxyType(enum.Enum):
@@ -43,25 +47,39 @@ class ProxyType(enum.Enum):
 
 
 class HostPort(NamedTuple):
-    """A host, its port, and what kind of host it is."""
+    """A host, its port, and what kind of host it is; or a unix socket: its path, and 0."""
 
     host: str
     port: int
     addrtype: AddrType
 
     def __str__(self) -> str:
+        if self.addrtype is AddrType.UNIX:
+            return f"unix:{self.host}"
         host = f"[{self.host}]" if self.addrtype is AddrType.IPv6 else self.host
         return f"{host}:{self.port}"
 
 
 class SocketUrl(NamedTuple):
-    """A parsed ``socket:`` URL; ``retry_for`` in seconds, ``proxy_auth`` a path."""
+    """A parsed ``socket:`` URL; ``retry_for`` in seconds, ``proxy_auth`` a path.
+
+    ``peer`` is who may listen at a unix socket besides oneself and root.
+    """
 
     target: HostPort
     proxytype: ProxyType
     proxytarget: HostPort | None
     retry_for: float
     proxy_auth: str | None = None
+    peer: str | None = None
+
+
+def parse_address(text: str) -> HostPort:
+    """``unix:/path``, or what parse_host_port takes; ValueError says what is wrong."""
+    path = text.removeprefix("unix:")
+    if path != text:
+        return HostPort(unixsocket.parse_path(path), 0, AddrType.UNIX)
+    return parse_host_port(text)
 
 
 def parse_host_port(text: str) -> HostPort:
@@ -121,7 +139,8 @@ def parse_socket_url(url: str) -> SocketUrl:
     """Take a ``socket:`` URL apart; ValueError says what is wrong with it.
 
     The form is ``socket:<host>:<port>``, with the parameters ``proxy=socks5:<host>:<port>``,
-    ``proxy_auth=<path of a file>`` (see proxy.read_auth) and ``retry_for=<seconds>``.
+    ``proxy_auth=<path of a file>`` (see proxy.read_auth) and ``retry_for=<seconds>``; or
+    ``socket:unix:/<path>`` with ``peer=<user>`` (who may listen there) and ``retry_for``.
 
     Raises:
         ConfigError: it holds a password, which is not shown, or an onion name without a proxy.
@@ -131,10 +150,10 @@ def parse_socket_url(url: str) -> SocketUrl:
         raise ValueError("the URL does not begin with socket:")
     _refuse_password(rest)
     address, question, query = rest.partition("?")
-    target = parse_host_port(address.removeprefix("//"))
+    target = parse_address(address.removeprefix("//"))
     parameters = _parameters(query, bool(question))
     proxytype, proxytarget, retry_for = ProxyType.DIRECT, None, DEFAULT_RETRY_FOR_S
-    proxy_auth = parameters.pop("proxy_auth", None)
+    proxy_auth, peer = parameters.pop("proxy_auth", None), parameters.pop("peer", None)
     for name, value in parameters.items():
         if name == "proxy":
             proxytype, proxytarget = _parse_proxy(value)
@@ -144,6 +163,10 @@ def parse_socket_url(url: str) -> SocketUrl:
             retry_for = float(value)
         else:
             raise ValueError(f"the parameter {name!r} is unknown")
+    if target.addrtype is AddrType.UNIX and proxytarget is not None:
+        raise ValueError("a unix socket is of this machine: no proxy leads there")
+    if peer is not None and (target.addrtype is not AddrType.UNIX or not peer):
+        raise ValueError("peer= names the user who listens at a unix socket")
     if proxytarget is not None and len(target.host) > MAX_NAME_SIZE:
         raise ValueError(f"a proxy takes no name of more than {MAX_NAME_SIZE} characters")
     if proxytarget is None and is_onion(target.host):
@@ -154,12 +177,12 @@ def parse_socket_url(url: str) -> SocketUrl:
         )
     if proxy_auth is not None and proxytarget is None:
         raise ValueError("proxy_auth is of no use without proxy")
-    return SocketUrl(target, proxytype, proxytarget, retry_for, proxy_auth)
+    return SocketUrl(target, proxytype, proxytarget, retry_for, proxy_auth, peer)
 
 
 def _refuse_password(rest: str) -> None:
     """Also one that makes the rest malformed: no message may show it."""
-    others = re.sub(r"[?&]proxy_auth=/[^&]*", "", rest)
+    others = re.sub(r"[?&]proxy_auth=/[^&]*|^(//)?unix:/[^?]*", "", rest)
     if "@" in others or "proxy_auth=" in others:
         raise ConfigError(
             "A backup URL holds no user and no password: it stands in logs, and in the list of"
@@ -202,9 +225,42 @@ def connect(url: SocketUrl) -> socket.socket:
     """A connection to the server, each of its addresses tried in turn.
 
     Raises:
-        OSError: none leads there; NoWay if it is the proxy that says so.
-        ConfigError, DiskError: the file ``proxy_auth`` is of no use.
+        OSError: none leads there; NoWay if it is the proxy that says so, or a stranger listens.
+        ConfigError, DiskError: the file ``proxy_auth`` is of no use, or ``peer`` is no user.
     """
+    if url.target.addrtype is AddrType.UNIX:
+        return _connected(url.target.host, url.peer)
     if url.proxytarget is None:
         return socket.create_connection(url.target[:2], timeout=CONNECT_TIMEOUT_S)
     return through(url.proxytarget[:2], url.target[:2], url.proxy_auth)
+
+
+def _connected(path: str, peer: str | None) -> socket.socket:
+    """A connection to the unix socket ``path``, where ``peer``, oneself or root listens."""
+    allowed = unixsocket.user_ids([peer] if peer else [])
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(CONNECT_TIMEOUT_S)
+        sock.connect(path)
+        found = unixsocket.peer_of(sock)
+        if found.uid not in allowed:
+            # Before a byte goes there: while a tunnel is down, anybody may take its place.
+            raise NoWay(
+                f"{found} listens there, who is not {' or '.join(_names(allowed))}",
+                f"If that is right, add peer={unixsocket.name_of(found.uid)} to the URL. Else find"
+                f" out why he could: `namei -l {shlex.quote(path)}`.",
+            )
+    except PermissionError as error:
+        sock.close()
+        raise NoWay(
+            f"user {unixsocket.name_of(os.geteuid())} may not use that socket",
+            f"See who may: `namei -l {shlex.quote(path)}`; the server's --group lets others in.",
+        ) from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _names(users: Iterable[int]) -> list[str]:
+    return [unixsocket.name_of(uid) for uid in sorted(users, reverse=True)]

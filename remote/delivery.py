@@ -13,7 +13,7 @@ from protocol import Metadata, NackCode
 from remote import protocol1
 from remote.address import SocketUrl
 from remote.fate import Fate, fate_by_content
-from remote.link import Diverged, Link, Unreachable
+from remote.link import Diverged, Link, NoHistory, Unreachable
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
@@ -171,10 +171,13 @@ class Delivery:
                 code = NackCode.TAKEN_OVER
                 text = taken_over(now.version, now.details.time_ns)
         elif now.version < before.version:
+            code = NackCode.OUT_OF_DATE
             text = (
                 f"it has lost acknowledged changes: it is at version {now.version}, this node"
                 f" at version {before.version}"
             )
+        if now.details and now.details.last_writer:
+            text += f"; last written by {now.details.last_writer}"
         return Diverged(code, text)
 
     def _connect(self, started: float) -> None:
@@ -203,6 +206,9 @@ class Delivery:
     def _ask(self) -> None:
         assert self._link is not None
         found = self._link.metadata(self._owner)
+        knew = self.known.details is not None or self._owner not in (None, NOBODY)
+        if knew and found.details is None:
+            raise NoHistory(self._url.target)
         self.session = self._counts.session(self.session, self.known, found)
         self._note(found)
 

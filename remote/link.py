@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections import deque
 
 import protocol
-from errors import CLI, BackupError
+from errors import CLI, OLD_COPY, OWN_STATE, BackupError
 from filelog.layout2 import Head
 from protocol import Metadata, Nack, NackCode, Packet, PacketType, ProtocolError
 from remote import address, protocol1
@@ -54,18 +55,32 @@ class Diverged(BackupError):
         super().__init__(f"The backup server has another history: {text}.", NEXT_STEPS[code])
 
 
+class NoHistory(BackupError):
+    """The server speaks protocol 1, and this node has written with protocol 2."""
+
+    def __init__(self, target: HostPort) -> None:
+        super().__init__(
+            f"The backup server {target} names no owner, and no history: it is not the one that"
+            " this node wrote to.",
+            "Look where the URL leads. If that server is right, and of an earlier release, run"
+            f" `{CLI} attach --lightning-dir DIR URL`.",
+        )
+
+
 NEXT_STEPS = {
     NackCode.OTHER: "Compare `backup-cli status` of it with the node.",
     NackCode.OUT_OF_DATE: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
-    NackCode.LOST_STATE: f"Move the node's database away and run `{CLI} restore URL DEST`.",
+    NackCode.LOST_STATE: f"{OLD_COPY} `{CLI} restore URL DEST`. {OWN_STATE}",
     NackCode.TAKEN_OVER: "Two nodes write to this backup: find out which one holds the latest"
     " state, and never run the other again. If it is right that this node goes on with it, run"
-    f" `{CLI} attach --lightning-dir DIR URL`.",
-    NackCode.OTHER_HISTORY: "If this node holds the latest state, stop it and run"
-    f" `{CLI} resync --lightning-dir DIR`.",
-    NackCode.OLD_SNAPSHOT: "The backup is the newer copy: restore it in place of the node's.",
+    f" `{CLI} attach --lightning-dir DIR URL`. {OWN_STATE}",
+    NackCode.OTHER_HISTORY: OWN_STATE,
+    NackCode.OLD_SNAPSHOT: f"{OLD_COPY} `{CLI} restore URL DEST`. {OWN_STATE}",
     NackCode.INVALID: "Look at both logs before you start lightningd again.",
     NackCode.DAMAGED: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
+    NackCode.READ_ONLY: "Use the server's other address, the one for the node.",
+    NackCode.NOT_ALLOWED: "Start the server with --allow-user (--read-only-user for a reader), or"
+    " run this as a user whom it lets in.",
 }
 
 
@@ -111,7 +126,9 @@ class Link:
         Args:
             owner: who means to write; Refused if the backup is not his.
         """
-        self.send(protocol.encode_request_metadata(owner, platform.node()))
+        # Who is turned away at the door can still read why.
+        with contextlib.suppress(BrokenPipeError):
+            self.send(protocol.encode_request_metadata(owner, platform.node()))
         packet = self.answer()
         if packet.type is PacketType.NACK:
             raise Refused(protocol.decode_nack(packet.payload))

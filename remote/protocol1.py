@@ -2,7 +2,8 @@
 
 Such a server tells a version and a count of changes, but no chain and no session. So what became
 of a record is told by counting, servers differ in what they count, and old ones forget a rewind
-when they are killed. A server may be replaced by one of the other protocol at any reconnect.
+when they are killed. A server may be replaced by one of protocol 2 at any reconnect; the other way
+round is refused (link.NoHistory).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ _OF_AN_ONION = {
 
 
 class NoWay(OSError):
-    """A proxy did not lead to the server.
+    """A proxy did not lead to the server, or a stranger has taken its place.
 
     Args:
         problem: why, without an end.
@@ -94,6 +94,7 @@ def through(
 
     user, password = read_auth(auth_file) if auth_file else (None, None)
     host, port = proxy
+    shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         # An onion name means nothing to anybody else: so the proxy resolves it.
         sock: socket.socket = socks.create_connection(
@@ -108,13 +109,13 @@ def through(
         )
     except (socket.gaierror, socks.ProxyConnectionError) as error:
         raise NoWay(
-            f"the proxy {host}:{port} is not there ({getattr(error, 'socket_err', error)})",
+            f"the proxy {shown} is not there ({getattr(error, 'socket_err', error)})",
             "Check that it runs (Tor: `systemctl status tor@default`), and proxy= in the URL.",
         ) from error
     except socks.ProxyError as error:
         # PySocks wraps its own errors, too.
         problem, next_step = _meaning(error.socket_err or error, target[0], auth_file)
-        raise NoWay(f"through the proxy {host}:{port}: {problem}", next_step) from error
+        raise NoWay(f"through the proxy {shown}: {problem}", next_step) from error
     return sock
 
 

@@ -9,8 +9,9 @@ from typing import Protocol
 import protocol
 from backend import log
 from errors import BackupError
-from protocol import Event, Nack, NackCode, Packet, PacketType
+from protocol import Event, Nack, NackCode, Packet, PacketType, Part, SnapshotPart
 from serving.client import Answer, Dropped
+from serving.door import Caller
 from serving.incoming import Incoming
 from serving.keeper import Keeper
 from serving.memory import Memory
@@ -23,6 +24,9 @@ from serving.spool import Arrival
 from serving.turns import Turns
 from stream import Stream
 from upkeep.compaction import Compactor
+
+READS = frozenset({PacketType.REQ_METADATA, PacketType.RESTORE, PacketType.ACK})
+"""What a connection may send that is for reading only."""
 
 
 class Host(Protocol):
@@ -44,19 +48,24 @@ class Connection:
 
     Args:
         host: whose connection it is.
-        peer: the client's address.
+        caller: who it is.
         number: connections are numbered as they come.
+        is_read_only: whatever it asks for, it never writes.
     """
 
-    def __init__(self, host: Host, stream: Stream, peer: str, number: int) -> None:
+    def __init__(
+        self, host: Host, stream: Stream, caller: Caller, number: int, is_read_only: bool
+    ) -> None:
         self.number = number
-        self.machine = peer
+        self.who = caller.who
+        self.machine = caller.who
         self.claims = self.ended = False
         self._incoming = Incoming(stream, lambda: self._arrival.is_open)
         self._host = host
         self._keeper = host.keeper
         self._stream = stream
-        self._peer = peer
+        self._peer = caller.at
+        self._is_read_only = is_read_only
         self._introduced = self._restored = False
         self._outgoing = Outgoing(stream, self._incoming, self, host.turns)
         self._arrival = Arrival(self, self._keeper, host.room)
@@ -96,7 +105,9 @@ class Connection:
             self._introduced = True
             self._take_place()
         if not isinstance(event, Packet):
-            return self._speaks.take(event)
+            return self._refuse_part(event) if self._is_read_only else self._speaks.take(event)
+        if self._is_read_only and event.type not in READS:
+            return self._refuse_to_write()
         match event.type:
             case PacketType.REQ_METADATA:
                 self._introduce(event.payload)
@@ -113,7 +124,9 @@ class Connection:
         """REQ_METADATA: agree on a protocol, hear who it is, and tell what there is."""
         self._speaks = self._spoken[protocol.agreed_protocol(payload)]
         owner, machine = protocol.claimed_owner(payload)
-        self.machine = machine or self._peer
+        self.machine = machine or self.who
+        if owner is not None and self._is_read_only:
+            return self._refuse_to_write()
         if owner is not None and self._keeper.is_foreign(owner):
             text = f"{self.machine} as a writer: {self._keeper.whose()}"
             return self.refuse(text, NackCode.TAKEN_OVER)
@@ -131,6 +144,14 @@ class Connection:
         with self._outgoing.restoring():
             self._speaks.restore()
         self._take_place()
+
+    def _refuse_part(self, part: SnapshotPart | Part) -> None:
+        if part.last:
+            self._refuse_to_write()
+
+    def _refuse_to_write(self) -> None:
+        text = f"{self.machine} as a writer: this address is for reading only"
+        self.refuse(text, NackCode.READ_ONLY)
 
     def _compact(self) -> None:
         try:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 
-from backend import NOBODY, NOTICE, RELEASE, Snapshot, log, taken_over
+from backend import NOBODY, NOTICE, RELEASE, Snapshot, log, taken_over, utc
 from decisions import may_write
 from errors import BackupError
 from filebackend import FileBackend
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
-from protocol import Details, Metadata, Nack
+from protocol import Details, Metadata, Nack, NackCode
 from serving import rules
 from serving.client import Answer, Client, Stored
 from serving.rules import Act, Decision, Reason, State
 
 SERVER_NAME = f"backup-cli server {RELEASE}"
+MAX_SEEN = 100
+"""Peers that are remembered as writers."""
+FOREIGN = frozenset(
+    {NackCode.LOST_STATE, NackCode.TAKEN_OVER, NackCode.OTHER_HISTORY, NackCode.OLD_SNAPSHOT}
+)
+"""Refusals that somebody else's writing may be the reason of."""
 
 
 class Keeper:
@@ -37,6 +44,10 @@ class Keeper:
         self._newest_writer = 0
         self._told = NOBODY, ""
         """The owner's tag when ``_whose`` was last asked, and its answer."""
+        self._last: tuple[str, str, int] | None = None
+        """Machine, peer and Unix time (ns) of what was stored last, since the server started."""
+        self._seen: set[tuple[str, str]] = set()
+        """Peers and machines that have written: each is named in the log once."""
         self._superseded: set[bytes] = set()
         """Sessions that wrote, and after which another one wrote."""
 
@@ -55,10 +66,17 @@ class Keeper:
                 newest.time_ns,
                 backend.size,
                 SERVER_NAME,
+                self._last_writer(),
             )
             return Metadata(
                 2, backend.version, backend.prev_version, backend.version_count, details
             )
+
+    def _last_writer(self) -> str:
+        if self._last is None:
+            return ""
+        machine, who, time_ns = self._last
+        return f"machine {machine}, {who}, {utc(time_ns)}"
 
     def is_foreign(self, owner: bytes) -> bool:
         """Whether the backup is not ``owner``'s."""
@@ -109,6 +127,13 @@ class Keeper:
         """Why ``record`` would refuse ``head`` now, whatever its payload; None if it would not."""
         with self.lock:
             return self.refused(rules.record(self.state(client), head), _what(head))
+
+    def refuse(self, client: Client, head: Head, nack: Nack) -> Answer:
+        """What ``refusal`` said holds: all of the record has come, and it is what was sent."""
+        decision = rules.record(self.state(client), head)
+        if decision.act is Act.REFUSE and decision.superseded is not None:
+            self._superseded.add(decision.superseded)
+        return nack
 
     def take_over(self, client: Client, head: Head, payload: bytes) -> Answer:
         """Let another owner write from here on, or refuse it."""
@@ -173,34 +198,35 @@ class Keeper:
             store: does it, durably.
             stored: the answer if it is stored.
         """
-        if (nack := self.refused(decision, what)) is not None:
-            return nack
         if decision.superseded is not None:
             self._superseded.add(decision.superseded)
+        if (nack := self.refused(decision, what)) is not None:
+            return nack
         if decision.act is Act.KNOWN:
             log.info(f"{client}: version {stored.version} came again; it is stored already")
         self._become_writer(client)
         if decision.act is Act.STORE:
             store()
+            self._last = client.machine, client.who, time.time_ns()
         return stored
 
     def refused(self, decision: Decision, what: str) -> Nack | None:
         """What a client is told if a rule refuses ``what``."""
         if decision.reason is None:
             return None
-        if decision.superseded is not None:
-            self._superseded.add(decision.superseded)
         text = f"refused {what}: {self._words(decision.reason)}"
         return Nack(self.backend.version, decision.reason.code, text)
 
     def _words(self, reason: Reason) -> str:
         newest = self.backend.newest
-        return reason.text.format(
+        words = reason.text.format(
             version=newest.version,
             previous=self.backend.prev_version,
             whose=self.whose() if reason is Reason.OTHER_OWNER else "",
             taken_over=taken_over(newest.version, newest.time_ns),
         )
+        by = self._last_writer() if reason.code in FOREIGN else ""
+        return f"{words}; last written by {by}" if by else words
 
     def _become_writer(self, client: Client) -> None:
         """Make ``client`` the writer; a half-open one before it is closed."""
@@ -211,7 +237,17 @@ class Keeper:
             self._writer.cut()
         self._writer = client
         self._newest_writer = client.number
+        self._name(client)
         self.backend.begin_session()
+
+    def _name(self, client: Client) -> None:
+        """Tell the log of a peer that has not written before."""
+        peer = client.who, client.machine
+        if peer not in self._seen:
+            if len(self._seen) == MAX_SEEN:  # The name of a machine is anything that it says.
+                self._seen.clear()
+            self._seen.add(peer)
+            log.log(NOTICE, f"{client}: writes for the first time: machine {client.machine}")
 
     def forget(self, client: Client) -> None:
         """The connection of ``client`` is closed."""

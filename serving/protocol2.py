@@ -12,6 +12,7 @@ from filelog import layout2
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
 from protocol import Event, Nack, NackCode, PacketType, Part, SnapshotPart
+from serving import rules
 from serving.client import Answer, Client, Dropped
 from serving.keeper import Keeper
 from serving.memory import Memory, Payload
@@ -93,7 +94,7 @@ class Protocol2:
         if payload is not None:
             self._take_record(head, payload)
         elif refused is not None:
-            self._client.ask(lambda: refused)
+            self._client.ask(lambda: self._keeper.refuse(self._client, head, refused))
         large.close()
 
     def _take_record(self, head: Head, payload: bytes) -> None:
@@ -112,13 +113,15 @@ class Protocol2:
         self._client.write(lambda: self._keeper.record(self._client, head, payload))
 
     def _take_piece(self, head: Head, payload: bytes) -> None:
+        override = bool(head.flags & protocol.OVERRIDE)
         if self._arrival.chain != head.chain:
-            self._arrival.begin(head.version, head.chain)
+            self._arrival.begin(head.version, head.chain, override)
         self._arrival.add(payload)
         if head.flags & layout2.FINAL:
             owner = head.session
+            rule = rules.overriding_snapshot if override else rules.snapshot
             self._arrival.end(
-                head.version, lambda found: self._keeper.replace(self._client, found, owner)
+                head.version, lambda found: self._keeper.replace(self._client, found, owner, rule)
             )
 
     def metadata(self) -> bytes:

@@ -166,6 +166,11 @@ def snapshot(state: State, version: int) -> Decision:
     return _refuse(Reason.OLD_SNAPSHOT) if version < state.newest.version else _STORE
 
 
+def overriding_snapshot(state: State, version: int) -> Decision:
+    """A snapshot of an operator who knows that what is there is somebody else's."""
+    return _refuse(Reason.NEWER_CONNECTION) if state.outdated else _STORE
+
+
 # Protocol 1, whose clients name neither owner nor chain: they write what is nobody's.
 
 

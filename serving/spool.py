@@ -41,12 +41,16 @@ class Arrival:
         """Whether its pieces are of any use: it was not refused when it began."""
         return self._spool is not None
 
-    def begin(self, version: int, chain: bytes | None = None) -> None:
-        """Another snapshot comes; what came of the one before is dropped."""
+    def begin(self, version: int, chain: bytes | None = None, override: bool = False) -> None:
+        """Another snapshot comes; what came of the one before is dropped.
+
+        Args:
+            override: also if it is older than the backup.
+        """
         self.drop()
         self.chain = chain
         self.is_open = True
-        self._refused = self._keeper.old_snapshot(version)
+        self._refused = "" if override else self._keeper.old_snapshot(version)
         if not self._refused:
             path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
             snapshot = Snapshot(path, version) if chain is None else Snapshot(path, version, chain)

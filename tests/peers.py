@@ -70,6 +70,7 @@ class ServerProcess:
         host: the address to listen on.
         options: more of its options.
         patch: Python code that its process executes first.
+        address: in place of host and port.
     """
 
     def __init__(
@@ -79,14 +80,16 @@ class ServerProcess:
         host: str = "127.0.0.1",
         options: Sequence[str] = (),
         patch: str = "",
+        address: str = "",
     ) -> None:
         self.host, self.port = host, port or free_port(host)
-        self.address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        tcp = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        self.address = address or tcp
         self.url = f"socket:{self.address}"
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
-        options = options or ("--log-level", "debug")
+        options = ("--log-level", "debug", *options)
         self.process = subprocess.Popen(
             [*patched(support.CLI, patch), "server", *options, url, self.address],
             stderr=subprocess.PIPE,

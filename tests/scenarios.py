@@ -506,6 +506,7 @@ class Client:
 
     number: int
     machine: str = "client"
+    who: str = "user client"
 
 
 class Life:

@@ -54,7 +54,10 @@ def eventually(condition: Callable[[], Any], what: str = "it") -> Any:
 def is_running(pid: int) -> bool:
     """Whether process ``pid`` is there, and not only waits to be reaped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        # Its first thread may be gone while another one still holds its files and locks.
+        threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return threads > 1 or state != "Z"
     except OSError:
         return False
 

@@ -20,7 +20,7 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"upkeep": "upkeep"},
     {"file": "filebackend", "socket": "socketbackend"},
     {"remote": "remote"},
-    {"wire": "protocol stream"},
+    {"wire": "protocol stream unixsocket"},
     {"filelog": "filelog", "wallet": "wallet"},
     {"ground": "backend durable scratch space"},
     {"bottom": "decisions errors environment unwind"},

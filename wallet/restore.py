@@ -128,7 +128,7 @@ def build(
 
     Args:
         allow_damaged: deliver what stands before damage, too.
-        progress: called after every change with bytes read, and in all.
+        progress: called after every step with bytes read, and in all.
         up_to: stop at this data_version.
 
     Returns:
@@ -150,15 +150,13 @@ def build(
         for found, position, total in steps:
             if isinstance(found, Ending):
                 ending = found
-                continue
-            if isinstance(found, Beginning):
+            elif isinstance(found, Beginning):
                 if replayer is not None:
                     replayer.close()
                     replayer = None
                 os.ftruncate(fd, 0)
                 changes = pieces = 0
-                continue
-            if found.snapshot is not None:
+            elif found.snapshot is not None:
                 durable.write_all(fd, found.snapshot, os.lseek(fd, 0, os.SEEK_END))
                 pieces += 1
             else:
@@ -229,7 +227,7 @@ def verify(
     Args:
         prefix: how the names of the scratch files begin (see scratch.held).
         against: a stopped node's database that must be the same, or None.
-        progress: called after every change with bytes read, and in all.
+        progress: called after every step with bytes read, and in all.
         up_to: compare at this data_version only, without SQLite's own checks.
 
     Returns:

@@ -150,6 +150,15 @@ def test_onion_without_a_proxy_asks_no_dns(
     assert asked == []
 
 
+def test_unix_socket() -> None:
+    url = parse_socket_url("socket:unix:/run/node-backup/server.sock?peer=me&retry_for=600")
+    assert url.target == HostPort("/run/node-backup/server.sock", 0, AddrType.UNIX)
+    assert (url.peer, url.retry_for, url.proxytarget) == ("me", 600, None)
+    assert str(url.target) == "unix:/run/node-backup/server.sock"
+    assert parse_socket_url("socket:unix:/a@b:1").target.host == "/a@b:1"
+    assert len(parse_socket_url("socket:unix:/" + "x" * 106).target.host) == 107
+
+
 # Malformed
 
 MALFORMED = [
@@ -206,6 +215,16 @@ MALFORMED = [
     ("socket:" + "a." * 64 + "org:1?proxy=socks5:h:1", "no name of more than 127"),
     ("socket:h:1?proxy_auth=/f", "without proxy"),
     ("socket:h:1?proxy=socks5:h:1&proxy_auth=/f&proxy_auth=/g", "'proxy_auth' stands twice"),
+    ("socket:unix:", "no absolute path"),
+    ("socket:unix:server.sock", "no absolute path"),
+    ("socket:unix:/run/", "no absolute path"),
+    ("socket:unix:/" + "x" * 107, "has 108 bytes"),
+    ("socket:unix:/" + "ö" * 54, "has 109 bytes"),
+    ("socket:unix:/s?proxy=socks5:h:1", "no proxy leads there"),
+    ("socket:unix:/s?proxy_auth=/f", "without proxy"),
+    ("socket:unix:/s?peer=", "names the user"),
+    ("socket:unix:/s?peer=a&peer=b", "'peer' stands twice"),
+    ("socket:h:1?peer=node-backup", "at a unix socket"),
     ("socket:h:1?retry_for=1&retry_for=1", "'retry_for' stands twice"),
     ("socket:h:1?retry_for=", "retry_for"),
     ("socket:h:1?retry_for=-1", "retry_for"),

@@ -119,6 +119,7 @@ def test_proxy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     error = failure(f"socket:h:1?proxy=socks5:127.0.0.1:{peers.free_port()}")
     assert "is not there" in error.problem and "refused" in error.problem
     assert "proxy= in the URL" in error.next_step
+    assert "the proxy [::1]:1 is not there" in failure("socket:h:1?proxy=socks5:[::1]:1").problem
 
     def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

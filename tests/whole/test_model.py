@@ -41,6 +41,7 @@ from errors import BackupError, DiskError, LostState, OutOfDate
 from filebackend import FileBackend
 from filelog import appender
 from remote import address, delivery
+from serving import door
 from socketbackend import SocketBackend
 from tests import peers, support
 from upkeep import compaction
@@ -457,7 +458,7 @@ class ServerThread:
     def __init__(self, file_url: str, port: int) -> None:
         backend = FileBackend(file_url)
         backend.open()
-        self.server = server.Server(backend, f"127.0.0.1:{port}", None)
+        self.server = server.Server(backend, door.listen([door.Entry(f"127.0.0.1:{port}")]), None)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -463,3 +464,166 @@ def test_move_refuses_what_is_not_sound(node_dir: Path, url: str, tmp_path: Path
     (node_dir / "backup.lock").write_text(json.dumps({"backend_url": "file:///elsewhere"}))
     done = run_cli("move", "--lightning-dir", node_dir, url, f"file://{new}", check=1)
     assert "is file:///elsewhere, not" in done.stderr
+
+
+# Whose server it is
+
+
+def refused(node_dir: Path, version: int) -> str:
+    """What the plugin says when it refuses its first change, to ``version``."""
+    with PluginProcess(node_dir) as plugin:
+        with pytest.raises(support.Refused):
+            plugin.write(*first_changes(version)[-1])
+        (error,) = plugin.errors()
+    return error
+
+
+@pytest.fixture
+def served_node(node_dir: Path, url: str) -> Iterator[ServerProcess]:
+    """The server of a node at version 3 that has written once."""
+    node_at(node_dir, 2)
+    support.make_backup(url)
+    with ServerProcess(url) as server:
+        run_cli("init", "--lightning-dir", node_dir, server.url)
+        with PluginProcess(node_dir) as plugin:
+            plugin.write(*first_changes(3)[-1])
+        node_at(node_dir, 3)
+        yield server
+
+
+OTHERS = {
+    "emptied": "it is not the one that this node wrote",
+    "nobody's": "it is not the one that this node wrote",
+    "another node's": "belongs to another node",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_server_that_is_not_the_nodes_gets_nothing(
+    other: str, served_node: ServerProcess, node_dir: Path, tmp_path: Path
+) -> None:
+    new = f"file://{tmp_path}/new.bkp"
+    path = support.make_backup(new, [] if other == "emptied" else first_changes(4))
+    if other == "another node's":
+        claim(new, OTHER)
+    served_node.kill()
+    with ServerProcess(new, served_node.port):
+        before = path.read_bytes()
+        assert OTHERS[other] in refused(node_dir, 4)
+        assert path.read_bytes() == before
+        # What was emptied is filled again by whoever types this.
+        done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=None)
+        assert done.returncode == (0 if other == "emptied" else 1)
+        assert (path.read_bytes() == before) is (other != "emptied")
+
+
+def test_a_server_of_protocol_1_is_not_the_nodes(
+    served_node: ServerProcess, node_dir: Path
+) -> None:
+    with OldServer() as old:
+        old.version, old.prev, old.count = 3, 2, 2
+        lock = node_dir / "backup.lock"
+        lock.write_text(lock.read_text().replace(served_node.url, old.url))
+        assert "names no owner, and no history" in refused(node_dir, 4)
+        done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=1)
+        assert "names no owner, and no history" in done.stderr
+        assert {kind for kind, _ in old.requests} == {REQ_METADATA}
+        run_cli("resync", "--yes", "--override", "--lightning-dir", node_dir)
+        assert "owner" not in json.loads(lock.read_text())
+        with PluginProcess(node_dir) as plugin:
+            plugin.write(*first_changes(4)[-1])
+            assert plugin.errors() == []
+
+
+def test_a_server_of_protocol_1_in_mid_session_gets_nothing(
+    served_node: ServerProcess, node_dir: Path, url: str
+) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*first_changes(4)[-1])
+        served_node.kill()
+        before = support.contents(Path(url.removeprefix("file://")).parent)
+        patch = "import protocol; protocol.NEWEST = 1"
+        refusal = pytest.raises(support.Refused, match="names no owner, and no history")
+        with ServerProcess(url, served_node.port, patch=patch), refusal:
+            plugin.write(*first_changes(5)[-1])
+    assert support.contents(Path(url.removeprefix("file://")).parent) == before
+
+
+def test_a_node_of_a_server_of_protocol_1_goes_on_once_that_is_a_newer_one(
+    node_dir: Path, url: str
+) -> None:
+    node_at(node_dir, 2)
+    support.make_backup(url)
+    server = ServerProcess(url, patch="import protocol; protocol.NEWEST = 1").ready()
+    run_cli("init", "--lightning-dir", node_dir, server.url)
+    assert "owner" not in json.loads((node_dir / "backup.lock").read_text())
+    for version in (3, 4):
+        with PluginProcess(node_dir) as plugin:
+            plugin.write(*first_changes(version)[-1])
+            assert plugin.errors() == []
+        server.kill()
+        server = ServerProcess(url, server.port).ready()
+    node_at(node_dir, 4)
+    run_cli("attach", "--lightning-dir", node_dir, server.url)
+    assert "owner" in json.loads((node_dir / "backup.lock").read_text())
+    server.kill()
+    # And back: only if the operator says so.
+    with ServerProcess(url, server.port, patch="import protocol; protocol.NEWEST = 1"):
+        assert "attach --lightning-dir" in refused(node_dir, 5)
+
+
+# Somebody else
+
+
+def write_as_the_node(url: str, version: int) -> None:
+    """What a stranger can do who reaches the server: everything it tells him suffices."""
+    backend = SocketBackend(url)
+    with contextlib.closing(backend):
+        backend.open(bytes.fromhex(backend.status().owner or "").ljust(16, b"\0"))
+        backend.add_change(Change(version, None, ["-- foreign", bump(version)]))
+
+
+def test_the_node_goes_on_from_its_own_state(
+    served_node: ServerProcess, node_dir: Path, url: str, tmp_path: Path
+) -> None:
+    for version in (4, 5):
+        write_as_the_node(served_node.url, version)
+    before = SocketBackend(served_node.url).status().owner
+    error = refused(node_dir, 4)
+    assert "the backup is ahead" in error and "somebody else has written to the backup" in error
+    by = rf"last written by machine {os.uname().nodename}, 127\.0\.0\.1, 20\d\d-"
+    assert re.search(by, error)
+    done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=1)
+    assert "the backup is ahead" in done.stderr and "resync --override" in done.stderr
+    done = run_cli("resync", "--yes", "--override", "--lightning-dir", node_dir)
+    assert "Warning: the backup is ahead" in done.stderr
+    assert SocketBackend(served_node.url).status().owner != before
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*first_changes(4)[-1])
+        assert plugin.errors() == []
+    (kept,) = Path(url.removeprefix("file://")).parent.glob("*.old-*")
+    assert FileBackend(f"file://{kept}").status().version == 5
+    run_cli("verify", served_node.url, cwd=tmp_path)
+
+
+def test_who_writes_meanwhile_is_named(served_node: ServerProcess, node_dir: Path) -> None:
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*first_changes(4)[-1])
+        write_as_the_node(served_node.url, 5)
+        with pytest.raises(support.Refused) as caught:
+            plugin.write(*first_changes(5)[-1])
+    assert re.search(r"last written by machine .*, 127\.0\.0\.1, 20", str(caught.value))
+    assert "resync --override" in str(caught.value)
+
+
+def test_each_new_writer_is_named_in_the_log_once(url: str) -> None:
+    support.make_backup(url)
+    with ServerProcess(url) as server:
+        for version in (1, 2):
+            write(server.url, None, version)
+        SocketBackend(server.url).status()
+        with server.client() as client:
+            assert client.change(*change(3, "SELECT 1"))[0] == 6
+        server.stop()
+        named = [line for line in server.lines if "writes for the first time" in line]
+    assert [line.rpartition("machine ")[2] for line in named] == [os.uname().nodename, "127.0.0.1"]
