@@ -11,17 +11,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator
 
 import protocol
-from backend import (
-    MAX_CHANGE_SIZE,
-    NOBODY,
-    Beginning,
-    Change,
-    Ending,
-    Found,
-    Snapshot,
-    Step,
-    payload_bumps,
-)
+from backend import MAX_CHANGE_SIZE, Beginning, Change, Ending, Found, Step, payload_bumps
 from errors import InvalidChange
 from protocol import Event, Nack, PacketType, Part, ProtocolError, SnapshotPart
 from serving import rules
@@ -29,6 +19,7 @@ from serving.client import Answer, Client, Dropped, Stored
 from serving.keeper import Keeper
 from serving.memory import Memory, Payload
 from serving.outgoing import BLOCK_SIZE, Outgoing
+from serving.rules import Offer
 from serving.spool import Arrival
 
 
@@ -111,7 +102,8 @@ class Protocol1:
 
     def _end_change(self, version: int, gathered: Payload) -> None:
         if (refused := gathered.refused) is not None:
-            return self._client.ask(lambda: refused)
+            self._client.ask(lambda: refused)
+            return
         self._inflater.finish()
         payload = gathered.end()
         try:
@@ -144,17 +136,14 @@ class Protocol1:
     def _take_snapshot(self, part: SnapshotPart) -> None:
         if part.first:
             self._inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
-            self._arrival.begin(part.version)
+            self._arrival.begin(Offer(part.version), rules.snapshot_1)
         if self._arrival.is_wanted:
             for piece in self._inflater.feed(part.data):
                 self._arrival.add(piece)
         if part.last:
             if self._arrival.is_wanted:
                 self._inflater.finish()
-            self._arrival.end(part.version, self._replace)
-
-    def _replace(self, snapshot: Snapshot) -> Answer:
-        return self._keeper.replace(self._client, snapshot, NOBODY, rules.snapshot_1)
+            self._arrival.end()
 
     def metadata(self) -> bytes:
         """The answer to REQ_METADATA: numbers only."""

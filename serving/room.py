@@ -7,7 +7,7 @@ import shutil
 import threading
 
 import space
-from serving.client import Client, Dropped
+from serving.client import Client
 
 STEP = 4 << 20
 """Bytes for which room is asked at once."""
@@ -30,13 +30,13 @@ class Room:
         """Promise a STEP more to ``client``, which has written ``written`` bytes, its last step.
 
         Raises:
-            Dropped: the disk has no room for it.
+            NoRoom: the disk has no room for it.
         """
         with self._lock:
             self._promised[client] = 0
             needed = sum(self._promised.values()) + written + 2 * STEP
             if shutil.disk_usage(self._directory).free < needed + self.reserve:
-                raise Dropped("the disk has no room for this snapshot")
+                raise space.NoRoom(f"The disk of {self._directory} has no room for this snapshot.")
             self._promised[client] = STEP
 
     def give(self, client: Client) -> None:
