@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 
 import space
@@ -20,8 +18,7 @@ class Room:
     """
 
     def __init__(self, path: str) -> None:
-        self.reserve = space.RESERVE
-        self._directory = os.path.dirname(path)
+        self._path = path
         self._lock = threading.Lock()
         self._promised: dict[Client, int] = {}
         """Bytes of the newest step of each: none, some or all of it may be written."""
@@ -31,12 +28,12 @@ class Room:
 
         Raises:
             NoRoom: the disk has no room for it.
+            DiskError: it does not say.
         """
         with self._lock:
             self._promised[client] = 0
             needed = sum(self._promised.values()) + written + 2 * STEP
-            if shutil.disk_usage(self._directory).free < needed + self.reserve:
-                raise space.NoRoom(f"The disk of {self._directory} has no room for this snapshot.")
+            space.require(self._path, needed)
             self._promised[client] = STEP
 
     def give(self, client: Client) -> None:
