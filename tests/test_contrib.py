@@ -135,7 +135,7 @@ def test_the_server_s_line_serves(tmp_path: Path) -> None:
     assert program == "/opt/backup/backup-cli"
     (tmp_path / "run").mkdir(mode=0o750)
     words = [word.replace("/var/lib/node-backup/node.bkp", str(path)) for word in words]
-    words = [word.replace("/run/node-backup/server/", f"{tmp_path}/run/") for word in words]
+    words = [word.replace("/run/node-backup/", f"{tmp_path}/run/") for word in words]
     server = subprocess.Popen(
         [sys.executable, support.CLI, *words], stderr=subprocess.PIPE, text=True
     )
@@ -154,7 +154,7 @@ def test_the_line_s_options_are_ssh_s(unit: Path) -> None:
     assert program == "/usr/bin/ssh"
     said = run("ssh", "-G", "-F", "/dev/null", *words).stdout
     assert "exitonforwardfailure yes" in said
-    assert re.search(r"^(local|remote)forward \S*/line/sock \S*/server/sock$", said, re.MULTILINE)
+    assert re.search(r"^(local|remote)forward \S*/server.sock \S*/server.sock$", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)

@@ -38,7 +38,7 @@ PAGES = [
 BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 IDLE = ("lightningd", "lightning-cli", "make", "useradd", "systemctl")
 """Programs that a block may call, and that do nothing here."""
-SERVER = "unix:/run/node-backup/line/sock"
+SERVER = "unix:/run/node-backup-line/server.sock"
 VERSION = 7
 """Of the node and of its backup."""
 
