@@ -159,13 +159,12 @@ class Machine:
         command = [*self._enter, "setpriv", *as_user, "--", *there, sys.executable, str(program)]
         return [*command, *map(str, words)]
 
-    def cli(self, user: str, *words: object) -> str:
-        """What backup-cli prints to ``user``."""
-        done = subprocess.run(
-            self.program(user, support.CLI, *words), capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def cli(self, user: str, *words: object, check: int = 0) -> str:
+        """What backup-cli prints to ``user``; ``check`` is the exit code that must come out."""
+        command = self.program(user, support.CLI, *words)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=support.ANSWER_S)
+        assert done.returncode == check, done.stderr
+        return done.stdout + done.stderr
 
     def sshd(self, port: int) -> Service:
         self.write("/etc/ssh/sshd_config", SSHD.format(port=port))
@@ -278,10 +277,16 @@ def breaks(line: Service, sshd: Service, user: str) -> list[Callable[[], None]]:
     return [line.process.kill, kill_sessions, lambda: line.process.kill()]
 
 
+def check_socket(host: Machine, path: str, user: str) -> None:
+    """Wait for the socket ``path``, which ``user`` may use and a stranger not."""
+    eventually(host.path(path).is_socket)
+    host.run(f"sudo -u {user} test -w {path}; sudo -u games test ! -e {path}")
+
+
 def check_line(node: Machine, url: str, breaks: list[Callable[[], None]], tmp_path: Path) -> None:
     """A node's life at ``url``; before each change but the first, one of ``breaks``."""
     calls = first_changes(len(breaks) + 1)
-    eventually(node.path("/run/node-backup-line/server.sock").is_socket)
+    check_socket(node, "/run/node-backup-line/server.sock", "bitcoin")
     node.cli("bitcoin", "init", "--lightning-dir", NODE_DIR, url)
     with PluginProcess(tmp_path, node.program("bitcoin", support.PLUGIN)) as plugin:
         plugin.manifest()
@@ -294,36 +299,54 @@ def check_line(node: Machine, url: str, breaks: list[Callable[[], None]], tmp_pa
     assert f"version:        {len(calls)}\n" in node.cli("bitcoin", "status", url)
 
 
+def ssh_of(unit: str) -> tuple[list[str], str]:
+    """The ssh of the line ``unit`` up to its forward, run by its user, and where it goes."""
+    file = SYSTEMD / f"{unit}.service"
+    words = shlex.split(setting(file, "ExecStart").replace("/home/bitcoin", HOME))
+    return ["sudo", "-u", setting(file, "User"), *words[:-3]], words[-1]
+
+
+def check_refused(host: Machine, unit: str, forward: str, says: str) -> None:
+    """The line ``unit`` ends, and says so, when it asks for ``forward``."""
+    ssh, target = ssh_of(unit)
+    done = host.run(f"timeout 60 {shlex.join(ssh)} {forward} {target}", check=None)
+    assert done.returncode == 255 and says in done.stderr, done.stderr
+
+
 def check_key(host: Machine, unit: str, other: Machine) -> None:
     """The key of the line ``unit`` opens no port and no socket of ``other`` but its own."""
-    user = setting(SYSTEMD / f"{unit}.service", "User")
-    line = setting(SYSTEMD / f"{unit}.service", "ExecStart").replace("/home/bitcoin", HOME)
-    *ssh, _, _, target = shlex.split(line)
+    ssh, target = ssh_of(unit)
     with listening(other.path("/run/lightning-rpc")) as came, listening(0) as came_by_port:
-        port = came_by_port.getsockname()[1]
-        for more, says in (
-            (f"-W 127.0.0.1:{port} {target}", "prohibited"),
-            (f"-R 127.0.0.1:{peers.free_port()}:127.0.0.1:1 {target}", "forwarding failed"),
-            (f"-R /run/lightning-rpc.2:/nowhere {target}", "forwarding failed"),
-            (f"-R /elsewhere.sock:/nowhere {target}", "forwarding failed"),
-        ):
-            done = host.run(f"sudo -u {user} timeout 60 {shlex.join(ssh)} {more}", check=None)
-            assert done.returncode == 255 and says in done.stderr, done.stderr
-        shell = [word for word in ssh if word != "-N"]
-        done = host.run(f"sudo -u {user} {shlex.join(shell)} {target} echo a shell", check=None)
+        check_refused(host, unit, f"-W {address(came_by_port)}", "prohibited")
+        port = peers.free_port()
+        check_refused(host, unit, f"-R 127.0.0.1:{port}:127.0.0.1:1", "forwarding failed")
+        done = host.run(shlex.join([*(w for w in ssh if w != "-N"), target, "echo a shell"]), None)
         assert "a shell" not in done.stdout
-        local = peers.free_port()
-        forward = ["-L", f"127.0.0.1:{local}:/run/lightning-rpc", target]
-        line_there = host.unit(unit, [*ssh, *forward])
-        eventually(lambda: listens(local))
-        with socket.create_connection(("127.0.0.1", local)) as sock:
+        line = host.unit(unit, [*ssh[3:], "-L", f"127.0.0.1:{port}:/run/lightning-rpc", target])
+        eventually(lambda: listens(port))
+        with socket.create_connection(("127.0.0.1", port)) as sock:
             sock.settimeout(support.ANSWER_S)
             assert sock.recv(1) == b""
-        line_there.stop()
+        line.stop()
         for listener in came, came_by_port:
             listener.setblocking(False)
             with pytest.raises(BlockingIOError):
                 listener.accept()
+
+
+def check_silent_break(node: Machine, url: str, line: Service, keeper: Machine) -> None:
+    """What is left of a line at the node, whose other end does not answer, is in nobody's way."""
+    sock = node.path("/run/node-backup-line/server.sock")
+    before = sock.lstat().st_ino
+    line.process.send_signal(signal.SIGSTOP)
+    after = keeper.unit("node-backup-line-reverse")
+    eventually(lambda: sock.exists() and sock.lstat().st_ino != before)
+    node.cli("bitcoin", "status", url)
+    after.stop()
+
+
+def address(listener: socket.socket) -> str:
+    return "{}:{}".format(*listener.getsockname())
 
 
 def forget_match(host: Machine, user: str, sshd: Service, port: int) -> None:
@@ -339,8 +362,6 @@ def listening(place: Path | int) -> Iterator[socket.socket]:
     """Something that everybody may connect to."""
     is_port = isinstance(place, int)
     with socket.socket(socket.AF_INET if is_port else socket.AF_UNIX) as listener:
-        if isinstance(place, Path):
-            place.unlink(missing_ok=True)
         listener.bind(("127.0.0.1", place) if is_port else str(place))
         if isinstance(place, Path):
             place.chmod(0o666)
@@ -359,7 +380,8 @@ def test_ssh_to_the_backup(node: Machine, keeper: Machine, tmp_path: Path) -> No
     (url,) = re.findall(r'"(socket:.*)"', only(page, "backup-cli status"))
     check_line(node, url, breaks(line, sshd, "node-backup"), tmp_path)
     line.stop()
-    check_key(node, "node-backup-line", keeper)
+    own_place = "-R /var/lib/node-backup/other.sock:/nowhere"
+    check_refused(node, "node-backup-line", own_place, "forwarding failed")
     forget_match(keeper, "node-backup", sshd, port)
     check_key(node, "node-backup-line", keeper)
 
@@ -377,7 +399,20 @@ def test_ssh_to_the_node(node: Machine, keeper: Machine, tmp_path: Path) -> None
     sshd, line = node.services[-1], keeper.unit("node-backup-line-reverse")
     (url,) = re.findall(r'"(socket:.*)"', only(page, "backup-cli status"))
     check_line(node, url, breaks(line, sshd, "backup-line"), tmp_path)
+    check_silent_break(node, url, line, keeper)
     line.stop()
-    check_key(keeper, "node-backup-line-reverse", node)
     forget_match(node, "backup-line", sshd, port)
     check_key(keeper, "node-backup-line-reverse", node)
+
+
+def test_who_may_only_read(keeper: Machine) -> None:
+    (options,) = re.findall(r'"OPTIONS=(.*)"', only("remote.md", "--read-only"))
+    text = (DOCS / "remote.md").read_text()
+    (join,) = re.findall(r"`sudo (usermod -aG .* alice)`", text)
+    (url,) = re.findall(r'`"(socket:.*read.sock.*)"`', text)
+    keeper.run(f"useradd --create-home --home-dir /var/lib/alice alice; {join}")
+    keeper.unit("node-backup", server_command({"OPTIONS": options}))
+    check_socket(keeper, "/run/node-backup/read.sock", "alice")
+    assert "version:        0\n" in keeper.cli("alice", "status", url)
+    other = url.replace("read.sock", "server.sock")
+    assert "may not use that socket" in keeper.cli("alice", "status", other, check=1)
