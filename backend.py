@@ -49,6 +49,8 @@ NOBODY = bytes(16)
 """The owner of a backup that no node has claimed yet."""
 TAG_SIZE = 8
 """Bytes of the owner with which every session begins."""
+OVER_2 = b"rec2"
+"""Stands behind the tag in sessions of nobody over protocol 2."""
 FOREIGN_KEYS_OFF = "PRAGMA foreign_keys = OFF;"
 FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
 NOT_BUMPING = (FOREIGN_KEYS_OFF.encode(), FOREIGN_KEYS_ON.encode())
@@ -255,6 +257,22 @@ def new_session(owner: bytes) -> bytes:
     return owner[:TAG_SIZE] + secrets.token_bytes(CHAIN_SIZE - TAG_SIZE)
 
 
+def session_over_2(owner: bytes) -> bytes:
+    """``new_session`` for what is written by protocol 2: for nobody as the owner it is marked.
+
+    A server refuses protocol 1 from then on (see ``is_over_2``), also after a restart.
+    """
+    session = new_session(owner)
+    if any(owner[:TAG_SIZE]):
+        return session
+    return session[:TAG_SIZE] + OVER_2 + session[TAG_SIZE + len(OVER_2) :]
+
+
+def is_over_2(session: bytes) -> bool:
+    """Whether a record of ``session`` came by protocol 2: of an owner, or marked."""
+    return any(session[:TAG_SIZE]) or session[TAG_SIZE:].startswith(OVER_2)
+
+
 def taken_over(version: int, time_ns: int) -> str:
     """Why a node may not write any more, by the last record of the one that does."""
     return f"another node took over at version {version}, {utc(time_ns)}"
@@ -295,6 +313,8 @@ class Status:
         version_count: changes since the snapshot, and one for the snapshot.
         last_change_ns: Unix time of the last record, nanoseconds.
         owner: what every session of the owner begins with, in hex; of zeros for nobody.
+        last_start_rewound: the last start of the node took a change back, which the node had
+            announced, and not committed; None also if that start is too far back.
         torn_tail: an append that was never acknowledged stands at the end.
         checked: all of it was read, not only its end.
         damage: what does not check, or None.
@@ -319,6 +339,7 @@ class Status:
     allocated: int | None = None
     last_change_ns: int | None = None
     owner: str | None = None
+    last_start_rewound: bool | None = None
     torn_tail: bool = False
     checked: bool = False
     damage: str | None = None
@@ -418,6 +439,7 @@ class Backend(ABC):
         keeps_owner: it can hold who may write to it; known once it was looked at.
         last_writer: who wrote last and when, in words, as far as it was heard.
         directories: those on this machine in which it keeps its files; none if it is elsewhere.
+        unsound: what a check beside the node found, until it is mended or proven wrong.
         home: the node's network directory, if known: what root creates belongs to its owner.
         can_be_served: `server` can keep it, so that an empty one can be made without a node.
         snapshot_copies: copies of a snapshot that ``create`` takes of the disk where scratch
@@ -437,6 +459,7 @@ class Backend(ABC):
         self.version_count = 0
         self.reconnects = 0
         self.last_writer = ""
+        self.unsound: str | None = None
         self.home: str | None = None
 
     @property
@@ -484,10 +507,12 @@ class Backend(ABC):
     def replace(
         self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False
     ) -> str | None:
-        """Start over with ``snapshot``, whoever's the backup was.
+        """Start over with ``snapshot``, and go on with it if open.
 
         Args:
-            override: also if a server keeps a newer state: what is there is somebody else's.
+            owner: who may write to it from then on.
+            override: also if a server keeps another owner's backup, another node's, or a newer
+                state: what is there is somebody else's.
 
         Returns:
             Where the old backup is kept, None if it was empty.

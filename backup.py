@@ -32,7 +32,16 @@ from pyln.client.plugin import Request, RpcException  # noqa: E402
 
 import destinations  # noqa: E402
 from backend import Backend, Change, Destination, Session, log, too_large  # noqa: E402
-from errors import CLI, CLI_PATH, BackupBusy, BackupError, InvalidChange  # noqa: E402
+from errors import (  # noqa: E402
+    CLI,
+    CLI_PATH,
+    BackupBusy,
+    BackupError,
+    InvalidChange,
+    LostState,
+    OutOfDate,
+)
+from healing import Healer  # noqa: E402
 from pylnclient import serve_db_write  # noqa: E402
 from upkeep import compaction  # noqa: E402
 from wallet import node  # noqa: E402
@@ -77,8 +86,10 @@ class Hook:
         self.worst_s = 0.0
         self.backend: Destination | None = None
         self._session: Session | None = None
+        self._healer: Healer | None = None
         self._refusal: Exception | None = None
         self._busy_since: float | None = None
+        self._medium = "the backup to open"
 
     def take(self, writes: Any, data_version: Any) -> None:
         """Store one commit. Raising makes lightningd abort without committing.
@@ -136,19 +147,30 @@ class Hook:
         change = Change(data_version, None, writes)
         if self._session is None:
             # Not before the first write: lightningd also starts plugins for --help.
-            self._session = self._open()
+            return self._begin(change)
+        assert self._healer is not None
+        self._healer.mend(change, first=False)
         self._session.write(change)
 
-    def _open(self) -> Session:
+    def _begin(self, change: Change) -> None:
+        """Open the backup and store the first change."""
         threading.Thread(target=self._announce_waits, daemon=True).start()
         directory = os.getcwd()
         lock_file = node.read_lock_file(directory)
         least = compaction.parse_least(lock_file.compact)
         backend = destinations.backend_for(lock_file.backend_url)
         _open_patiently(backend, lock_file.owner)
+        self._medium = backend.medium
+        session, healer = Session(backend, directory), Healer(backend, directory, lock_file)
+        healer.mend(change, first=True)
+        try:
+            session.write(change)
+        except (LostState, OutOfDate) as error:
+            healer.catch_up(change, error)
+            session.write(change)
+        # Not earlier: a check of what is healed just now would be for nothing.
         backend.keep_house(self.lock, least)
-        self.backend = backend
-        return Session(backend, directory)
+        self.backend, self._session, self._healer = backend, session, healer
 
     def _announce_waits(self) -> None:
         notice_s = FIRST_NOTICE_S
@@ -158,8 +180,7 @@ class Hook:
             if since is None:
                 notice_s = FIRST_NOTICE_S
             elif time.monotonic() - since >= notice_s:
-                medium = self.backend.medium if self.backend else "the backup to open"
-                log.warning(f"waiting for {medium} for {time.monotonic() - since:.0f} s")
+                log.warning(f"waiting for {self._medium} for {time.monotonic() - since:.0f} s")
                 notice_s *= 2
 
 

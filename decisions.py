@@ -25,6 +25,12 @@ class Obstacle(enum.Enum):
     ONE_BEHIND = "the backup is ahead by the change that a crash leaves"
     LOST_STATE = "the backup is ahead"
     OLD_COPY = "the backup is damaged, and the node is behind what its header names"
+    HEALING_OFF = 'backup.lock says "heal": "off"'
+    LOST_BEFORE = "a start was refused before, because the node seemed to have lost some state"
+    NOT_ITS_OWN = "the backup holds nothing and is nobody's: it may be another one in its place"
+    DAMAGED_END = "the backup's end is damaged, so that newer versions may have stood there"
+    OTHER_VERSION = "the node's database is of another version than lightningd's change"
+    OTHER_NODE = "the backup is of another node than the database"
 
 
 def judge(base: int, version: int, rewindable: bool, first: bool) -> Verdict:
@@ -109,3 +115,44 @@ def may_replace(found: bytes | None, owner: bytes | None) -> bool:
         found, owner: as in ``may_write``; None as ``found``: the destination cannot tell.
     """
     return found is None or not any(found) or may_write(found, owner)
+
+
+def may_heal(
+    verdict: Verdict, first: bool, off: bool, lost: bool, end_holds: bool, unknown: bool
+) -> Obstacle | None:
+    """What keeps a backup from being replaced by a snapshot while lightningd waits, or None.
+
+    Args:
+        verdict: of the change that waits, by the backup's newest record.
+        first: that change is the first of its session.
+        off: healing is switched off.
+        lost: a start was refused for LOST_STATE, and no operator has looked since: a run
+            without the plugin may have brought an old database up to any version.
+        end_holds: the newest record is valid, and nothing behind it is in doubt.
+        unknown: neither an owner nor a record tells that the backup is this node's.
+    """
+    if verdict is Verdict.LOST_STATE:
+        return Obstacle.LOST_STATE
+    if verdict is Verdict.OUT_OF_DATE and not first:
+        return Obstacle.OUT_OF_DATE  # No node does that: something else is wrong.
+    if not end_holds:
+        return Obstacle.DAMAGED_END
+    if unknown:
+        return Obstacle.NOT_ITS_OWN
+    if lost:
+        return Obstacle.LOST_BEFORE
+    return Obstacle.HEALING_OFF if off else None
+
+
+def may_stand_for(base: int, found: int, node: str | None, backup: str | None) -> Obstacle | None:
+    """What keeps a snapshot from standing for all that is before the change that waits, or None.
+
+    Args:
+        base: the version that the node's database has before the change.
+        found: the snapshot's version.
+        node: which node the snapshot is of, or None: it does not say.
+        backup: which node the backup is of, or None.
+    """
+    if found != base:
+        return Obstacle.OTHER_VERSION
+    return Obstacle.OTHER_NODE if None not in (node, backup) and node != backup else None

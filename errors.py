@@ -59,6 +59,11 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]+")
 """Line breaks, and what a terminal would obey: messages quote what comes out of a backup."""
 
 
+def printable(text: str) -> str:
+    """``text`` of somebody else in one line, without what a terminal would obey."""
+    return _UNPRINTABLE.sub(" ", text).strip()
+
+
 class BackupError(Exception):
     """Root of the tree.
 
@@ -71,8 +76,8 @@ class BackupError(Exception):
 
     def __init__(self, problem: str, next_step: str = "") -> None:
         # Not blanks: a path may have several.
-        self.problem = _UNPRINTABLE.sub(" ", problem).strip()
-        self.next_step = _UNPRINTABLE.sub(" ", next_step).strip()
+        self.problem = printable(problem)
+        self.next_step = printable(next_step)
         super().__init__(f"{self.problem} {self.next_step}".strip())
 
 
@@ -232,15 +237,22 @@ def _user() -> str:
 
 
 class OutOfDate(BackupError):
-    """The node's version is above the backup's: it wrote without the plugin."""
+    """The node's version is above the backup's: it wrote without the plugin.
 
-    def __init__(self, backup_version: int, node_version: int, lightning_dir: str) -> None:
+    Args:
+        why_not: why that was not healed, a sentence, or "" if it was not tried.
+    """
+
+    def __init__(
+        self, backup_version: int, node_version: int, lightning_dir: str, why_not: str = ""
+    ) -> None:
         self.backup_version = backup_version
         self.node_version = node_version
+        because = f" It could not be healed: {why_not}" if why_not else ""
         super().__init__(
             f"Backup is out of date: the node is ahead. The node is at version"
             f" {node_version}, the backup at version {backup_version}, so the node has"
-            " run without it.",
+            f" run without it.{because}",
             f"With the node stopped run `{CLI} resync --lightning-dir"
             f" {shlex.quote(lightning_dir)}`.",
         )

@@ -23,12 +23,12 @@ from backend import (
     chain_after,
     new_session,
 )
-from errors import CLI, BackupError, BackupExists, ConfigError, DiskError
-from filelog import adoption, appender, layout1, layout2, look, proof
+from errors import CLI, BackupError, BackupExists, ConfigError, Damaged, DiskError
+from filelog import adoption, appender, former, layout1, layout2, look, proof
 from filelog.appender import LogAppender
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
 from filelog.reader import FileReading, LogReader, is_foreign_keys_off
-from filelog.writer import write_log
+from filelog.writer import FLUSH_STEP, SMALL_FLUSH_STEP, write_log
 
 
 def parse_file_url(url: str) -> str:
@@ -52,6 +52,7 @@ class FileBackend(Backend):
 
     Attributes:
         newest: head of the last record, layout2.BEFORE_FIRST if there is none; once open.
+        damage: what keeps changes from it, where it is open all the same.
     """
 
     can_be_served = True
@@ -66,6 +67,7 @@ class FileBackend(Backend):
         self._lock: durable.WriterLock | None = None
         self._log: LogAppender | None = None
         self.newest = BEFORE_FIRST
+        self.damage: Damaged | None = None
         self._log_start = layout2.FIRST_RECORD
         self._session = new_session(NOBODY)
 
@@ -86,7 +88,9 @@ class FileBackend(Backend):
         self.require_absent()
         with self._locked():
             try:
-                durable.publish(self._build(snapshot, owner, changes), self.path)
+                beside = f"{self.scratch_prefix}log"
+                self.build(beside, snapshot, owner, changes)
+                durable.publish(beside, self.path)
             except BaseException as error:
                 durable.discard(f"{self.scratch_prefix}log")
                 durable.discard(f"{self.path}.writer")  # There is no backup that it is for.
@@ -108,34 +112,38 @@ class FileBackend(Backend):
         snapshot: Snapshot | None,
         owner: bytes = NOBODY,
         changes: Sequence[Change] = (),
-        machine: str | None = None,
         *,
         override: bool = False,
     ) -> str | None:
-        """See Backend. A file takes any state: it is on the caller to compare.
+        """See Backend. A file takes any state, whosever it was: it is on the caller to compare.
 
         Args:
             changes: what follows the snapshot, so that the last of it can be rewound.
-            machine: whose node it is, by default this one.
         """
         with self._locked():
-            beside, kept = f"{self.scratch_prefix}log", None
+            beside = f"{self.scratch_prefix}log"
             try:
-                self._build(snapshot, owner, changes, machine)
-                if not self._is_empty():
-                    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-                    kept = durable.free_name(f"{self.path}.old-{stamp}")
-                    # Before the rename, which would free it: a crash leaves both names.
-                    durable.keep(self.path, kept)
-                self._put_in_place(beside)
-            except BaseException as error:
-                if kept is not None and os.path.lexists(beside):
-                    durable.unkeep(self.path, kept)  # The old file is the backup still.
-                if isinstance(error, OSError):
-                    raise DiskError(self.path, error, "replace") from error
-                raise
+                self.build(beside, snapshot, owner, changes)
+                return self.put(beside)
             finally:
                 durable.discard(beside)
+
+    def put(self, beside: str) -> str | None:
+        """Go on with the file ``beside``, which ``build`` wrote; as ``replace``, once open."""
+        kept = None
+        try:
+            if not self._is_empty():
+                stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+                kept = durable.free_name(f"{self.path}.old-{stamp}")
+                # Before the rename, which would free it: a crash leaves both names.
+                durable.keep(self.path, kept)
+            self._put_in_place(beside)
+        except BaseException as error:
+            if kept is not None and os.path.lexists(beside):
+                durable.unkeep(self.path, kept)  # The old file is the backup still.
+            if isinstance(error, OSError):
+                raise DiskError(self.path, error, "replace") from error
+            raise
         return kept
 
     def _put_in_place(self, beside: str) -> None:
@@ -147,33 +155,47 @@ class FileBackend(Backend):
             if self._log is not None:
                 self._log.fail(failure)
             raise failure from error
-        if self._log is None:
+        if self._lock is None:
             return
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
         try:
             self._load()
         except BackupError as error:
             # The old log is not at its place any more, so it may not go on either.
-            problem = OSError(errno.EIO, error.problem)
-            self._log.fail(DiskError(self.path, problem, "go on with"))
+            if self._log is not None:
+                problem = OSError(errno.EIO, error.problem)
+                self._log.fail(DiskError(self.path, problem, "go on with"))
             raise
 
     def _is_empty(self) -> bool:
         return not layout1.is_layout_1(self.path) and look.is_empty(self.path)
 
-    def _build(
+    def build(
         self,
+        beside: str,
         snapshot: Snapshot | None,
         owner: bytes,
         changes: Sequence[Change] = (),
         machine: str | None = None,
-    ) -> str:
-        """Write a complete, flushed, verified file beside the log; returns its name."""
-        beside = f"{self.scratch_prefix}log"
-        durable.remove(beside)
-        like = self.path if os.path.exists(self.path) else self.home
-        write_log(beside, snapshot, owner, machine or platform.node(), changes, like)
-        return beside
+    ) -> None:
+        """Write a complete, flushed, verified file ``beside`` the log.
+
+        Args:
+            machine: whose node it is, by default this one.
+
+        Raises:
+            DiskError, Damaged.
+        """
+        try:
+            durable.remove(beside)
+            like = self.path if os.path.exists(self.path) else self.home
+            # Of one that is open a node may wait for the same disk.
+            step = FLUSH_STEP if self._lock is None else SMALL_FLUSH_STEP
+            owner_of = owner, machine or platform.node()
+            write_log(beside, snapshot, *owner_of, changes, like, step)
+        except OSError as error:
+            raise DiskError(self.path, error, "write a new file beside") from error
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -193,8 +215,12 @@ class FileBackend(Backend):
 
     # Writing
 
-    def open(self, owner: bytes | None = None) -> None:
+    def open(self, owner: bytes | None = None, though_damaged: bool = False) -> None:
         """See Backend.
+
+        Args:
+            though_damaged: take the writer's place also if it is damaged: only ``put`` may
+                come then.
 
         Raises:
             BackupMissing, BackupBusy, Damaged, OtherOwner, UnsupportedLayout, DiskError.
@@ -203,14 +229,32 @@ class FileBackend(Backend):
         self._lock = durable.WriterLock(self.path)
         try:
             scratch.clear(self.scratch_prefix, writers=True)
-            self._load(owner)
+            try:
+                self._load(owner)
+            except Damaged as error:
+                if not though_damaged:
+                    raise
+                self._stay_damaged(error)
         except BaseException:
             self.close()
             raise
 
+    def _stay_damaged(self, damage: Damaged) -> None:
+        """Know what the file says of its owner and its newest version, also behind ``damage``."""
+        with contextlib.closing(LogReader(self.path)) as reader:
+            if reader.rules != layout2.RULES:
+                raise reader.of_old_rules()
+            seen = reader.newest_anywhere() or BEFORE_FIRST
+            self.newest = seen._replace(backup_id=reader.backup_id or seen.backup_id)
+            self._log_start = reader.log_start or layout2.FIRST_RECORD
+        self.damage, self.version, self.rewindable = damage, self.newest.version, False
+        self.version_count = self.newest.changes + (self._log_start > layout2.FIRST_RECORD)
+
     def _load(self, owner: bytes | None = None) -> None:
         self._log = appender.open_log(self.path, self.url, owner)
+        self.damage = None
         self._session = self._log.newest.tag + self._session[TAG_SIZE:]
+        self.unsound = proof.read(self.path, self._log.newest.backup_id).unsound
         self._settle()
 
     @property
@@ -331,6 +375,7 @@ class FileBackend(Backend):
             with contextlib.suppress(OSError), contextlib.closing(LogReader(self.path)) as reader:
                 if reader.backup_id is not None:
                     proof.note(self.path, reader.backup_id, **proof.proven_now())
+                    former.prune(self.path)
 
     def _is_checked(self) -> bool:
         return os.path.exists(self.path + proof.SUFFIX)

@@ -39,6 +39,8 @@ another's, the server answers NACK. From then on, in place of CHANGE, SNAPSHOT a
     type  name      from    payload                                          answer
       10  RECORD    both    a record, compressed                             ACK or NACK
       11  COMING    server  bytes u64: size of the log to come
+      12  STATUS    client  none                                             STATUS_RES or NACK
+      13  STATUS_RES  server  JSON, an object with the fields of backend.Status
       06  ACK       server  version u32, chain 16 bytes, that are now stored
       07  NACK      server  version u32 of the backup, code u16, text in UTF-8
       08  METADATA  server  as in protocol 1 with protocol = 2, then: backup id 16 bytes,
@@ -51,8 +53,9 @@ the crc:
 
     offset  size  field         meaning
          0     1  kind          1 snapshot, 2 change, 3 rewind, 4 owner
-         1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot, bit 2:
-                                of a snapshot to the server: also if the backup is ahead
+         1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot; bit 2, of a
+                                snapshot to the server: also if the backup is ahead, another
+                                owner's, or another node's
          2     4  data_version
          6     8  sequence      in a restore; 0 from a client
         14     4  crc           CRC-32 of all of the record, with 0 here
@@ -64,7 +67,8 @@ the crc:
 
 The records of one direction of one connection are one raw deflate stream, with a sync
 flush after each: it keeps its window, and a new connection begins with a new one. A
-snapshot's pieces are records of at most 1 MiB; only the last is answered. RESTORE is
+snapshot's pieces are records of at most 1 MiB; only the last is answered, unless a NACK comes
+before: the pieces after that are of no use. RESTORE is
 answered by COMING, the log's records as they stand, rewinds included, and DONE; or by
 NACK where the log is damaged. A client appends only onto the chain it knows; once another
 session has written, every record of the session before gets a NACK, and so does a record
@@ -74,14 +78,17 @@ its chains are the backup's.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import json
+import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, Change, chain_after
-from errors import BackupError
+from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, Change, Status, chain_after
+from errors import BackupError, printable
 from filelog.layout2 import MAX_LENGTH, Head, Kind
 
 NEWEST = 2
@@ -105,6 +112,11 @@ MAX_PACKET_SIZE = 2**32 - 1
 MAX_SNAPSHOT_SIZE = 1 << 40
 """Bytes that a SNAPSHOT may inflate to."""
 MAX_TEXT_SIZE = 1 << 16
+MAX_STATUS_SIZE = 1 << 20
+MAX_STATUS_TEXT = 4096
+"""Characters of one text in a STATUS_RES."""
+MAX_STATUS_TEXTS = 16
+"""Notes, or warnings."""
 MAX_NACK_TEXT = 4096
 MAX_MACHINE_SIZE = 255
 _MAX_CHANGE_PACKET = VERSION.size + MAX_CHANGE_SIZE + MAX_CHANGE_SIZE // 1000 + 64
@@ -129,6 +141,8 @@ class PacketType(enum.IntEnum):
     COMPACT_RES = 11
     RECORD = 16
     COMING = 17
+    STATUS = 18
+    STATUS_RES = 19
 
 
 _TYPES = {int(kind): kind for kind in PacketType}
@@ -142,6 +156,7 @@ TO_SERVER: Mapping[int, int] = {
     PacketType.ACK: VERSION.size,
     PacketType.COMPACT: MAX_TEXT_SIZE,
     PacketType.RECORD: _MAX_CHANGE_PACKET,
+    PacketType.STATUS: 0,
 }
 """What a server accepts: packet type to the greatest length."""
 TO_CLIENT: Mapping[int, int] = {
@@ -154,6 +169,7 @@ TO_CLIENT: Mapping[int, int] = {
     PacketType.COMPACT_RES: MAX_TEXT_SIZE,
     PacketType.RECORD: _MAX_CHANGE_PACKET,
     PacketType.COMING: COMING.size,
+    PacketType.STATUS_RES: MAX_STATUS_SIZE,
 }
 """What a client accepts: packet type to the greatest length."""
 
@@ -224,6 +240,9 @@ class NackCode(enum.IntEnum):
     DAMAGED = 7
     READ_ONLY = 8
     NOT_ALLOWED = 9
+    NO_ROOM = 10
+    OTHER_NODE = 11
+    MANY_KEPT = 12
 
 
 class Nack(NamedTuple):
@@ -347,6 +366,65 @@ def decode_coming(payload: bytes) -> int:
     if len(payload) != COMING.size:
         raise ProtocolError(f"COMING of {len(payload)} bytes in place of {COMING.size}.")
     return int(COMING.unpack(payload)[0])
+
+
+def encode_status(status: Status) -> bytes:
+    """The STATUS_RES packet."""
+    found = dataclasses.asdict(status)
+    for name, value in found.items():
+        if isinstance(value, str):
+            found[name] = value[:MAX_STATUS_TEXT]
+        elif isinstance(value, list):
+            found[name] = [text[:MAX_STATUS_TEXT] for text in value[:MAX_STATUS_TEXTS]]
+    return encode(PacketType.STATUS_RES, json.dumps(found).encode())
+
+
+def decode_status(payload: bytes) -> Status:
+    """The content of a STATUS_RES; ProtocolError if it is not what it should be."""
+    try:
+        found = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("The server's status is no JSON.") from error
+    if not isinstance(found, dict):
+        raise ProtocolError("The server's status is no JSON object.")
+    values = {
+        field.name: _status_value(field, found.get(field.name))
+        for field in dataclasses.fields(Status)
+        if field.name in found or field.name in _ALWAYS
+    }
+    return Status(**values)
+
+
+def _status_value(field: dataclasses.Field[Any], value: Any) -> Any:
+    kind = str(field.type)
+    if value is None and kind.endswith(" | None"):
+        return None
+    if not _IS_STATUS[kind.removesuffix(" | None")](value) or (
+        field.name in ("owner", "backup_id") and re.fullmatch("[0-9a-f]{0,32}", value) is None
+    ):
+        raise ProtocolError(f"The server's status has a wrong {field.name}: {value!r:.60}.")
+    if isinstance(value, list):
+        return [printable(text) for text in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+_ALWAYS = ("url", "layout", "version", "prev_version", "version_count")
+"""What every STATUS_RES has."""
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_STATUS_TEXT
+
+
+_IS_STATUS: Mapping[str, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "int": lambda value: type(value) is int and 0 <= value < 2**63,
+    "bool": lambda value: type(value) is bool,
+    "list[str]": lambda value: (
+        isinstance(value, list) and len(value) <= MAX_STATUS_TEXTS and all(map(_is_text, value))
+    ),
+}
+"""By the type of a field of Status: whether a value may stand there."""
 
 
 def decode_version(payload: bytes) -> int:

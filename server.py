@@ -34,10 +34,17 @@ class Server:
         backend: open for writing.
         doors: where it listens; ``run`` closes them.
         least: when to compact, see compaction.parse_least.
+        allows_1: clients of protocol 1 may write also after one of protocol 2 has.
     """
 
-    def __init__(self, backend: FileBackend, doors: Sequence[Door], least: int | None) -> None:
-        self.keeper = Keeper(backend)
+    def __init__(
+        self,
+        backend: FileBackend,
+        doors: Sequence[Door],
+        least: int | None,
+        allows_1: bool = False,
+    ) -> None:
+        self.keeper = Keeper(backend, allows_1)
         self.compactor = Compactor(backend, self.keeper.lock)
         self._lock = threading.Lock()
         self._connections: set[Connection] = set()

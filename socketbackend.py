@@ -16,7 +16,6 @@ from backend import (
     EMPTY_CHAIN,
     MAX_CHUNK_SIZE,
     NOBODY,
-    TAG_SIZE,
     Change,
     Destination,
     Progress,
@@ -25,7 +24,7 @@ from backend import (
     Status,
     chain_after,
 )
-from errors import CLI, BackupExists, ConfigError
+from errors import CLI, BackupExists, ConfigError, printable
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
 from protocol import Metadata, PacketType, ProtocolError
@@ -34,6 +33,11 @@ from remote.address import parse_socket_url
 from remote.delivery import Delivery
 from remote.link import COMPACT_TIMEOUT_S, SNAPSHOT_TIMEOUT_S, Link, Refused, Unreachable
 from remote.reading import SocketReading
+
+CHECKS_BY_ITSELF = (
+    "the server reads and checks all of its file each day and replays it each week, which nobody"
+    " else makes it do: what it found last is shown here"
+)
 
 
 class SocketBackend(Destination):
@@ -103,11 +107,16 @@ class SocketBackend(Destination):
 
     def replace(self, snapshot: Snapshot, owner: bytes = NOBODY, *, override: bool = False) -> str:
         """See Backend. The server keeps the old backup and names it in its log."""
-        link, _ = self._once()
-        try:
-            self._send_snapshot(link, snapshot, owner, protocol.OVERRIDE if override else 0)
-        finally:
-            link.close()
+        flags, link = protocol.OVERRIDE if override else 0, self._delivery.link()
+        if link is not None:  # As the writer: refused if another one has written meanwhile.
+            self._send_snapshot(link, snapshot, owner, flags)
+            self._delivery.look()
+        else:
+            link, _ = self._once()
+            try:
+                self._send_snapshot(link, snapshot, owner, flags)
+            finally:
+                link.close()
         return f"on {self._url.target}, under the name that the server's log gives"
 
     def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes, flags: int = 0) -> None:
@@ -127,30 +136,42 @@ class SocketBackend(Destination):
                     protocol1.send_snapshot(link.send, source, snapshot)
             packet = link.answer(SNAPSHOT_TIMEOUT_S)
         except OSError as error:
-            raise Unreachable(self._url.target, error) from error
+            raise link.last_words() or Unreachable(self._url.target, error) from error
         link.check_ack(packet, link.ack_of(head))
 
     def status(self, check: bool = False) -> Status:
-        """See Backend. A server of protocol 1 tells versions only; none checks its file."""
+        """See Backend. A server of protocol 1 tells versions only; none is made to check its file.
+
+        Raises:
+            Refused, Unreachable, ProtocolError.
+        """
         link, found = self._once()
-        link.close()
-        status = Status(
-            url=self.url,
-            layout="server of protocol 1",
-            version=found.version,
-            prev_version=found.prev_version if found.prev_version != found.version else None,
-            version_count=found.version_count,
-        )
-        if found.details is not None:
-            status.layout = f"{found.details.server}, protocol 2"
-            status.backup_id = found.details.backup_id.hex()
-            status.size = found.details.size
-            status.last_change_ns = found.details.time_ns or None
-            status.owner = found.details.session[:TAG_SIZE].hex()
+        with contextlib.closing(link):
+            if found.details is None:
+                return Status(
+                    url=self.url,
+                    layout="server of protocol 1",
+                    version=found.version,
+                    prev_version=found.prev_version
+                    if found.prev_version != found.version
+                    else None,
+                    version_count=found.version_count,
+                )
+            try:
+                status = link.status()
+            except OSError as error:
+                raise Unreachable(self._url.target, error) from error
+        status.url, server = self.url, printable(found.details.server)
+        status.layout = f"{server}, protocol 2, {status.layout}"
+        if check:
+            status.notes.append(CHECKS_BY_ITSELF)
         return status
 
     def read(self) -> Reading:
         """See Backend."""
+        if self._delivery.known.details is None:
+            # Servers of protocol 1 may serve one connection at a time; ``replace`` makes it anew.
+            self._delivery.close()
         link, found = self._once()
         return SocketReading(link, found, self._url.target)
 
@@ -264,7 +285,8 @@ class SocketBackend(Destination):
 
 
 def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:
+    """Send all of ``source``, unless the server has answered before: it refuses then."""
     size = os.fstat(source.fileno()).st_size
-    while piece := source.read(MAX_CHUNK_SIZE):
+    while not link.has_answer() and (piece := source.read(MAX_CHUNK_SIZE)):
         flags = head.flags | (layout2.FINAL if source.tell() == size else 0)
         link.send_record(head._replace(flags=flags, length=len(piece)), piece)

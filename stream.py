@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 
@@ -56,6 +57,10 @@ class Stream:
             return self._sock.recv(RECEIVE_SIZE)
         except BlockingIOError as error:
             raise TimeoutError("timed out") from error
+
+    def has_data(self) -> bool:
+        """Whether ``receive`` would return at once."""
+        return bool(select.select([self._sock], [], [], 0)[0])
 
     def send(self, data: bytes, timeout_s: float) -> None:
         """Send all of ``data`` with as few segments as it needs, as long as it moves on."""

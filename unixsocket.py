@@ -82,11 +82,15 @@ def peer_of(sock: socket.socket) -> Peer:
     Raises:
         ConfigError: this system does not say it.
     """
-    if not hasattr(socket, "SO_PEERCRED"):
-        raise ConfigError("This system does not tell who uses a unix socket.", "Use a TCP port.")
+    _require_credentials()
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(data)
     return Peer(pid, uid)
+
+
+def _require_credentials() -> None:
+    if not hasattr(socket, "SO_PEERCRED"):
+        raise ConfigError("This system does not tell who uses a unix socket.", "Use a TCP port.")
 
 
 def listen(path: str, group: str | None) -> socket.socket:
@@ -96,9 +100,10 @@ def listen(path: str, group: str | None) -> socket.socket:
 
     Raises:
         ConfigError: others can reach the directory, something is at ``path``, or there is no
-            such group, or this user may not give it the socket.
+            such group, or this user may not give it the socket; or see peer_of.
         OSError: the system says no.
     """
+    _require_credentials()
     _check_directory(os.path.dirname(path))
     _clear(path)
     sock = socket.socket(socket.AF_UNIX)

@@ -8,7 +8,9 @@ import os
 import pwd
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import click
 
@@ -34,6 +36,7 @@ from commands.shared import (
     readable,
     scratch_option,
     scratch_prefix,
+    to_note,
     wallet_option,
 )
 from decisions import Obstacle, may_attach, may_replace, may_resync, may_upgrade
@@ -49,6 +52,8 @@ from errors import (
 from upkeep import upgrade as upgrading
 from wallet import database, node
 from wallet import restore as restoring
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @main.command()
@@ -95,7 +100,9 @@ def init(lightning_dir: str | None, wallet: str | None, url: str) -> None:
             # First the small file that is easily taken back: a server's backup is not. It gets
             # its name last: a node finds no backup.lock without a backup.
             owner = new_owner() if backend.keeps_owner else NOBODY
-            with node.new_lock_file(directory, node.LockFile(url, owner=owner)):
+            lock_file = node.LockFile(url, owner=owner)
+            lock_file = dataclasses.replace(lock_file, **to_note(directory, wallet_path))
+            with node.new_lock_file(directory, lock_file):
                 backend.create(snapshot, owner)
             stored = readable(os.path.getsize(snapshot.path)) if snapshot else "nothing yet"
     if snapshot is not None:
@@ -182,13 +189,19 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
         version = _version_reached(backend, None if override else lock_file.owner)
         with node_snapshot(backend, directory, wallet_path) as snapshot:
             found = snapshot.version if snapshot else 0
-            _check_resync(found, version, url, override)
+            _check_resync(found, version, backend, override)
             assert snapshot is not None
             click.echo(f"The node is at version {found}, the backup at version {version}.")
+            if lock_file.lost_state is not None:
+                click.echo(f"The node seemed to have lost some state: {lock_file.lost_state}.")
             if not yes:
                 click.confirm("Replace the backup by a snapshot of the node?", abort=True)
             with _new_owner(backend, directory, lock_file, keep=not override) as owner:
                 kept = backend.replace(snapshot, owner, override=override)
+                noted = dataclasses.replace(lock_file, **to_note(directory, wallet_path))
+                if noted != lock_file:
+                    noted = dataclasses.replace(noted, owner=owner)
+                    node.write_lock_file(directory, noted, replace=True)
     click.echo(f"The backup {url} is now at version {found}.")
     if kept is not None:
         click.echo(f"The old one is kept: {kept}")
@@ -316,7 +329,7 @@ def _version_reached(backend: Backend, owner: bytes | None) -> int:
     return max(status.version, getattr(damage, "newest", None) or 0)
 
 
-def _check_resync(node_version: int, backup_version: int, url: str, override: bool) -> None:
+def _check_resync(node_version: int, backup_version: int, backend: Backend, override: bool) -> None:
     obstacle = may_resync(node_version, backup_version)
     if obstacle is None:
         return
@@ -331,9 +344,9 @@ def _check_resync(node_version: int, backup_version: int, url: str, override: bo
         raise ConfigError(
             "The node has no database, or an empty one: there is nothing to take a snapshot of.",
             "If it is elsewhere, add --wallet. If it was lost, run"
-            f" `{CLI} restore {shlex.quote(url)} DEST`.",
+            f" `{CLI} restore {shlex.quote(backend.url)} DEST`.",
         )
-    refusal = LostState(backup_version, node_version, url)
+    refusal = LostState(backup_version, node_version, backend.url, backend.last_writer)
     if obstacle is Obstacle.ONE_BEHIND:
         refusal.next_step = (
             "One change ahead is usual after a crash: start the node, the plugin takes care of it."
@@ -384,13 +397,13 @@ def attach(
                 f" {shlex.quote(url)} {shlex.quote(directory)}` first.",
             )
         if obstacle is not None:
-            raise LostState(status.version, version, url)
+            raise LostState(status.version, version, url, backend.last_writer)
         if version and no_compare:
             click.echo(f"Only the versions were compared: {version}.")
         elif version:
             prefix = scratch_prefix(backend, scratch, directory)
             _check_same(backend, prefix, wallet_path, version)
-        kept = _take_over(backend, directory)
+        kept = _take_over(backend, directory, to_note(directory, wallet_path))
     if kept is not None:
         click.echo(f"The former backup.lock is kept: {kept}")
     click.echo(
@@ -421,19 +434,26 @@ def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> Non
         )
 
 
-def _take_over(backend: Backend, directory: str) -> str | None:
-    """Make the node in ``directory`` the backup's owner; where its old backup.lock is kept."""
+def _take_over(
+    backend: Backend, directory: str, changes: Mapping[str, Any] = NOTHING
+) -> str | None:
+    """Make the node in ``directory`` the backup's owner; where its old backup.lock is kept.
+
+    Args:
+        changes: what else the new one says, see node.LockFile.
+    """
     lock_path = os.path.join(directory, node.LOCK_NAME)
-    compact_at = kept = None
+    lock_file, kept = node.LockFile(backend.url), None
     with contextlib.closing(backend):
         owner = _claim(backend)
         if os.path.lexists(lock_path):
             with contextlib.suppress(BackupError):
-                compact_at = node.read_lock_file(directory).compact
+                lock_file = node.read_lock_file(directory)
             kept = durable.free_name(f"{lock_path}.old")
             durable.keep(lock_path, kept)
             durable.remove(lock_path)
-        lock_file = node.LockFile(backend.url, compact_at, owner)
+        lock_file = dataclasses.replace(lock_file, backend_url=backend.url, owner=owner)
+        lock_file = dataclasses.replace(lock_file, **changes)
         try:
             with node.new_lock_file(directory, lock_file, kept):
                 if owner != NOBODY:

@@ -119,12 +119,18 @@ def _describe(found: Status) -> str:
     if found.changes is None:
         rows.append(("entries", str(found.version_count)))
     else:
+        started = {
+            True: "the change before it was taken back: the node had not committed that",
+            False: "as usual",
+            None: "not known",
+        }
         torn = "yes, an append that was never acknowledged" if found.torn_tail else "no"
         rows += [
             ("changes", f"{found.changes} since the snapshot"),
             ("snapshot", readable(found.snapshot_size)),
             ("size", f"{readable(found.size)}, {readable(found.allocated)} allocated"),
             ("last change", utc(found.last_change_ns) if found.last_change_ns else "none"),
+            ("last start", started[found.last_start_rewound]),
             ("last checked", utc(found.last_checked_ns) if found.last_checked_ns else "never"),
             ("last proven", utc(found.last_proven_ns) if found.last_proven_ns else "never"),
             ("torn tail", torn),

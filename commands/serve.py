@@ -53,6 +53,11 @@ LOG_LEVELS = {
     metavar="SIZE|off",
     help="Compact once the changes outgrow the snapshot and SIZE.  [default: 64MiB]",
 )
+@click.option(
+    "--allow-protocol-1",
+    is_flag=True,
+    help="Let the earlier plugin write also after this one has: to go back to it.",
+)
 @click.option("--group", metavar="G", help="Whose members may use the unix socket, too.")
 @click.option(
     "--allow-user",
@@ -84,6 +89,7 @@ def server(
     log_mode: str,
     log_level: str,
     compact_at: str | None,
+    allow_protocol_1: bool,
     group: str | None,
     users: tuple[str, ...],
     readers: tuple[str, ...],
@@ -93,7 +99,8 @@ def server(
     """Keep a remote node's backup in FILE_URL; the node uses socket:ADDRESS.
 
     ADDRESS is unix:/path/to/socket or HOST:PORT. The backup must exist: make an empty one with
-    init on this host. SIGTERM, SIGINT and SIGHUP end the server once the change in hand is stored.
+    init on this host. One that is damaged is served up to the damage, and takes a resync of its
+    node. SIGTERM, SIGINT and SIGHUP end the server once the change in hand is stored.
 
     \b
     Example:
@@ -112,9 +119,11 @@ def server(
         door.Entry(address, False, group, users),
         *(door.Entry(each, True, read_only_group, reading_users) for each in readers),
     ]
-    backend.open()
+    backend.open(though_damaged=True)
+    if backend.damage is not None:
+        log.error(f"{backend.damage} It is served, and takes nothing but that resync.")
     try:
-        running = Server(backend, door.listen(entries), least)
+        running = Server(backend, door.listen(entries), least, allow_protocol_1)
     except BaseException:
         backend.close()
         raise

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 
@@ -93,7 +94,14 @@ wallet_option = click.option(
 
 
 def node_database(directory: str, wallet: str | None) -> str:
-    """The node's database: ``wallet`` as a path or as lightningd takes it."""
+    """The node's database: ``wallet`` as a path or as lightningd takes it.
+
+    Without it, what backup.lock says, by default the one in ``directory``.
+    """
+    if wallet is None:
+        with contextlib.suppress(BackupError):  # Who needs that file will say what is wrong.
+            wallet = node.read_lock_file(directory).wallet
+        wallet = wallet and os.path.join(directory, wallet)
     if wallet is None:
         return node.database(directory)
     if wallet.startswith("postgres:"):
@@ -108,6 +116,21 @@ def node_database(directory: str, wallet: str | None) -> str:
     if not os.path.isfile(path):
         raise ConfigError(f"There is no database at {path}.", "Check --wallet.")
     return path
+
+
+def to_note(directory: str, wallet_path: str) -> dict[str, Any]:
+    """What an operator's command knows for backup.lock: fields of node.LockFile.
+
+    Where the database ``wallet_path`` is, if not in ``directory``, and which node it is of. He
+    has seen to it that the node has lost no state.
+    """
+    default = os.path.realpath(os.path.join(directory, node.DATABASE_NAME))
+    has_one = os.path.exists(wallet_path) and os.path.getsize(wallet_path)
+    return {
+        "wallet": None if os.path.realpath(wallet_path) == default else wallet_path,
+        "node_id": database.node_id_of(wallet_path) if has_one else None,
+        "lost_state": None,
+    }
 
 
 def scratch_prefix(backend: Backend, scratch: str | None, otherwise: str | None = None) -> str:

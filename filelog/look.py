@@ -10,8 +10,11 @@ import space
 from backend import Status
 from errors import Damaged
 from filelog import layout2, proof
-from filelog.layout2 import BEFORE_FIRST, Head, Tail, TailKind
+from filelog.layout2 import BEFORE_FIRST, Head, Kind, Tail, TailKind
 from filelog.reader import LogReader
+
+LOOK_BACK = 16 << 20
+"""Bytes at a log's end in which the last start is looked for."""
 
 
 def status(url: str, path: str, check: bool) -> Status:
@@ -37,6 +40,7 @@ def status(url: str, path: str, check: bool) -> Status:
             allocated=reader.allocated,
             last_change_ns=last.time_ns or None,
             owner=last.tag.hex() if reader.rules == layout2.RULES else None,
+            last_start_rewound=_has_rewound(reader, last, log_start),
             torn_tail=tail.kind is TailKind.TORN,
             checked=check,
             damage=str(damage) if damage else None,
@@ -66,6 +70,17 @@ def _seen(reader: LogReader) -> tuple[Head, Tail, Damaged | None]:
         reader.last = newest
         damage = reader.as_damage(tail.offset, tail.reason)
     return newest or BEFORE_FIRST, tail, damage
+
+
+def _has_rewound(reader: LogReader, last: Head, log_start: int) -> bool | None:
+    """Whether the session of ``last`` began with a rewind; None if it began too far back."""
+    start = max(log_start, last.end - LOOK_BACK)
+    rewind = layout2.find_last(reader.pread, start, last.end, reader.backup_id, Kind.REWIND)
+    if rewind is not None:
+        return rewind.session == last.session
+    first = layout2.find_next(reader.pread, start, last.end, reader.backup_id)
+    is_whole = start == log_start or first is None or first.session != last.session
+    return False if is_whole else None
 
 
 def is_empty(path: str) -> bool:

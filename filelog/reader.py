@@ -84,7 +84,7 @@ class LogReader:
         try:
             self.backup_id, self.log_start, self.rules = layout2.decode_header(header)
         except layout2.HeaderError as error:
-            if self._newest_anywhere() is None:
+            if self.newest_anywhere() is None:
                 found = f"not a backup: {error}"
                 raise UnsupportedLayout(self.path, found, "Check the URL.") from error
             self.damage = self.as_damage(0, str(error))
@@ -212,7 +212,7 @@ class LogReader:
 
     def as_damage(self, offset: int, reason: str) -> Damaged:
         """The error that names damage at ``offset`` and the versions behind it."""
-        newest = self._newest_anywhere()
+        newest = self.newest_anywhere()
         good = self.last.version if self.last else 0
         if newest is None or newest.version <= good:
             lost = "and whether a later one is lost cannot be told"
@@ -220,7 +220,8 @@ class LogReader:
             lost = f"versions {good + 1} to {newest.version} stand behind the damage"
         return Damaged(self.path, offset, reason, good, lost, newest.version if newest else None)
 
-    def _newest_anywhere(self) -> Head | None:
+    def newest_anywhere(self) -> Head | None:
+        """The last record of all that is there, also behind damage."""
         start = layout2.FIRST_RECORD
         return layout2.find_last(self.pread, start, self.allocated, self.backup_id)
 
@@ -235,6 +236,31 @@ def is_foreign_keys_off(head: Head) -> bool:
         return False
     payload = FOREIGN_KEYS_OFF.encode()
     return head.chain == chain_after(head.chain_before, head.version, payload)
+
+
+class Rewinds:
+    """The rewinds among the records that pass."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last: Head | None = None
+
+    def seen(self, log_records: Iterable[tuple[Head, bytes]]) -> Iterator[tuple[Head, bytes]]:
+        """``log_records``, as they are."""
+        for record in log_records:
+            if record[0].kind == Kind.REWIND:
+                self._count, self._last = self._count + 1, record[0]
+            yield record
+
+    def notes(self) -> tuple[str, ...]:
+        """What to tell of them: often the node was killed, but it may be its disk that forgets."""
+        if self._last is None:
+            return ()
+        what = "1 change" if self._count == 1 else f"{self._count} changes"
+        return (
+            f"Left out: {what} that the node announced, but never committed; the last one to"
+            f" version {self._last.version + 1}, taken back on {utc(self._last.time_ns)}.",
+        )
 
 
 def effective(
@@ -305,8 +331,9 @@ class FileReading(Reading):
         reader, total = self._reader, self._reader.allocated
         size = layout2.snapshot_size(reader.log_start) if reader.log_start else None
         damage: BackupError | None = None
+        rewinds = Rewinds()
         try:
-            for head, found in effective(reader, size):
+            for head, found in effective(rewinds.seen(reader), size):
                 yield Step(found, head.end, total)
         except BackupError as error:
             damage = error
@@ -316,6 +343,7 @@ class FileReading(Reading):
             last_change_ns=last.time_ns if reader.last else None,
             torn_tail=reader.tail.kind is TailKind.TORN,
             damage=damage or reader.damage,
+            notes=rewinds.notes(),
         )
         yield Step(ending, reader.position if ending.damage else total, total)
 

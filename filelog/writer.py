@@ -131,6 +131,7 @@ def write_log(
     machine: str,
     changes: Sequence[Change] = (),
     like: str | None = None,
+    flush_step: int = FLUSH_STEP,
 ) -> None:
     """Write a new log of ``snapshot`` (or an empty one) to the new file ``path``.
 
@@ -140,9 +141,10 @@ def write_log(
         owner: who may write to it, 16 bytes, on ``machine``.
         changes: what follows the snapshot.
         like: see durable.create.
+        flush_step: see LogWriter.
     """
     size = os.path.getsize(snapshot.path) if snapshot else 0
-    writer = LogWriter(path, secrets.token_bytes(16), size, like=like)
+    writer = LogWriter(path, secrets.token_bytes(16), size, flush_step, like)
     try:
         if snapshot is not None:
             begin = BEFORE_FIRST._replace(

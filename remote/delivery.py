@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from backend import NOBODY, log, new_session, taken_over
+from backend import NOBODY, log, session_over_2, taken_over
 from errors import BackupError
 from filelog import layout2
 from filelog.layout2 import Head, Kind
@@ -54,11 +54,24 @@ class Delivery:
         self._owner = owner
         self._connect(time.monotonic())
         details = self.known.details
-        self.session = new_session(owner or (details.session if details else NOBODY))
+        self.session = session_over_2(owner or (details.session if details else NOBODY))
+
+    def link(self) -> Link | None:
+        """The writer's connection, made anew if it was closed; None if nobody has opened it."""
+        if self._link is None and self.session != NOBODY:
+            self._connect(time.monotonic())
+        return self._link
+
+    def look(self) -> None:
+        """Ask the server what it holds now."""
+        try:
+            self._ask()
+        except OSError:
+            self._connect(time.monotonic())
 
     def go_on_as(self, owner: bytes) -> None:
         """Write as ``owner`` from now on."""
-        self._owner, self.session = owner, new_session(owner)
+        self._owner, self.session = owner, session_over_2(owner)
 
     def deliver(self, head: Head, payload: bytes) -> None:
         """Send a record until its ACK came, or METADATA shows that it is stored.
@@ -140,11 +153,8 @@ class Delivery:
         )
 
     def _look_again(self, head: Head) -> None:
-        """Ask the server what it holds now that ``head`` is stored."""
-        try:
-            self._ask()
-        except OSError:
-            self._connect(time.monotonic())
+        """``look``, now that ``head`` is stored."""
+        self.look()
         if head.kind == Kind.REWIND and self.known.version != head.version:
             raise Diverged(NackCode.INVALID, "it has forgotten a rewind that it acknowledged")
 

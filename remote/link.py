@@ -7,6 +7,7 @@ import platform
 from collections import deque
 
 import protocol
+from backend import Status
 from errors import CLI, OLD_COPY, OWN_STATE, BackupError
 from filelog.layout2 import Head
 from protocol import Metadata, Nack, NackCode, Packet, PacketType, ProtocolError
@@ -23,6 +24,7 @@ TIMEOUT_STEP_S = 10
 """A timeout grows in steps: to set another one is a call of the system."""
 SNAPSHOT_TIMEOUT_S = 3600.0
 """A server verifies a snapshot before it answers."""
+LAST_WORDS_S = 1.0
 COMPACT_TIMEOUT_S = 6 * 3600.0
 """Keepalive notices a server that is gone much earlier."""
 
@@ -77,6 +79,10 @@ NEXT_STEPS = {
     NackCode.OTHER_HISTORY: OWN_STATE,
     NackCode.OLD_SNAPSHOT: f"{OLD_COPY} `{CLI} restore URL DEST`. {OWN_STATE}",
     NackCode.INVALID: "Look at both logs before you start lightningd again.",
+    NackCode.NO_ROOM: "Make room on the disk of the server, then try again.",
+    NackCode.OTHER_NODE: "Check the URL: nodes never share a backup. If it is right that this"
+    f" node's takes its place, stop it and run `{CLI} resync --override --lightning-dir DIR`.",
+    NackCode.MANY_KEPT: "Move them away on the server's machine, then try again.",
     NackCode.DAMAGED: f"With the node stopped run `{CLI} resync --lightning-dir DIR`.",
     NackCode.READ_ONLY: "Use the server's other address, the one for the node.",
     NackCode.NOT_ALLOWED: "Start the server with --allow-user (--read-only-user for a reader), or"
@@ -120,6 +126,18 @@ class Link:
             raise ProtocolError("The server sent a SNAPSHOT that nobody asked for.")
         return event
 
+    def has_answer(self) -> bool:
+        """Whether something came already, before all was sent that it may be the answer to."""
+        return bool(self._events) or self._stream.has_data()
+
+    def last_words(self) -> Refused | None:
+        """The refusal that came before the connection was lost, if one did."""
+        with contextlib.suppress(OSError, ProtocolError):
+            packet = self.answer(LAST_WORDS_S)
+            if packet.type is PacketType.NACK:
+                return Refused(protocol.decode_nack(packet.payload))
+        return None
+
     def metadata(self, owner: bytes | None = None) -> Metadata:
         """Ask for METADATA, and agree on a protocol.
 
@@ -137,6 +155,16 @@ class Link:
         metadata = protocol.decode_metadata(packet.payload)
         self.protocol = metadata.protocol
         return metadata
+
+    def status(self) -> Status:
+        """Ask a server of protocol 2 for all that it knows of its backup."""
+        self.send(protocol.encode(PacketType.STATUS))
+        packet = self.answer()
+        if packet.type is PacketType.NACK:
+            raise Refused(protocol.decode_nack(packet.payload))
+        if packet.type is not PacketType.STATUS_RES:
+            raise ProtocolError(f"The server answered {packet.type.name} to STATUS.")
+        return protocol.decode_status(packet.payload)
 
     def send_record(self, head: Head, payload: bytes) -> None:
         """Send a change, a rewind or, in protocol 2, a piece of a snapshot."""

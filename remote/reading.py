@@ -9,7 +9,7 @@ from backend import Ending, Reading, Step
 from errors import BackupError
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
-from filelog.reader import effective
+from filelog.reader import Rewinds, effective
 from protocol import Metadata, PacketType, ProtocolError
 from remote import reading1
 from remote.address import HostPort
@@ -30,6 +30,7 @@ class SocketReading(Reading):
         self._expected = expected
         self._target = target
         self._last: Head | None = None
+        self._rewinds = Rewinds()
         self._version = self._position = self._total = 0
 
     def __iter__(self) -> Iterator[Step]:
@@ -47,7 +48,7 @@ class SocketReading(Reading):
                 f" what it sent ends at version {self._version}."
             )
         last_change_ns = self._last.time_ns if self._last else None
-        ending = Ending(self._version, last_change_ns, damage=damage)
+        ending = Ending(self._version, last_change_ns, damage=damage, notes=self._rewinds.notes())
         yield Step(ending, self._position, self._total)
 
     def _steps_1(self) -> Iterator[Step]:
@@ -56,7 +57,7 @@ class SocketReading(Reading):
             yield Step(found, 0, 0)
 
     def _steps(self) -> Iterator[Step]:
-        for head, found in effective(self._records()):
+        for head, found in effective(self._rewinds.seen(self._records())):
             yield Step(found, head.end, self._total)
 
     def _records(self) -> Iterator[tuple[Head, bytes]]:

@@ -40,8 +40,8 @@ class Client(Protocol):
     who: str
     machine: str
 
-    def ask(self, decide: Callable[[], Answer]) -> None:
-        """Have ``decide`` called when no other client's request is in hand, and answer it."""
+    def ask(self, decide: Callable[[], Answer]) -> Answer:
+        """Have ``decide`` called when no other client's request is in hand, and answer that."""
 
     def write(self, decide: Callable[[], Answer]) -> None:
         """``ask`` for what is appended: if the disk fails then, the server stops."""

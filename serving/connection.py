@@ -21,7 +21,7 @@ from serving.spool import Arrival
 from stream import Stream
 from upkeep.compaction import Compactor
 
-READS = frozenset({PacketType.REQ_METADATA, PacketType.RESTORE, PacketType.ACK})
+READS = frozenset({PacketType.REQ_METADATA, PacketType.RESTORE, PacketType.STATUS, PacketType.ACK})
 """What a connection may send that is for reading only."""
 
 
@@ -122,6 +122,9 @@ class Connection:
         if owner is not None and self._keeper.is_foreign(owner):
             text = f"{self.machine} as a writer: {self._keeper.whose()}"
             return self.refuse(text, NackCode.TAKEN_OVER)
+        damage = self._keeper.backend.damage
+        if owner is not None and damage is not None:
+            return self.refuse(f"{self.machine} as a writer: {damage.problem}", NackCode.DAMAGED)
         self._outgoing.send(self._speaks.metadata())
 
     def _refuse_part(self, part: SnapshotPart) -> None:
@@ -141,16 +144,22 @@ class Connection:
 
     # See client.Client
 
-    def ask(self, decide: Callable[[], Answer]) -> None:
+    def ask(self, decide: Callable[[], Answer]) -> Answer:
         """Call ``decide`` under the keeper's lock and send what it returns."""
         # The answer, too, under the lock: else who takes over, or a stop of the server, could end
         # this connection between a deed and its ACK. So it is sent at once or never.
         with self._keeper.lock:
-            self.answer(decide())
+            answer = decide()
+            self.answer(answer)
+        return answer
 
     def write(self, decide: Callable[[], Answer]) -> None:
         """``ask`` for what is appended: if the disk fails then, the server stops."""
-        self._host.guard(lambda: self.ask(decide))
+
+        def ask() -> None:
+            self.ask(decide)
+
+        self._host.guard(ask)
 
     def refuse(self, reason: str, code: NackCode = NackCode.OTHER) -> None:
         """Answer that nothing was stored, and why."""

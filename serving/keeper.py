@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
+import space
 from backend import NOBODY, NOTICE, RELEASE, Snapshot, log, taken_over, utc
 from decisions import may_write
+from errors import Unsound
 from filebackend import FileBackend
+from filelog import former
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
 from protocol import Details, Metadata, Nack, NackCode
 from serving import rules
 from serving.client import Answer, Client, Stored
-from serving.rules import Act, Decision, Reason, State
+from serving.rules import Act, Decision, Offer, Reason, State
+from upkeep.examine import Findings, examine
 
 SERVER_NAME = f"backup-cli server {RELEASE}"
+Rule = Callable[[State, Offer], Decision]
+
+
+class Ready(NamedTuple):
+    """A new backup that only has to take its place.
+
+    Attributes:
+        log: its file.
+        found: what its database is.
+        compared: id of the backup that it was compared with.
+    """
+
+    log: str
+    snapshot: Snapshot
+    offer: Offer
+    found: Findings
+    compared: bytes
+
+
 MAX_SEEN = 100
 """Peers that are remembered as writers."""
 FOREIGN = frozenset(
@@ -34,9 +59,11 @@ class Keeper:
 
     Args:
         backend: open for writing.
+        allows_1: protocol 1 may write also after protocol 2 has.
     """
 
-    def __init__(self, backend: FileBackend) -> None:
+    def __init__(self, backend: FileBackend, allows_1: bool = False) -> None:
+        self._allows_1 = allows_1
         self.backend = backend
         self.lock = threading.Lock()
         self._writer: Client | None = None
@@ -49,6 +76,8 @@ class Keeper:
         """Peers and machines that have written: each is named in the log once."""
         self._superseded: set[bytes] = set()
         """Sessions that wrote, and after which another one wrote."""
+        self._node: tuple[bytes, str | None] = b"", None
+        """The id of the backup whose node was last looked for, and that."""
 
     # What is asked without writing
 
@@ -97,11 +126,35 @@ class Keeper:
             return "this backup is nobody's: it is not the one that this node wrote"
         return f"the backup belongs to another node: {taken}"
 
-    def old_snapshot(self, version: int) -> str:
-        """Why a snapshot of ``version`` need not come at all, or ""."""
-        if version >= self.backend.version:
-            return ""
-        return self._words(Reason.OLD_SNAPSHOT)
+    def refusal(self, client: Client, offer: Offer, rule: Rule) -> Reason | None:
+        """Why the snapshot that ``client`` offers need not come at all, as it is now."""
+        with self.lock:
+            return rule(self.state(client), offer).reason
+
+    def prepare(self, client: Client, snapshot: Snapshot, offer: Offer) -> Ready:
+        """Look at a snapshot that came, and make a backup of it beside this one.
+
+        Changes go on meanwhile: not under ``lock``.
+
+        Raises:
+            BackupError: it is not sound, or not what it was called; or there is no room.
+        """
+        backend, backup_id = self.backend, self.backend.newest.backup_id
+        is_known = offer.override or self._node[0] == backup_id
+        old = 0 if is_known else backend.snapshot_size  # Its node stands there.
+        space.require(snapshot.path, os.path.getsize(snapshot.path) + old)
+        found = examine(snapshot.path, None if is_known else backend.path)
+        if found.problems:
+            raise Unsound(f"It is not sound: {'; '.join(found.problems)}.")
+        if found.version != snapshot.version:
+            raise Unsound(f"It is called version {snapshot.version}, but holds {found.version}.")
+        if is_known:
+            found = found._replace(of_backup=self._node[1])
+        else:
+            self._node = backup_id, found.of_backup
+        built = f"{snapshot.path}-log"
+        backend.build(built, snapshot, offer.owner, machine=client.machine)
+        return Ready(built, snapshot, offer, found, backup_id)
 
     def is_writer(self, client: Client) -> bool:
         """Whether ``client`` was the last to write."""
@@ -132,41 +185,43 @@ class Keeper:
 
         return self.carry_out(client, decision, "the take-over", add, stored)
 
-    def replace(
-        self,
-        client: Client,
-        snapshot: Snapshot,
-        owner: bytes,
-        rule: Callable[[State, int], Decision] = rules.snapshot,
-    ) -> Answer:
-        """Start over with ``snapshot``, or refuse it.
+    def replace(self, client: Client, ready: Ready, rule: Rule = rules.snapshot) -> Answer:
+        """Start over with what ``prepare`` made, or refuse it.
 
         Args:
-            owner: whose the backup is then.
-            rule: says whether that may be.
+            rule: says whether that may be: the backup may have changed meanwhile.
         """
-
-        def start_over() -> None:
-            kept = self.backend.replace(snapshot, owner, machine=client.machine)
-            log.log(
-                NOTICE,
-                f"{client}: the backup starts over with a snapshot of version"
-                f" {snapshot.version}; the old one "
-                + (f"is kept as {kept}" if kept else "was empty"),
-            )
-
+        _, snapshot, offer, found, compared = ready
+        decision = rule(self.state(client), offer)
+        if decision.reason is None and compared != self.backend.newest.backup_id:
+            decision = Decision(Act.REFUSE, Reason.MOVED_ON)
+        elif decision.reason is None:
+            kept = former.count(self.backend.path)
+            decision = rules.in_place(offer, found.node, found.of_backup, kept)
         return self.carry_out(
             client,
-            rule(self.state(client), snapshot.version),
+            decision,
             f"the snapshot of version {snapshot.version}",
-            start_over,
+            lambda: self._start_over(client, ready),
             Stored(snapshot.version, snapshot.chain),
+        )
+
+    def _start_over(self, client: Client, ready: Ready) -> None:
+        kept = self.backend.put(ready.log)
+        self._node = self.backend.newest.backup_id, ready.found.node
+        log.log(
+            NOTICE,
+            f"{client}: the backup starts over with a snapshot of version"
+            f" {ready.snapshot.version}; the old one "
+            + (f"is kept as {kept}" if kept else "was empty"),
         )
 
     def state(self, client: Client) -> State:
         """What the rules need to know when ``client`` asks."""
         outdated = client.number < self._newest_writer
-        return State(self.backend.newest, self._superseded, self.is_writer(client), outdated)
+        damaged = self.backend.damage is not None
+        asking = self.is_writer(client), outdated, damaged, self._allows_1
+        return State(self.backend.newest, self._superseded, *asking)
 
     def carry_out(
         self,
@@ -185,7 +240,7 @@ class Keeper:
         if decision.superseded is not None:
             self._superseded.add(decision.superseded)
         if decision.reason is not None:
-            text = f"refused {what}: {self._words(decision.reason)}"
+            text = f"refused {what}: {self.words(decision.reason)}"
             return Nack(self.backend.version, decision.reason.code, text)
         if decision.act is Act.KNOWN:
             log.info(f"{client}: version {stored.version} came again; it is stored already")
@@ -195,13 +250,16 @@ class Keeper:
             self._last = client.machine, client.who, time.time_ns()
         return stored
 
-    def _words(self, reason: Reason) -> str:
+    def words(self, reason: Reason) -> str:
+        """Why nothing is stored, for people."""
         newest = self.backend.newest
         words = reason.text.format(
             version=newest.version,
             previous=self.backend.prev_version,
             whose=self.whose() if reason is Reason.OTHER_OWNER else "",
             taken_over=taken_over(newest.version, newest.time_ns),
+            path=self.backend.path,
+            damage=self.backend.damage.problem if self.backend.damage else "",
         )
         by = self._last_writer() if reason.code in FOREIGN else ""
         return f"{words}; last written by {by}" if by else words

@@ -13,13 +13,14 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator
 
 import protocol
-from backend import NOBODY, Beginning, Change, Ending, Found, Snapshot, Step
+from backend import Beginning, Change, Ending, Found, Step
 from errors import InvalidChange
 from protocol import Event, Nack, PacketType, SnapshotPart
 from serving import rules
 from serving.client import Answer, Client, Dropped, Stored
 from serving.keeper import Keeper
 from serving.outgoing import BLOCK_SIZE, Outgoing
+from serving.rules import Offer
 from serving.spool import Arrival
 
 
@@ -81,17 +82,14 @@ class Protocol1:
     def _take_snapshot(self, part: SnapshotPart) -> None:
         if part.first:
             self._inflater = protocol.Inflater(protocol.MAX_SNAPSHOT_SIZE)
-            self._arrival.begin(part.version)
+            self._arrival.begin(Offer(part.version), rules.snapshot_1)
         if self._arrival.is_wanted:
             for piece in self._inflater.feed(part.data):
                 self._arrival.add(piece)
         if part.last:
             if self._arrival.is_wanted:
                 self._inflater.finish()
-            self._arrival.end(part.version, self._replace)
-
-    def _replace(self, snapshot: Snapshot) -> Answer:
-        return self._keeper.replace(self._client, snapshot, NOBODY, rules.snapshot_1)
+            self._arrival.end()
 
     def metadata(self) -> bytes:
         """The answer to REQ_METADATA: numbers only."""

@@ -6,7 +6,7 @@ import contextlib
 
 import protocol
 from backend import log, payload_bumps
-from errors import InvalidChange
+from errors import BackupError, InvalidChange
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from filelog.reader import LogReader
@@ -15,6 +15,7 @@ from serving import rules
 from serving.client import Answer, Client, Dropped
 from serving.keeper import Keeper
 from serving.outgoing import BLOCK_SIZE, Outgoing
+from serving.rules import Offer
 from serving.spool import Arrival
 
 
@@ -40,6 +41,8 @@ class Protocol2:
         """Store what the client sends; Dropped if that may not come."""
         if isinstance(event, SnapshotPart):
             raise Dropped("SNAPSHOT may not come now")
+        if event.type is PacketType.STATUS:
+            return self._tell_status()
         if event.type is not PacketType.RECORD:
             raise Dropped(f"{event.type.name} may not come now")
         head, payload = self._unpacker.unpack(event.payload)
@@ -57,17 +60,20 @@ class Protocol2:
                 return self._client.refuse(what, NackCode.INVALID)
         self._client.write(lambda: self._keeper.record(self._client, head, payload))
 
+    def _tell_status(self) -> None:
+        try:
+            found = self._keeper.backend.status()
+        except BackupError as error:
+            return self._client.refuse(f"a status: {error.problem}")
+        self._outgoing.send(protocol.encode_status(found))
+
     def _take_piece(self, head: Head, payload: bytes) -> None:
-        override = bool(head.flags & protocol.OVERRIDE)
         if self._arrival.chain != head.chain:
-            self._arrival.begin(head.version, head.chain, override)
+            offer = Offer(head.version, head.session, bool(head.flags & protocol.OVERRIDE))
+            self._arrival.begin(offer, rules.snapshot, head.chain)
         self._arrival.add(payload)
         if head.flags & layout2.FINAL:
-            owner = head.session
-            rule = rules.overriding_snapshot if override else rules.snapshot
-            self._arrival.end(
-                head.version, lambda found: self._keeper.replace(self._client, found, owner, rule)
-            )
+            self._arrival.end()
 
     def metadata(self) -> bytes:
         """The answer to REQ_METADATA."""

@@ -9,11 +9,14 @@ import enum
 from collections.abc import Set
 from typing import NamedTuple
 
-from backend import NOBODY, TAG_SIZE
-from decisions import Verdict, judge, may_write
-from filelog import layout2
+from backend import EMPTY_CHAIN, NOBODY, is_over_2
+from decisions import Verdict, judge, may_replace, may_write
+from filelog import former, layout2
 from filelog.layout2 import Head, Kind
 from protocol import NackCode
+
+MOST_KEPT = 2 * former.AT_MOST
+"""Backups kept beside a served one, at which a snapshot with ``override`` is refused."""
 
 
 class Act(enum.Enum):
@@ -30,7 +33,8 @@ class Reason(enum.Enum):
     Attributes:
         code: for the client's program.
         text: for people; ``{version}`` is the backup's, ``{previous}`` the one before its last
-            change, ``{whose}`` and ``{taken_over}`` tell of who else wrote.
+            change, ``{whose}`` and ``{taken_over}`` tell of who else wrote, ``{path}`` is its
+            file, ``{damage}`` what does not hold.
     """
 
     code: NackCode
@@ -46,6 +50,7 @@ class Reason(enum.Enum):
         "it continues another history than the backup's, which is at version {version}",
     )
     MOVED_ON = NackCode.OTHER_HISTORY, "the backup has moved on, or is of another history"
+    DAMAGED = NackCode.DAMAGED, "{damage}"
     NO_REWIND = NackCode.INVALID, "the last change cannot be taken back"
     OUT_OF_DATE = (
         NackCode.OUT_OF_DATE,
@@ -60,9 +65,21 @@ class Reason(enum.Enum):
         "it is older than the backup, at version {version}",
     )
     NEWER_CONNECTION = NackCode.OTHER, "a newer connection has written"
+    OTHER_NODE = (
+        NackCode.OTHER_NODE,
+        "it is of another node than the backup: only `resync --override` may put it in its place",
+    )
+    MANY_KEPT = (
+        NackCode.MANY_KEPT,
+        "backups that were replaced are kept beside it already, {path}.old-*, and none of them is"
+        " removed for another node",
+    )
 
     # Protocol 1, whose clients are told no reason: for the log alone.
-    OWNED = NackCode.OTHER, "the backup belongs to a node that writes with protocol 2"
+    OWNED = (
+        NackCode.OTHER,
+        "a node that speaks protocol 2 has written to the backup (see --allow-protocol-1)",
+    )
     NOTHING_TO_REWIND = NackCode.OTHER, "the last entry is not a change that can be taken back"
     OTHER_REWIND = NackCode.OTHER, "it could only go back to version {previous}"
     HAS_WRITTEN = NackCode.OTHER, "this connection has written already"
@@ -76,17 +93,35 @@ class State(NamedTuple):
         superseded: sessions that wrote, or tried to, and after which another one wrote.
         is_writer: the connection that asks was the last to write.
         outdated: a connection that came after it has written.
+        damaged: the backup is, so ``newest`` may stand behind the damage.
+        allows_1: protocol 1 may write also after protocol 2.
     """
 
     newest: Head
     superseded: Set[bytes]
     is_writer: bool
     outdated: bool
+    damaged: bool = False
+    allows_1: bool = False
 
     @property
     def is_owned(self) -> bool:
-        """Whether the backup has an owner."""
-        return self.newest.tag != NOBODY[:TAG_SIZE]
+        """Whether protocol 1 may not write to it: a node that speaks 2 has written."""
+        return is_over_2(self.newest.session) and not self.allows_1
+
+
+class Offer(NamedTuple):
+    """A snapshot that the backup is to start over with.
+
+    Attributes:
+        owner: whose the backup is to be.
+        override: its sender knows that what is there is somebody else's: another owner's or
+            another node's, or a newer state.
+    """
+
+    version: int
+    owner: bytes = NOBODY
+    override: bool = False
 
 
 class Decision(NamedTuple):
@@ -112,6 +147,8 @@ def _refuse(reason: Reason, superseded: bytes | None = None) -> Decision:
 def record(state: State, head: Head) -> Decision:
     """A change or a rewind: owner and session first, then the chain, then the version."""
     newest = state.newest
+    if state.damaged:
+        return _refuse(Reason.DAMAGED)
     if (head.chain, head.session) == (newest.chain, newest.session) and not state.outdated:
         return _KNOWN
     if not may_write(newest.tag, head.session):
@@ -153,22 +190,43 @@ def _verdict(newest: Head, base: int) -> Reason | None:
 def take_over(state: State, head: Head) -> Decision:
     """The record of another owner, which is taken from whoever knows the newest record."""
     newest = state.newest
+    if state.damaged:
+        return _refuse(Reason.DAMAGED)
     known = (head.chain_before, head.chain) == (newest.chain_before, newest.chain)
     if not known or state.outdated:
         return _refuse(Reason.MOVED_ON)
     return _KNOWN if head.session == newest.session else _STORE
 
 
-def snapshot(state: State, version: int) -> Decision:
-    """A snapshot that the backup is to start over with, whoever's that was."""
+def snapshot(state: State, offer: Offer) -> Decision:
+    """A snapshot that the backup is to start over with."""
     if state.outdated:
         return _refuse(Reason.NEWER_CONNECTION)
-    return _refuse(Reason.OLD_SNAPSHOT) if version < state.newest.version else _STORE
+    newest = state.newest
+    # An empty one is everybody's: an `init` that was given up leaves its owner there.
+    is_owners = (newest.chain == EMPTY_CHAIN and not state.damaged) or may_replace(
+        newest.tag, offer.owner
+    )
+    if offer.override:
+        return _STORE
+    if not is_owners:
+        return _refuse(Reason.OTHER_OWNER)
+    return _refuse(Reason.OLD_SNAPSHOT) if offer.version < newest.version else _STORE
 
 
-def overriding_snapshot(state: State, version: int) -> Decision:
-    """A snapshot of an operator who knows that what is there is somebody else's."""
-    return _refuse(Reason.NEWER_CONNECTION) if state.outdated else _STORE
+def in_place(offer: Offer, node: str | None, of_backup: str | None, kept: int) -> Decision:
+    """A snapshot that was looked at, when it is to take the backup's place.
+
+    Args:
+        node: whose database it is, None: it does not say.
+        of_backup: that of the backup, None: not known.
+        kept: backups beside it whose place another one has taken.
+    """
+    if offer.override:  # None of them is removed then: one may be the copy that is missed.
+        return _refuse(Reason.MANY_KEPT) if kept >= MOST_KEPT else _STORE
+    if None not in (node, of_backup) and node != of_backup:
+        return _refuse(Reason.OTHER_NODE)
+    return _STORE
 
 
 # Protocol 1, whose clients name neither owner nor chain: they write what is nobody's.
@@ -181,8 +239,8 @@ def change_1(state: State, base: int, bumps: bool, is_last: bool) -> Decision:
         base, bumps: see backend.Change.
         is_last: it is, by content, the backup's newest record.
     """
-    if state.is_owned:
-        return _refuse(Reason.OWNED)
+    if state.is_owned or state.damaged:
+        return _refuse(Reason.OWNED if state.is_owned else Reason.DAMAGED)
     # A PRAGMA that comes twice over one connection was announced twice.
     if is_last and (bumps or not state.is_writer) and not state.outdated:
         return _KNOWN
@@ -195,8 +253,8 @@ def change_1(state: State, base: int, bumps: bool, is_last: bool) -> Decision:
 def rewind_1(state: State, version: int) -> Decision:
     """A rewind of protocol 1, back to ``version``: the first that a connection writes."""
     newest = state.newest
-    if state.is_owned:
-        return _refuse(Reason.OWNED)
+    if state.is_owned or state.damaged:
+        return _refuse(Reason.OWNED if state.is_owned else Reason.DAMAGED)
     if not newest.rewindable:
         return _refuse(Reason.NOTHING_TO_REWIND)
     if version != newest.version - 1:
@@ -206,8 +264,8 @@ def rewind_1(state: State, version: int) -> Decision:
     return _refuse(Reason.NEWER_CONNECTION) if state.outdated else _STORE
 
 
-def snapshot_1(state: State, version: int) -> Decision:
+def snapshot_1(state: State, offer: Offer) -> Decision:
     """A snapshot of protocol 1."""
     if state.is_owned and not state.outdated:
         return _refuse(Reason.OWNED)
-    return snapshot(state, version)
+    return snapshot(state, offer)

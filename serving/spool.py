@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import durable
 import space
 from backend import Snapshot
-from errors import DiskError
-from protocol import NackCode, ProtocolError
-from serving.client import Answer, Client, Dropped
-from serving.keeper import Keeper
-from wallet import database, restore
+from errors import BackupError, DiskError
+from filelog import former
+from protocol import NackCode
+from serving import rules
+from serving.client import Client, Stored
+from serving.keeper import Keeper, Rule
+from serving.rules import Offer
+from space import NoRoom
+from wallet import restore
 
-MIN_FREE_BYTES = space.RESERVE
-"""A snapshot that comes in leaves the disk at least this much for changes."""
 SPACE_CHECK_BYTES = 16 << 20
 """Bytes of a snapshot between two looks at the free space."""
 
@@ -33,43 +35,65 @@ class Arrival:
         self.chain: bytes | None = None
         self._client = client
         self._keeper = keeper
-        self._refused = ""
+        self._offer = Offer(0)
+        self._rule: Rule = rules.snapshot
         self._spool: Spool | None = None
 
     @property
     def is_wanted(self) -> bool:
-        """Whether its pieces are of any use: it was not refused when it began."""
+        """Whether its pieces are of any use: it was not refused."""
         return self._spool is not None
 
-    def begin(self, version: int, chain: bytes | None = None, override: bool = False) -> None:
+    def begin(self, offer: Offer, rule: Rule, chain: bytes | None = None) -> None:
         """Another snapshot comes; what came of the one before is dropped.
 
         Args:
-            override: also if it is older than the backup.
+            rule: says whether it may take the backup's place.
         """
         self.drop()
-        self.chain = chain
-        self._refused = "" if override else self._keeper.old_snapshot(version)
-        if not self._refused:
-            path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
-            snapshot = Snapshot(path, version) if chain is None else Snapshot(path, version, chain)
-            self._spool = Spool(snapshot)
+        self.chain, self._offer, self._rule = chain, offer, rule
+        reason = self._keeper.refusal(self._client, offer, rule)
+        if reason is not None:
+            return self._refuse(self._keeper.words(reason), reason.code)
+        path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
+        given = (offer.version,) if chain is None else (offer.version, chain)
+        with self._refusing():
+            self._spool = Spool(Snapshot(path, *given))
 
     def add(self, piece: bytes) -> None:
-        """Take a piece; Dropped if the disk has no room for it."""
+        """Take a piece."""
         if self._spool is not None:
-            self._spool.add(piece)
+            with self._refusing():
+                self._spool.add(piece)
 
-    def end(self, version: int, replace: Callable[[Snapshot], Answer]) -> None:
-        """All of it came: call ``replace`` with it if it holds ``version``, and answer."""
+    def end(self) -> None:
+        """All of it came: if it is sound, it takes the backup's place."""
         self.chain = None
         if self._spool is None:
-            what = f"a snapshot of version {version}: {self._refused}"
-            return self._client.refuse(what, NackCode.OLD_SNAPSHOT)
-        self._spool.finish()
-        snapshot = self._spool.snapshot
-        self._client.ask(lambda: replace(snapshot))
+            return  # That was said already.
+        with self._refusing():
+            self._spool.finish()
+            ready = self._keeper.prepare(self._client, self._spool.snapshot, self._offer)
+        if self._spool is None:
+            return
+        answer = self._client.ask(lambda: self._keeper.replace(self._client, ready, self._rule))
         self.drop()
+        if isinstance(answer, Stored) and not self._offer.override:
+            former.prune(self._keeper.backend.path)  # The new one was read whole.
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What goes wrong is answered at once; what still comes of this snapshot is read past."""
+        try:
+            yield
+        except BackupError as error:
+            is_full = isinstance(error, DiskError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            code = NackCode.NO_ROOM if is_full or isinstance(error, NoRoom) else NackCode.INVALID
+            self._refuse(error.problem, code)
+
+    def _refuse(self, why: str, code: NackCode) -> None:
+        self.drop()
+        self._client.refuse(f"a snapshot of version {self._offer.version}: {why.rstrip('.')}", code)
 
     def drop(self) -> None:
         """Remove what came."""
@@ -99,30 +123,23 @@ class Spool:
             raise DiskError(self.snapshot.path, error, "write") from error
 
     def add(self, piece: bytes) -> None:
-        """Take a piece; Dropped if the disk has no room for it."""
+        """Take a piece; NoRoom if with a log of all that came the disk would be full."""
         self._unchecked += len(piece)
         if self._unchecked >= SPACE_CHECK_BYTES:
             self._unchecked = 0
-            self._check_space()
+            space.require(self.snapshot.path, self._file.tell() + len(piece))
         with self._writing():
             self._file.write(piece)
 
-    def _check_space(self) -> None:
-        if shutil.disk_usage(os.path.dirname(self.snapshot.path)).free < MIN_FREE_BYTES:
-            raise Dropped("the disk has no room for this snapshot")
-
     def finish(self) -> None:
-        """Check that the file is the database it claims to be."""
+        """All of it is written."""
         with self._writing():
             self._file.close()
-        found = database.version_of(self.snapshot.path)
-        if found != self.snapshot.version:
-            raise ProtocolError(
-                f"The snapshot is called version {self.snapshot.version}, but holds {found}."
-            )
 
     def close(self) -> None:
         """Remove the scratch file."""
         with contextlib.suppress(OSError):  # What is still in memory may find no room.
             self._file.close()
         restore.remove_database(self.snapshot.path)
+        restore.remove_database(f"{self.snapshot.path}-backup")
+        durable.discard(f"{self.snapshot.path}-log")

@@ -35,6 +35,7 @@ from filelog.layout2 import Tail, TailKind
 from serving import spool
 from serving.client import Stored
 from serving.keeper import Keeper
+from serving.rules import Offer
 from tests import support
 from tests.disk import Disk, Fault, Files, Killed, Model, standing_in
 from upkeep import compaction, upgrade
@@ -413,7 +414,7 @@ class Aftermath:
 
     def _put_back(self) -> None:
         """Without hard links the old file had to be moved, and the new one is not there yet."""
-        (kept,) = (name for name in self._before if ".old-" in name)
+        *_, kept = sorted(name for name in self._before if ".old-" in name)
         os.rename(os.path.join(self._directory, kept), self._path)
         self._before = self._files()
 
@@ -578,6 +579,28 @@ class Life:
         self.node = self.stored = history
         self.mark({history}, (history,), redo, kept)
         self.start()
+
+    def heal(self) -> None:
+        """The node ran without its plugin, which takes a snapshot in its first hook."""
+        self.stop()
+        version = version_of(self.node) + self.rng.randrange(1, 4)
+        version = max(version, version_of(self.stored) + 1)
+        source, history = self.library.snapshot(version, self._text(20))
+        kept, redo = self._kept(), Redo("replace", source, history)
+        self.mark({self.stored, history, *self._gone()}, (history,), redo, kept)
+        self.start()
+        backend, session = self.backend, self._session
+        assert session is not None
+        change = next_change(history, self._text(20))
+        try:
+            session.write(change)
+        except OutOfDate:
+            backend.replace(Snapshot(source, version))
+        else:
+            raise AssertionError("a gap is never bridged")
+        self.node = self.stored = history
+        self.mark({history}, (history,), redo, kept)
+        self.write()
 
     def _kept(self) -> History | None:
         is_empty = self.stored == () and not self._has_records()
@@ -773,13 +796,15 @@ class Life:
         with open(source, "rb") as file:
             data = file.read()
         coming = spool.Spool(Snapshot(f"{self.backend.scratch_prefix}in-1", version))
+        offer = Offer(version, self.rng.randbytes(16), override=True)
         try:
             for start in range(0, len(data), 1000):
                 coming.add(data[start : start + 1000])
             coming.finish()
             redo, kept = Redo("replace", source, history), self._kept()
             self.mark({self.stored, history, *self._gone()}, (history,), redo, kept)
-            answer = keeper.replace(client, coming.snapshot, self.rng.randbytes(16))
+            ready = keeper.prepare(client, coming.snapshot, offer)
+            answer = keeper.replace(client, ready)
         finally:
             coming.close()
         assert answer == Stored(version, coming.snapshot.chain)
@@ -935,6 +960,17 @@ def resync(life: Life) -> None:
     life.write()
 
 
+def healing(life: Life) -> None:
+    life.init()
+    life.start()
+    life.write()
+    life.heal()
+    life.write()
+    life.restart(lost=True)
+    life.write()
+    life.heal()
+
+
 def upgrading(life: Life) -> None:
     life.take_over(snapshot=life.rng.random() < 0.7, changes=life.rng.randrange(1, 6))
     life.start()
@@ -1020,10 +1056,11 @@ STEPS: dict[str, Callable[[Life], None]] = {
     "forget": _forget,
     "cut the power": _cut_the_power,
     "resync": Life.resync,
+    "heal": Life.heal,
     "compact": lambda life: life.compact(life.rng.randrange(3)),
     "a snapshot arrives": Life.snapshot_arrives,
 }
-WEIGHTS = (40, 6, 6, 8, 10, 8, 8, 8, 4, 6, 4)
+WEIGHTS = (40, 6, 6, 8, 10, 8, 8, 8, 4, 4, 6, 4)
 
 SCENARIOS: dict[str, Callable[[Life], None]] = {
     "init": init,
@@ -1037,6 +1074,8 @@ SCENARIOS: dict[str, Callable[[Life], None]] = {
     "torn tail badly cut": torn_tail_badly_cut,
     "resync": resync,
     "resync, no links": resync,
+    "heal": healing,
+    "heal, no links": healing,
     "upgrade": upgrading,
     "upgrade, no links": upgrading,
     "compaction": compacting,

@@ -271,6 +271,12 @@ def contents(directory: Path) -> dict[str, str]:
     return found
 
 
+def change_lock(directory: Path, **values: object) -> None:
+    """Add ``values`` to backup.lock, as an operator does by hand."""
+    path = directory / "backup.lock"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def make_backup(url: str, calls: Sequence[Call] = ()) -> Path:
     """A new backup of one session of ``calls``, without a snapshot; its file."""
     backend = FileBackend(url)

@@ -14,8 +14,10 @@ from decisions import (
     Verdict,
     judge,
     may_attach,
+    may_heal,
     may_replace,
     may_resync,
+    may_stand_for,
     may_upgrade,
     may_write,
 )
@@ -107,6 +109,36 @@ def test_only_the_owner_writes_and_nobodys_backup_may_be_started_over() -> None:
         assert may_write(found[:8], session) == same
         assert may_replace(found[:8], owner) == (same or found == nobody)
         assert may_replace(None, owner)
+
+
+def test_what_heals_in_the_hook() -> None:
+    seen = set()
+    for verdict in Verdict:
+        for first, off, lost, end_holds, unknown in itertools.product(YES_NO, repeat=5):
+            found = may_heal(verdict, first, off, lost, end_holds, unknown)
+            # A node that lost state must not go on, and no running node gets ahead.
+            hopeless = verdict is Verdict.LOST_STATE or (
+                verdict is Verdict.OUT_OF_DATE and not first
+            )
+            may = not hopeless and end_holds and not lost and not off and not unknown
+            assert (found is None) == may, (verdict, first, off, lost, end_holds, unknown)
+            if hopeless:
+                assert found is not None and found.value == verdict.value
+            seen.add(found)
+    by_hand = {Obstacle.HEALING_OFF, Obstacle.LOST_BEFORE, Obstacle.DAMAGED_END}
+    by_hand |= {Obstacle.NOT_ITS_OWN}
+    assert seen == {None, Obstacle.LOST_STATE, Obstacle.OUT_OF_DATE} | by_hand
+
+
+def test_only_the_nodes_own_database_at_the_very_version_stands_for_a_backup() -> None:
+    seen = set()
+    for base, found in itertools.product(VERSIONS, repeat=2):
+        for node, backup in itertools.product([None, "a", "b"], repeat=2):
+            obstacle = may_stand_for(base, found, node, backup)
+            differ = {node, backup} == {"a", "b"}
+            assert (obstacle is None) == (base == found and not differ)
+            seen.add(obstacle)
+    assert seen == {None, Obstacle.OTHER_VERSION, Obstacle.OTHER_NODE}
 
 
 def test_decisions_look_at_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import struct
@@ -15,7 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import protocol
-from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, Change, bump, chain_after
+from backend import (
+    EMPTY_CHAIN,
+    MAX_CHANGE_SIZE,
+    MAX_CHUNK_SIZE,
+    Change,
+    Status,
+    bump,
+    chain_after,
+)
 from filelog.layout2 import BUMPS, FINAL, MAX_LENGTH, Head, Kind
 from protocol import (
     Decoder,
@@ -611,3 +620,67 @@ def test_random_and_mutated_packets(batch: list[bytes], size: int, to_server: bo
     for packet in batch:
         consume(packet, limits, size)
     consume(b"".join(batch), limits, size)
+
+
+# Status
+
+STATUS = Status(
+    url="file:///srv/node.bkp",
+    layout="file layout 2",
+    version=7,
+    prev_version=6,
+    version_count=8,
+    backup_id="ab" * 16,
+    owner="cd" * 8,
+    size=2**40,
+    damage="The backup is damaged.",
+    notes=["a note"],
+    warnings=["the disk is nearly full"],
+)
+
+
+def test_status_comes_back_as_it_went() -> None:
+    (packet,) = Decoder(protocol.TO_CLIENT).feed(protocol.encode_status(STATUS))
+    assert isinstance(packet, Packet) and packet.type is PacketType.STATUS_RES
+    assert protocol.decode_status(packet.payload) == STATUS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("version", "7"),
+        ("version", True),
+        ("version", -1),
+        ("version", None),
+        ("size", 2**63),
+        ("size", 1.5),
+        ("last_change_ns", 10**30),
+        ("layout", ["x"]),
+        ("damage", "x" * 4097),
+        ("owner", "no hex"),
+        ("backup_id", "ab" * 17),
+        ("torn_tail", 1),
+        ("notes", "a note"),
+        ("notes", [1]),
+        ("warnings", ["x"] * 17),
+    ],
+)
+def test_status_of_wrong_types_and_lengths_is_refused(name: str, value: object) -> None:
+    found = {**dataclasses.asdict(STATUS), name: value}
+    with pytest.raises(ProtocolError, match=f"wrong {name}"):
+        protocol.decode_status(json.dumps(found).encode())
+
+
+@pytest.mark.parametrize("payload", [b"", b"{", b"[]", b"[" * 100_000, b"\xff", b"9" * 5000])
+def test_status_that_is_no_object_is_refused(payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        protocol.decode_status(payload)
+
+
+def test_status_obeys_no_terminal_and_grows_with_releases() -> None:
+    found = {**dataclasses.asdict(STATUS), "damage": "\x1b[2Jgone\nnew", "new": {}}
+    del found["notes"], found["disk_free"]
+    status = protocol.decode_status(json.dumps(found).encode())
+    assert status.damage == "[2Jgone new" and status.notes == []
+    long = dataclasses.replace(STATUS, damage="x" * 10_000, warnings=["y" * 9000] * 40)
+    assert len(protocol.decode_status(protocol.encode_status(long)[5:]).warnings) == 16

@@ -15,7 +15,7 @@ from tests.support import ROOT
 LEVELS: tuple[dict[str, str], ...] = (
     {"backup-cli": "backup-cli", "demo": "demo", "packaging": "cln_backup"},
     {"commands": "commands"},
-    {"plugin": "backup pylnclient", "server": "server"},
+    {"plugin": "backup healing pylnclient", "server": "server"},
     {"destinations": "destinations", "serving": "serving"},
     {"upkeep": "upkeep"},
     {"file": "filebackend", "socket": "socketbackend"},

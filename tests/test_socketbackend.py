@@ -429,6 +429,7 @@ def check_commands(url: str, node_dir: Path, tmp_path: Path) -> None:
     assert compare(str(restored), str(database)) == []
     # The node runs on without the plugin.
     node_with_database(node_dir, 7)
+    support.change_lock(node_dir, heal="off")
     with support.PluginProcess(node_dir) as plugin:
         plugin.manifest()
         with pytest.raises(support.Refused):

@@ -18,8 +18,9 @@ import pytest
 import unixsocket
 from backend import Change, bump
 from errors import BackupError, ConfigError
+from protocol import Nack, NackCode, encode_nack
 from remote.address import connect, parse_socket_url
-from remote.link import Refused, Unreachable
+from remote.link import Link, Refused, Unreachable
 from socketbackend import SocketBackend
 from tests import peers, support
 from tests.peers import ACK, CHANGE, METADATA, NACK, OldClient, ServerProcess, pack_change
@@ -84,7 +85,7 @@ def test_a_node_and_its_backup(url: str, sock: Path, node_dir: Path, tmp_path: P
         check_way(f"{server.url}?retry_for=60", node_dir, tmp_path)
         support.run_cli("verify", server.url)
         support.run_cli("compact", server.url)
-        assert server.logged(f"user {pwd.getpwuid(os.geteuid()).pw_name}, process")
+        server.wait_for(f"user {unixsocket.name_of(os.geteuid())}, process")
         assert server.stop() == 0
     assert not sock.exists()
 
@@ -198,8 +199,9 @@ def test_a_stranger_is_turned_away(url: str, place: Path, sock: Path) -> None:
             with as_nobody(), pytest.raises(Refused, match="user nobody is none of") as caught:
                 SocketBackend(server.url).status()
             assert "--allow-user" in caught.value.next_step
-        assert sum("turned away" in line for line in server.lines) == 1
         write(server.url, 1)
+        server.stop()
+        assert sum("turned away" in line for line in server.lines) == 1
     with served(url, sock, "--group", group, "--allow-user", NOBODY) as server:
         with as_nobody():
             assert SocketBackend(f"{server.url}?peer=root").status().version == 1
@@ -207,6 +209,17 @@ def test_a_stranger_is_turned_away(url: str, place: Path, sock: Path) -> None:
     not_his = pytest.raises(Unreachable, match="user nobody may not use that socket")
     with served(url, sock) as server, as_nobody(), not_his:
         SocketBackend(server.url).status()
+
+
+def test_who_is_turned_away_before_he_said_anything_still_reads_why(sock: Path) -> None:
+    with unixsocket.listen(str(sock), None) as listener:
+        link = Link(parse_socket_url(f"socket:unix:{sock}"))
+        connection, _ = listener.accept()
+        connection.send(encode_nack(Nack(None, NackCode.NOT_ALLOWED, "not you")))
+        connection.close()
+        with pytest.raises(Refused, match="not you"):
+            link.metadata()
+        link.close()
 
 
 class Stranger:
@@ -245,7 +258,7 @@ def test_a_stranger_in_place_of_the_server_gets_nothing(
     support.make_backup(url)
     calls = support.first_changes(3)
     with served(url, sock) as server:
-        support.run_cli("init", "--lightning-dir", node_dir, f"{server.url}?retry_for=60")
+        support.run_cli("init", "--lightning-dir", node_dir, f"{server.url}?retry_for=600")
         plugin = support.PluginProcess(node_dir)
         plugin.manifest()
         plugin.write(*calls[0])

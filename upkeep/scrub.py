@@ -27,7 +27,7 @@ import durable
 from backend import Ending, Step, log
 from errors import CLI, BackupError, CheckRunning, Unsound
 from filebackend import FileBackend
-from filelog import proof
+from filelog import former, proof
 from filelog.proof import Proof
 from filelog.reader import FileReading
 from upkeep import child
@@ -163,6 +163,7 @@ class Scrubber:
         with self._lock:
             if backup_id != self._backend.newest.backup_id:
                 return
+            self._backend.unsound = changes.get("unsound", self._backend.unsound)
             try:
                 proof.note(path, backup_id, **changes)
             except OSError as error:
@@ -171,6 +172,8 @@ class Scrubber:
     def note_proven(self, backup_id: bytes) -> None:
         """The whole backup was read, replayed and found sound just now."""
         self.note(backup_id, **proof.proven_now())
+        if backup_id == self._backend.newest.backup_id:
+            former.prune(self._backend.path)
 
 
 def _scratch(prefix: str) -> str:

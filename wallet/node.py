@@ -11,8 +11,9 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import durable
 from backend import NOBODY
@@ -35,16 +36,66 @@ NETWORKS = (
 class LockFile:
     """What backup.lock says: JSON ``{"backend_url": "<url>", "owner": "<32 hex digits>"}``.
 
-    A file of the earlier plugin has no owner. ``"compact"`` may be added by hand.
+    A file of the earlier plugin has no owner. ``"compact"`` and ``"heal"`` may be added by hand;
+    what else is there stays.
 
     Attributes:
         compact: see compaction.parse_least; None if not given.
         owner: what the backup knows this node by, 16 bytes.
+        wallet: the node's database, if it is not in the directory: a path, relative to that.
+        node_id: which node the backup is of, in hex; None if that was not known yet.
+        heals: whether the plugin may bring the backup up to date by itself: ``"heal": "off"``.
+        lost_state: when a start was last refused because the node seemed to have lost some
+            state, in words, or None. It never heals from then on until `resync` or `attach`.
+        others: keys that are not known here, and their values.
     """
 
     backend_url: str
     compact: object = None
     owner: bytes = NOBODY
+    wallet: str | None = None
+    node_id: str | None = None
+    heals: bool = True
+    lost_state: str | None = None
+    others: Mapping[str, object] = field(default_factory=dict)
+
+    def as_json(self) -> bytes:
+        """The file's content."""
+        content: dict[str, object] = {**self.others, "backend_url": self.backend_url}
+        if self.owner != NOBODY:
+            content["owner"] = self.owner.hex()
+        if self.compact is not None:
+            content["compact"] = self.compact
+        if self.wallet is not None:
+            content["wallet"] = self.wallet
+        if self.node_id is not None:
+            content["node_id"] = self.node_id
+        if not self.heals:
+            content["heal"] = "off"
+        if self.lost_state is not None:
+            content["lost_state"] = self.lost_state
+        return json.dumps(content).encode()
+
+
+def _parse_lock_file(content: Any) -> LockFile:
+    """Raises ConfigError, or ValueError, TypeError or KeyError for what is damaged."""
+    others = dict(content)
+    url, compact = others.pop("backend_url"), others.pop("compact", None)
+    if not isinstance(url, str):
+        raise TypeError("backend_url is no string")
+    url.encode(errors="surrogateescape")  # JSON can hold what is no text, nor bytes.
+    owner = bytes.fromhex(others.pop("owner", NOBODY.hex()))
+    if len(owner) != len(NOBODY):
+        raise ValueError("owner is not of 16 bytes")
+    texts = {name: others.pop(name, None) for name in ("wallet", "node_id", "lost_state")}
+    for name, text in texts.items():
+        if text is not None and (not isinstance(text, str) or "\0" in text):
+            raise TypeError(f"{name} is no string")
+        (text or "").encode(errors="surrogateescape")
+    heal = others.pop("heal", "on")
+    if heal not in ("on", "off"):
+        raise ConfigError(f"heal is {heal!r:.40} in backup.lock.", 'Use "off", or leave it out.')
+    return LockFile(url, compact, owner, heals=heal == "on", others=others, **texts)
 
 
 def read_lock_file(directory: str) -> LockFile:
@@ -57,13 +108,7 @@ def read_lock_file(directory: str) -> LockFile:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        url = content["backend_url"]
-        if not isinstance(url, str):
-            raise TypeError("backend_url is no string")
-        owner = bytes.fromhex(content.get("owner", NOBODY.hex()))
-        if len(owner) != len(NOBODY):
-            raise ValueError("owner is not of 16 bytes")
-        url.encode(errors="surrogateescape")  # JSON can hold what is no text, nor bytes.
+        return _parse_lock_file(content)
     except FileNotFoundError as error:
         raise ConfigError(
             f"Could not find backup.lock in the lightning-dir {directory}.",
@@ -77,7 +122,6 @@ def read_lock_file(directory: str) -> LockFile:
             f'{path} is damaged: it should read {{"backend_url": "<url>"}}.',
             f"Move it away and run `{CLI} attach --lightning-dir {shlex.quote(directory)} URL`.",
         ) from error
-    return LockFile(url, content.get("compact"), owner)
 
 
 def write_lock_file(
@@ -99,13 +143,8 @@ def new_lock_file(
 ) -> Iterator[None]:
     """``write_lock_file``, whose file gets its name once the block has ended well."""
     path = os.path.join(directory, LOCK_NAME)
-    content: dict[str, object] = {"backend_url": lock_file.backend_url}
-    if lock_file.owner != NOBODY:
-        content["owner"] = lock_file.owner.hex()
-    if lock_file.compact is not None:
-        content["compact"] = lock_file.compact
     try:
-        beside = durable.prepare(path, json.dumps(content).encode(), path if replace else like)
+        beside = durable.prepare(path, lock_file.as_json(), path if replace else like)
     except OSError as error:
         raise DiskError(path, error, "write") from error
     try:
@@ -174,6 +213,13 @@ def database(directory: str) -> str:
             "If its disk is not mounted, mount it.",
         )
     return path
+
+
+def wallet(directory: str, lock_file: LockFile) -> str:
+    """Path of the node's database, where ``lock_file`` of ``directory`` says; see ``database``."""
+    if lock_file.wallet is not None:
+        return os.path.join(directory, lock_file.wallet)
+    return database(directory)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import pytest
 from backend import Change, Snapshot
 from errors import BackupError, DiskError
 from filebackend import FileBackend
+from filelog import look
 from tests import support
 from tests.peers import ServerProcess
 from tests.support import Call, add_session, change, contents, first_changes, make_backup, run_cli
@@ -562,6 +563,7 @@ def test_resync_of_an_empty_backup(node_dir: Path, url: str, tmp_path: Path) -> 
 def test_resync_heals_what_the_plugin_refuses(
     outdated: Path, node_dir: Path, url: str, tmp_path: Path
 ) -> None:
+    support.change_lock(node_dir, heal="off")
     with support.PluginProcess(node_dir) as plugin:
         with pytest.raises(support.Refused):
             plugin.write(*first_changes(6)[-1])
@@ -1453,3 +1455,35 @@ def test_verify_stops_before_the_disk_is_full(url: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "too little room" in done.stderr and "63 MiB are free" in done.stderr
     assert contents(tmp_path) == before
+
+
+# What was taken back
+
+
+def test_restore_and_status_tell_of_a_change_that_was_taken_back(url: str, tmp_path: Path) -> None:
+    make_backup(url, first_changes(5))
+    add_session(url, [support.change(5, "SELECT 1")])
+    found = json.loads(run_cli("status", "--json", url).stdout)
+    assert found["last_start_rewound"] is True
+    assert "last start:     the change before it was taken back" in run_cli("status", url).stdout
+    said = "1 change that the node announced, but never committed; the last one to version 5, taken"
+    assert said in run_cli("restore", url, tmp_path / "first.sqlite3").stdout
+    add_session(url, [support.change(6, "SELECT 1")])
+    assert json.loads(run_cli("status", "--json", url).stdout)["last_start_rewound"] is False
+    assert said in run_cli("restore", url, tmp_path / "second.sqlite3").stdout
+
+
+def test_a_start_that_is_too_far_back_is_not_looked_for(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_backup(url, first_changes(5))
+    add_session(
+        url, [support.change(5, "SELECT 1"), *(support.change(n, "SELECT 1") for n in range(6, 30))]
+    )
+    monkeypatch.setattr(look, "LOOK_BACK", 2000)
+    assert FileBackend(url).status().last_start_rewound is None
+    add_session(url, [support.change(30, "SELECT 1")])
+    assert FileBackend(url).status().last_start_rewound is False
+    monkeypatch.undo()
+    add_session(url, [support.change(30, "SELECT 2")])
+    assert FileBackend(url).status().last_start_rewound is True

@@ -10,7 +10,7 @@ from pathlib import Path
 from backend import NOBODY
 from filelog.layout2 import BUMPS, Head, Kind
 from serving import rules
-from serving.rules import Act, Decision, Reason, State
+from serving.rules import MOST_KEPT, Act, Decision, Offer, Reason, State
 
 YES_NO = [False, True]
 VERSION = 5
@@ -129,16 +129,55 @@ def test_take_over_by_enumeration() -> None:
 
 
 def test_snapshot_by_enumeration() -> None:
-    for state, version in itertools.product(states(), range(VERSION - 2, VERSION + 3)):
+    versions, seen = range(VERSION - 2, VERSION + 3), set()
+    for state, version, override in itertools.product(states(), versions, YES_NO):
+        for owner in [OURS, OTHER, NOBODY]:
+            offer = Offer(version, owner, override)
+            anothers = state.newest.session not in (owner, NOBODY)
+            reason = first(
+                (Reason.NEWER_CONNECTION, state.outdated),
+                (Reason.OTHER_OWNER, anothers and not override),
+                (Reason.OLD_SNAPSHOT, version < VERSION and not override),
+            )
+            act = Act.STORE if reason is None else Act.REFUSE
+            assert rules.snapshot(state, offer) == Decision(act, reason)
+            seen.add(reason)
+        if state.newest.session != NOBODY and not state.outdated:
+            assert rules.snapshot_1(state, offer) == Decision(Act.REFUSE, Reason.OWNED)
+    assert len(seen) == 4
+
+
+def test_an_empty_backup_is_everybodys() -> None:
+    newest = Head(kind=Kind.OWNER, session=OTHER)
+    state = State(newest, frozenset(), False, False)
+    assert rules.snapshot(state, Offer(VERSION, OURS)) == Decision(Act.STORE)
+    # Of a damaged one nobody knows that it is empty.
+    found = rules.snapshot(state._replace(damaged=True), Offer(VERSION, OURS))
+    assert found.reason is Reason.OTHER_OWNER
+
+
+def test_a_damaged_backup_takes_nothing_but_a_snapshot() -> None:
+    for state in (found._replace(damaged=True) for found in states()):
+        for head in heads():
+            for rule in rules.record, rules.take_over:
+                assert rule(state, head) == Decision(Act.REFUSE, Reason.DAMAGED)
+        for decision in rules.change_1(state, VERSION, True, True), rules.rewind_1(state, 4):
+            assert decision.reason in (Reason.DAMAGED, Reason.OWNED)
+        offer = Offer(VERSION, state.newest.session)
+        sound = state._replace(damaged=False)
+        assert rules.snapshot(state, offer) == rules.snapshot(sound, offer)
+
+
+def test_what_takes_the_place_by_enumeration() -> None:
+    nodes, kept = ["02aa", "03bb", None], range(MOST_KEPT + 2)
+    for node, of_backup, number, override in itertools.product(nodes, nodes, kept, YES_NO):
         reason = first(
-            (Reason.NEWER_CONNECTION, state.outdated),
-            (Reason.OLD_SNAPSHOT, version < VERSION),
+            (Reason.OTHER_NODE, not override and {node, of_backup} == {"02aa", "03bb"}),
+            (Reason.MANY_KEPT, override and number >= MOST_KEPT),
         )
         act = Act.STORE if reason is None else Act.REFUSE
-        assert rules.snapshot(state, version) == Decision(act, reason)
-        if state.newest.session != NOBODY and not state.outdated:
-            act, reason = Act.REFUSE, Reason.OWNED
-        assert rules.snapshot_1(state, version) == Decision(act, reason)
+        found = rules.in_place(Offer(VERSION, OURS, override), node, of_backup, number)
+        assert found == Decision(act, reason)
 
 
 def test_change_of_protocol_1_by_enumeration() -> None:
@@ -182,7 +221,9 @@ def test_every_reason_can_be_said() -> None:
     """And none is another one by another name, which an enum would allow."""
     assert list(Reason.__members__) == [reason.name for reason in Reason]
     for reason in Reason:
-        said = reason.text.format(version=7, previous=6, whose="a node", taken_over="another")
+        said = reason.text.format(
+            version=7, previous=6, whose="a node", taken_over="another", path="/x", damage="damage"
+        )
         assert said and "{" not in said
 
 

@@ -235,3 +235,21 @@ def test_locks_of_files_that_are_gone_are_passed_over(
     )
     monkeypatch.setattr(node, "PROC", str(tmp_path))
     assert list(node._with_lock({(found.st_dev, found.st_ino)})) == [4711, 4712]
+
+
+def test_backup_lock_keeps_all_that_it_says(node_dir: Path) -> None:
+    full = node.LockFile(
+        "file:///a", "1GiB", b"x" * 16, "db.sqlite3", "02" * 33, False, "once", {"later": [1]}
+    )
+    for lock_file in (node.LockFile("file:///a"), full):
+        (node_dir / "backup.lock").unlink(missing_ok=True)
+        node.write_lock_file(str(node_dir), lock_file)
+        assert node.read_lock_file(str(node_dir)) == lock_file
+    assert node.wallet(str(node_dir), full) == str(node_dir / "db.sqlite3")
+
+
+@pytest.mark.parametrize("what", ['"wallet": 5', '"wallet": "a\\u0000b"', '"node_id": []'])
+def test_backup_lock_with_what_is_no_text(what: str, node_dir: Path) -> None:
+    (node_dir / "backup.lock").write_text(f'{{"backend_url": "file:///a", {what}}}')
+    with pytest.raises(ConfigError, match="is damaged: it should read"):
+        node.read_lock_file(str(node_dir))

@@ -165,6 +165,21 @@ class Lightningd:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
+    def kill_plugin(self) -> None:
+        """SIGKILL to the plugin."""
+        assert self._process is not None
+        with open(f"/proc/{self._process.pid}/task/{self._process.pid}/children") as children:
+            pids = [int(pid) for pid in children.read().split()]
+        (plugin,) = (
+            pid for pid in pids if b"backup.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        os.kill(plugin, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Wait until it has ended by itself."""
+        assert self._process is not None
+        self._process.wait(timeout=READY_S)
+
     def end(self) -> None:
         """Leave no process behind, whatever a test did."""
         if self._process is not None and self._process.poll() is None:
@@ -336,22 +351,74 @@ def test_init_on_an_existing_node(lightningd: Lightningd, destination: str, tmp_
     assert_same(lightningd, destination, tmp_path / "restored.sqlite3")
 
 
-def test_resync_after_a_run_without_the_plugin(
-    node: Lightningd, destination: str, tmp_path: Path
-) -> None:
+def test_a_run_without_the_plugin_heals(node: Lightningd, destination: str, tmp_path: Path) -> None:
     node.start()
     node.stop()
     node.start(backup=False)
     node.act()
     node.stop()
     version = database.version_of(str(node.database))
+    support.change_lock(node.directory, heal="off")
     with pytest.raises(Refusal):
         node.start()
     assert node.logged("**BROKEN** plugin-backup.py: Backup is out of date") == 1
     assert database.version_of(str(node.database)) == version, "lightningd committed all the same"
-    run_cli("resync", "--yes", "--lightning-dir", node.directory)
+    support.change_lock(node.directory, heal="on")
     node.start()
+    assert node.logged("plugin-backup.py: Healed: ") == 1
     node.act()
+    node.stop()
+    assert_same(node, destination, tmp_path / "restored.sqlite3")
+
+
+def kill_the_plugin(node: Lightningd, destination: str, kills: int) -> None:
+    """Kill the plugin under traffic, again and again: each start works without a command."""
+    for number in range(kills):
+        node.start()
+        worker = threading.Thread(target=act_until_it_dies, args=(node,))
+        worker.start()
+        wait_for_versions(destination, status(destination)["version"] + 2 + number % 3)
+        node.kill_plugin()
+        worker.join()
+        node.wait()
+    node.start()
+    node.stop()
+
+
+@pytest.mark.parametrize("destination", ["file"], indirect=True)
+def test_the_plugin_is_killed_under_traffic(
+    node: Lightningd, destination: str, tmp_path: Path
+) -> None:
+    kill_the_plugin(node, destination, 5)
+    assert_same(node, destination, tmp_path / "restored.sqlite3")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_the_plugin_is_killed_a_hundred_times(
+    node: Lightningd, destination: str, tmp_path: Path
+) -> None:
+    kill_the_plugin(node, destination, 100)
+    print(f"\n{node.logged('plugin-backup.py: Healed: ')} of 100 starts healed")
+    assert_same(node, destination, tmp_path / "restored.sqlite3")
+
+
+@pytest.mark.skipif(shutil.which("lightning-downgrade") is None, reason="no lightning-downgrade")
+@pytest.mark.parametrize("destination", ["file"], indirect=True)
+def test_a_downgrade_and_the_upgrade_after_it(
+    node: Lightningd, destination: str, tmp_path: Path
+) -> None:
+    node.start()
+    node.act(1)
+    node.stop()
+    before = database.version_of(str(node.database))
+    command = ["lightning-downgrade", f"--lightning-dir={node.base}", "--network=regtest"]
+    subprocess.run(command, check=True, capture_output=True)
+    # With no migration between the two releases it has nothing to do.
+    has_written = database.version_of(str(node.database)) > before
+    node.start()
+    assert node.logged("plugin-backup.py: Healed: ") == has_written
+    node.act(1)
     node.stop()
     assert_same(node, destination, tmp_path / "restored.sqlite3")
 

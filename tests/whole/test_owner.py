@@ -283,6 +283,27 @@ def test_a_writer_of_1_0_writes_only_what_is_nobodys(url: str) -> None:
             assert client.change(*change(3, "SELECT 1"))[0] == 7
 
 
+@pytest.mark.parametrize("owner", [ME, NOBODY], ids=["owner", "nobody"])
+def test_protocol_1_is_refused_once_protocol_2_has_written(owner: bytes, url: str) -> None:
+    """Also by nobody, also after a restart; the operator may allow it."""
+    support.make_backup(url)
+    calls = first_changes(4)
+    with ServerProcess(url) as server:
+        with server.client() as client:
+            assert client.change(*calls[0])[0] == 6
+        if owner != NOBODY:
+            claim(server.url, owner)
+        write(server.url, owner, 2)
+    for _ in range(2):
+        with ServerProcess(url) as server, server.client() as client:
+            assert client.metadata().version == 2
+            assert client.change(*calls[2])[0] == client.rewind(1)[0] == 7
+            server.wait_for("--allow-protocol-1")
+    with ServerProcess(url, options=["--allow-protocol-1"]) as server, server.client() as client:
+        assert client.change(*calls[2])[0] == 6
+        write(server.url, owner, 4)
+
+
 def test_a_server_that_takes_no_owner_is_named(node_dir: Path) -> None:
     """That of 1.0 ends the connection at each take-over: no loop, and nothing has changed."""
     server = OldServer()
@@ -595,6 +616,7 @@ def test_the_node_goes_on_from_its_own_state(
     assert re.search(by, error)
     done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=1)
     assert "the backup is ahead" in done.stderr and "resync --override" in done.stderr
+    assert re.search(by, done.stderr)
     done = run_cli("resync", "--yes", "--override", "--lightning-dir", node_dir)
     assert "Warning: the backup is ahead" in done.stderr
     assert SocketBackend(served_node.url).status().owner != before
@@ -618,7 +640,7 @@ def test_who_writes_meanwhile_is_named(served_node: ServerProcess, node_dir: Pat
 
 def test_each_new_writer_is_named_in_the_log_once(url: str) -> None:
     support.make_backup(url)
-    with ServerProcess(url) as server:
+    with ServerProcess(url, options=["--allow-protocol-1"]) as server:
         for version in (1, 2):
             write(server.url, None, version)
         SocketBackend(server.url).status()

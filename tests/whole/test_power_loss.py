@@ -165,6 +165,7 @@ def test_journal_holds_what_was_done(tmp_path: Path) -> None:
     [
         ("flush", "append"),
         ("sync_dir", "resync"),
+        ("sync_dir", "heal"),
         ("sync_dir", "compaction"),
         ("flush", "server"),
         ("flush", "upgrade"),

@@ -341,7 +341,9 @@ def test_cut_at_every_byte_of_a_metadata_exchange(patch: str, url: str) -> None:
     support.make_backup(url, calls)
     with ServerProcess(url, patch=patch) as server, CutProxy((server.host, server.port)) as proxy:
         way_there = f"socket:127.0.0.1:{proxy.port}"
-        SocketBackend(way_there).status()
+        first = SocketBackend(way_there)
+        first.open()
+        first.close()
         measured = sizes(proxy, 0)
         cuts = [(way, at) for way in (UP, DOWN) for at in range(measured[way] + 1)]
         for way, at in cuts:
