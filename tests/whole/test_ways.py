@@ -280,7 +280,7 @@ def breaks(line: Service, sshd: Service, user: str) -> list[Callable[[], None]]:
 def check_socket(host: Machine, path: str, user: str) -> None:
     """Wait for the socket ``path``, which ``user`` may use and a stranger not."""
     eventually(host.path(path).is_socket)
-    host.run(f"sudo -u {user} test -w {path}; sudo -u games test ! -e {path}")
+    host.run(f"sudo -u {user} test -w {path}; sudo -u daemon test ! -e {path}")
 
 
 def check_line(node: Machine, url: str, breaks: list[Callable[[], None]], tmp_path: Path) -> None:
