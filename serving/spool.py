@@ -9,14 +9,14 @@ import threading
 from collections.abc import Iterator
 
 import durable
-import space
 from backend import Snapshot
 from errors import BackupError, DiskError
 from filelog import former
 from protocol import ALL_HELD, NackCode
-from serving import rules
+from serving import room, rules
 from serving.client import Client, Stored
 from serving.keeper import Keeper, Rule
+from serving.room import Room
 from serving.rules import Offer
 from space import NoRoom
 from wallet import restore
@@ -25,8 +25,6 @@ KEPT_FOR_S = 600.0
 """How long what came of a snapshot waits for its client to come back."""
 CUT_WITHIN_S = 10.0
 """Time in which a connection that is cut gives up its snapshot."""
-SPACE_CHECK_BYTES = 16 << 20
-"""Bytes of a snapshot between two looks at the free space."""
 
 
 class Shelf:
@@ -99,18 +97,22 @@ class Arrival:
 
     Attributes:
         chain: that of the snapshot that has begun, if its client named one; else None.
+        is_open: more of its pieces have to come.
         is_complete: all of it came, and it is looked at.
     """
 
-    def __init__(self, client: Client, keeper: Keeper, shelf: Shelf) -> None:
+    def __init__(self, client: Client, keeper: Keeper, room: Room, shelf: Shelf) -> None:
         self.chain: bytes | None = None
-        self.is_complete = False
+        self.is_open = self.is_complete = False
         self._shelf = shelf
         self._client = client
         self._keeper = keeper
+        self._room = room
         self._offer = Offer(0)
         self._rule: Rule = rules.snapshot
         self._spool: Spool | None = None
+        self._promised = 0
+        """Bytes for which there is room on the disk."""
 
     @property
     def is_wanted(self) -> bool:
@@ -131,7 +133,8 @@ class Arrival:
         path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
         given = (offer.version,) if chain is None else (offer.version, chain)
         with self._refusing():
-            self._spool = Spool(Snapshot(path, *given), offer, rule)
+            self._spool, self._promised = Spool(Snapshot(path, *given), offer, rule), 0
+            self.is_open = True
             if chain is not None:
                 self._shelf.begin(chain, self)
 
@@ -143,8 +146,9 @@ class Arrival:
         held, spool = self._shelf.take(chain)
         if spool is not None:
             self.drop()
-            self.chain, self._spool = chain, spool
+            self.chain, self._spool, self._promised = chain, spool, 0
             self._offer, self._rule = spool.offer, spool.rule
+            self.is_open = True
             self._shelf.begin(chain, self)
         return held
 
@@ -152,11 +156,17 @@ class Arrival:
         """Take a piece."""
         if self._spool is not None:
             with self._refusing():
+                self._take_room(self._spool.size, len(piece))
                 self._spool.add(piece)
+
+    def _take_room(self, size: int, more: int) -> None:
+        if size + more > self._promised:
+            self._room.take(self._client, size)
+            self._promised = size + room.STEP
 
     def end(self) -> None:
         """All of it came: if it is sound, it takes the backup's place."""
-        self.chain = None
+        self.chain, self.is_open = None, False
         if self._spool is None:
             return  # That was said already.
         self.is_complete = True
@@ -186,16 +196,19 @@ class Arrival:
 
     def drop(self) -> None:
         """Remove what came."""
+        self.is_open = False
         if self._spool is not None:
             self._spool.close()
             self._shelf.end(self._spool.snapshot.chain, self)
             self._spool = None
+            self._room.give(self._client)
         self.is_complete = False
 
     def leave(self) -> None:
         """The connection is closed: what came without its end waits for the next one."""
         if self._spool is not None and self.chain is not None:
             self._shelf.end(self.chain, self, self._spool)
+            self._room.give(self._client)
             self._spool = None
         self.drop()
 
@@ -210,18 +223,16 @@ class Spool:
     Args:
         snapshot: its path, which must not exist, and what the client says of it.
         offer, rule: see Arrival.begin.
+
+    Attributes:
+        size: bytes that came.
     """
 
     def __init__(self, snapshot: Snapshot, offer: Offer, rule: Rule) -> None:
         self.snapshot, self.offer, self.rule = snapshot, offer, rule
+        self.size = 0
         with self._writing():
             self._file = os.fdopen(durable.create(snapshot.path), "wb")
-        self._unchecked = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes that came."""
-        return self._file.tell()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -231,11 +242,8 @@ class Spool:
             raise DiskError(self.snapshot.path, error, "write") from error
 
     def add(self, piece: bytes) -> None:
-        """Take a piece; NoRoom if with a log of all that came the disk would be full."""
-        self._unchecked += len(piece)
-        if self._unchecked >= SPACE_CHECK_BYTES:
-            self._unchecked = 0
-            space.require(self.snapshot.path, self._file.tell() + len(piece))
+        """Take a piece."""
+        self.size += len(piece)
         with self._writing():
             self._file.write(piece)
 
