@@ -63,7 +63,8 @@ the crc:
         26    16  session       of a snapshot to the server: the owner of the new backup
         42    16  chain before  what the receiver must have
         58    16  chain         what it has then
-        74     n  payload
+        74     4  length        of the payload
+        78     n  payload
 
 The records of one direction of one connection are one raw deflate stream, with a sync
 flush after each: it keeps its window, and a new connection begins with a new one. A
@@ -80,6 +81,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import io
 import json
 import re
 import struct
@@ -101,7 +104,7 @@ DETAILS = struct.Struct("!16sQ16s16s16sQQ")
 NACK = struct.Struct("!IH")
 ACK = struct.Struct("!I16s")
 COMING = struct.Struct("!Q")
-RECORD = struct.Struct("!BBIQIQ16s16s16s")
+RECORD = struct.Struct("!BBIQIQ16s16s16sI")
 OVERRIDE = 4
 """Flag of a RECORD: see above."""
 _CRC = struct.Struct("!I")
@@ -109,6 +112,10 @@ _CRC_AT = 14
 _NO_CRC = bytes(_CRC.size)
 MAX_PACKET_SIZE = 2**32 - 1
 """A packet's length is a u32."""
+WHOLE_SIZE = MAX_CHUNK_SIZE + (MAX_CHUNK_SIZE >> 8)
+"""The longest packet that a server takes whole: holds any piece of a snapshot, compressed."""
+_PART_SIZE = 1 << 12
+"""The first part of a longer packet has so much at least: enough for the fields of a record."""
 MAX_SNAPSHOT_SIZE = 1 << 40
 """Bytes that a SNAPSHOT may inflate to."""
 MAX_TEXT_SIZE = 1 << 16
@@ -123,6 +130,7 @@ _MAX_CHANGE_PACKET = VERSION.size + MAX_CHANGE_SIZE + MAX_CHANGE_SIZE // 1000 + 
 """zlib adds less than a thousandth to what it cannot compress."""
 _GREATEST_RATIO = 1032
 """zlib compresses to no less than one byte in this many."""
+_SLICE_SIZE = 1 << 16
 
 
 class PacketType(enum.IntEnum):
@@ -194,7 +202,16 @@ class SnapshotPart(NamedTuple):
     last: bool
 
 
-Event = Packet | SnapshotPart
+class Part(NamedTuple):
+    """Some of the payload of a packet that is too long to come whole."""
+
+    type: PacketType
+    data: bytes
+    first: bool
+    last: bool
+
+
+Event = Packet | SnapshotPart | Part
 
 
 class Details(NamedTuple):
@@ -470,6 +487,10 @@ class Inflater:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """What ``data`` inflates to, in pieces of at most 1 MiB."""
+        for piece in _sliced(data):
+            yield from self._feed(piece)
+
+    def _feed(self, data: bytes) -> Iterator[bytes]:
         while data:
             try:
                 piece = self._zlib.decompress(data, MAX_CHUNK_SIZE)
@@ -488,6 +509,13 @@ class Inflater:
         """Check that the stream is complete and its checksum matched."""
         if not self._zlib.eof:
             raise ProtocolError("Compressed data ends early.")
+
+
+def _sliced(data: bytes) -> Iterable[bytes]:
+    """``data`` for an inflater, which copies what it has not consumed with each piece it makes."""
+    if len(data) <= _SLICE_SIZE:
+        return (data,)
+    return (data[start : start + _SLICE_SIZE] for start in range(0, len(data), _SLICE_SIZE))
 
 
 class RecordPacker:
@@ -513,72 +541,115 @@ class RecordPacker:
 
 
 class RecordUnpacker:
-    """The other end of a RecordPacker."""
+    """The other end of a RecordPacker.
+
+    A record comes by ``unpack``, or by ``begin``, ``pieces`` as often as it has parts, ``end``.
+
+    Raises:
+        ProtocolError: it does not inflate, or not to what it says, or does not check.
+    """
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
+        self._fields = b""
+        self._crc = 0
+        self._left = 0
+        """Bytes of the payload still to come."""
 
     def unpack(self, data: bytes) -> tuple[Head, bytes]:
-        """The record of a RECORD packet; its CRC and its offset are not set.
+        """The record of a RECORD packet; its CRC and its offset are not set."""
+        head = self.begin(data)
+        return head, self.rest(head)
 
-        Raises:
-            ProtocolError: it does not inflate, or past the limit, or does not check.
-        """
-        if len(data) > MAX_CHANGE_SIZE // _GREATEST_RATIO:
-            self._measure(data)
-        try:
-            fields = self._zlib.decompress(data, RECORD.size)
-            limit = MAX_LENGTH.get(fields[0], -1) if len(fields) == RECORD.size else -1
-            if limit < 0:
-                raise ProtocolError("A RECORD of no known kind.")
-            # One byte more than may come shows that it is too much.
-            payload = self._zlib.decompress(self._zlib.unconsumed_tail, limit + 1)
-        except zlib.error as error:
-            raise ProtocolError(f"Compressed data is broken: {error}.") from error
-        if len(payload) > limit or self._zlib.unconsumed_tail or self._zlib.unused_data:
-            raise ProtocolError("A RECORD inflates past its limit.")
-        kind, flags, version, sequence, crc, time_ns, session, before, chain = RECORD.unpack(fields)
-        head = Head(
+    def begin(self, data: bytes) -> Head:
+        """The head of the record that ``data`` begins with. It may not be what was sent: ``end``
+        tells."""
+        fields = self._inflate(data, RECORD.size)
+        limit = MAX_LENGTH.get(fields[0], -1) if len(fields) == RECORD.size else -1
+        if limit < 0:
+            raise ProtocolError("A RECORD of no known kind.")
+        found = RECORD.unpack(fields)
+        kind, flags, version, sequence, _, time_ns, session, before, chain, length = found
+        if length > limit:
+            raise ProtocolError(f"A RECORD of {length} bytes is past its limit of {limit}.")
+        self._fields, self._left = fields, length
+        self._crc = zlib.crc32(_NO_CRC, zlib.crc32(fields[:_CRC_AT]))
+        self._crc = zlib.crc32(fields[_CRC_AT + _CRC.size :], self._crc)
+        return Head(
             kind=kind,
             flags=flags,
             sequence=sequence,
             version=version,
             time_ns=time_ns,
             session=session,
-            length=len(payload),
+            length=length,
             chain_before=before,
             chain=chain,
         )
-        if _crc_of(fields, payload) != crc:
-            raise ProtocolError("A RECORD does not match its checksum.")
-        if kind == Kind.CHANGE and chain != chain_after(before, version, payload):
-            raise ProtocolError("A RECORD does not match its chain.")
-        return head, payload
 
-    def _measure(self, data: bytes) -> None:
-        """Inflate what may be a bomb in pieces first: it must not fill the memory."""
-        trial, left = self._zlib.copy(), RECORD.size + MAX_CHANGE_SIZE
+    def rest(self, head: Head) -> bytes:
+        """The payload, where all of the record was given to ``begin``."""
+        tail = self._zlib.unconsumed_tail
+        if head.length <= MAX_CHUNK_SIZE:
+            payload = self._take(tail)
+        else:
+            gathered = io.BytesIO()
+            for piece in self.pieces(tail):
+                gathered.write(piece)
+            payload = gathered.getvalue()
+        self.end(head, payload)
+        return payload
+
+    def pieces(self, data: bytes | None = None) -> Iterator[bytes]:
+        """What ``data`` adds to the payload, in pieces of about 1 MiB at most.
+
+        Args:
+            data: the next part of the packet; None: what is left of that for ``begin``.
+        """
+        for part in _sliced(self._zlib.unconsumed_tail if data is None else data):
+            piece = self._take(part)
+            yield piece
+            # What does not fit into one piece waits in the inflater, too.
+            while self._zlib.unconsumed_tail or len(piece) > MAX_CHUNK_SIZE:
+                piece = self._take(self._zlib.unconsumed_tail)
+                yield piece
+
+    def end(self, head: Head, payload: bytes | None) -> None:
+        """All of the record came: check it.
+
+        Args:
+            payload: None: it was of no use, and only what came is checked.
+        """
+        if self._left or self._zlib.unconsumed_tail or self._zlib.unused_data:
+            raise ProtocolError("A RECORD does not inflate to what it says.")
+        if (self._crc,) != _CRC.unpack_from(self._fields, _CRC_AT):
+            raise ProtocolError("A RECORD does not match its checksum.")
+        if payload is None or head.kind != Kind.CHANGE:
+            return
+        if head.chain != chain_after(head.chain_before, head.version, payload):
+            raise ProtocolError("A RECORD does not match its chain.")
+
+    def _take(self, data: bytes) -> bytes:
+        # One byte more than may come shows that it is too much.
+        piece = self._inflate(data, min(self._left, MAX_CHUNK_SIZE) + 1)
+        self._left -= len(piece)
+        if self._left < 0:
+            raise ProtocolError("A RECORD inflates past what it says.")
+        self._crc = zlib.crc32(piece, self._crc)
+        return piece
+
+    def _inflate(self, data: bytes, size: int) -> bytes:
         try:
-            while data and left >= 0:
-                left -= len(trial.decompress(data, MAX_CHUNK_SIZE))
-                data = trial.unconsumed_tail
+            return self._zlib.decompress(data, size)
         except zlib.error as error:
             raise ProtocolError(f"Compressed data is broken: {error}.") from error
-        if left < 0:
-            raise ProtocolError("A RECORD inflates past its limit.")
-
-
-def _crc_of(fields: bytes, payload: bytes) -> int:
-    """The CRC of a record, with 0 where ``fields`` have theirs."""
-    crc = zlib.crc32(_NO_CRC, zlib.crc32(fields[:_CRC_AT]))
-    return zlib.crc32(payload, zlib.crc32(fields[_CRC_AT + _CRC.size :], crc))
 
 
 def _fields(head: Head) -> bytearray:
     """What stands before the payload of a record, with a crc of 0."""
     kind, version, sequence = head.kind, head.version, head.sequence
     history = head.time_ns, head.session, head.chain_before, head.chain
-    return bytearray(RECORD.pack(kind, head.flags, version, sequence, 0, *history))
+    return bytearray(RECORD.pack(kind, head.flags, version, sequence, 0, *history, head.length))
 
 
 class Decoder:
@@ -586,13 +657,17 @@ class Decoder:
 
     Args:
         limits: packet types that may come, with the greatest length of each.
+        whole: the longest packet that comes whole; a longer one comes in parts.
     """
 
-    def __init__(self, limits: Mapping[int, int]) -> None:
+    def __init__(self, limits: Mapping[int, int], whole: int = MAX_PACKET_SIZE) -> None:
         self._limits = limits
+        self._whole = whole
         self._buffer = bytearray()
-        self._part: tuple[int, int] | None = None
-        """Version and bytes still to come of a SNAPSHOT that has begun."""
+        self._part: Callable[[bytes, bool, bool], Event] | None = None
+        """Makes an event of what comes of the packet that has begun."""
+        self._left = 0
+        """Bytes of it still to come."""
 
     @property
     def in_packet(self) -> bool:
@@ -621,11 +696,13 @@ class Decoder:
         if len(data) != HEADER.size + length or length > self._limits.get(kind, -1):
             return None
         known = _TYPES[kind]
-        return None if known is PacketType.SNAPSHOT else Packet(known, data[HEADER.size :])
+        if known is PacketType.SNAPSHOT or length > self._whole:
+            return None
+        return Packet(known, data[HEADER.size :])
 
     def _next(self) -> Event | None:
         if self._part is not None:
-            return self._next_part(*self._part, first=False)
+            return self._next_part(self._part, first=False)
         if len(self._buffer) < HEADER.size:
             self._check_type()
             return None
@@ -637,6 +714,8 @@ class Decoder:
             )
         if kind == PacketType.SNAPSHOT:
             return self._begin_snapshot(length)
+        if length > self._whole:
+            return self._begin_part(_TYPES[kind], length)
         end = HEADER.size + length
         if len(self._buffer) < end:
             return None
@@ -656,13 +735,21 @@ class Decoder:
             return None
         version = decode_version(bytes(self._buffer[HEADER.size : start]))
         del self._buffer[:start]
-        return self._next_part(version, length - VERSION.size, first=True)
+        self._left = length - VERSION.size
+        return self._next_part(functools.partial(SnapshotPart, version), first=True)
 
-    def _next_part(self, version: int, left: int, first: bool) -> Event | None:
-        if not self._buffer and left and not first:
+    def _begin_part(self, kind: PacketType, length: int) -> Event | None:
+        if len(self._buffer) < HEADER.size + _PART_SIZE:
             return None
-        data = bytes(self._buffer[:left])
-        del self._buffer[:left]
-        left -= len(data)
-        self._part = (version, left) if left else None
-        return SnapshotPart(version, data, first, last=not left)
+        del self._buffer[: HEADER.size]
+        self._left = length
+        return self._next_part(functools.partial(Part, kind), first=True)
+
+    def _next_part(self, part: Callable[[bytes, bool, bool], Event], first: bool) -> Event | None:
+        if not self._buffer and self._left and not first:
+            return None
+        data = bytes(self._buffer[: self._left])
+        del self._buffer[: len(data)]
+        self._left -= len(data)
+        self._part = part if self._left else None
+        return part(data, first, not self._left)

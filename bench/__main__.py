@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.common import DATA, TRACE_FILE, Options, Row
 
-BENCHES = ("hook", "restoring", "snapshot", "start", "compaction", "wire", "remote")
+BENCHES = ("hook", "restoring", "snapshot", "start", "compaction", "wire", "remote", "readers")
 """Modules of this package, each with ``run(options) -> list[Row]``."""
 
 

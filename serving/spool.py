@@ -8,20 +8,17 @@ import os
 from collections.abc import Iterator
 
 import durable
-import space
 from backend import Snapshot
 from errors import BackupError, DiskError
 from filelog import former
 from protocol import NackCode
-from serving import rules
+from serving import room, rules
 from serving.client import Client, Stored
 from serving.keeper import Keeper, Rule
+from serving.room import Room
 from serving.rules import Offer
 from space import NoRoom
 from wallet import restore
-
-SPACE_CHECK_BYTES = 16 << 20
-"""Bytes of a snapshot between two looks at the free space."""
 
 
 class Arrival:
@@ -29,15 +26,20 @@ class Arrival:
 
     Attributes:
         chain: that of the snapshot that has begun, if its client named one; else None.
+        is_open: more of its pieces have to come.
     """
 
-    def __init__(self, client: Client, keeper: Keeper) -> None:
+    def __init__(self, client: Client, keeper: Keeper, room: Room) -> None:
         self.chain: bytes | None = None
+        self.is_open = False
         self._client = client
         self._keeper = keeper
+        self._room = room
         self._offer = Offer(0)
         self._rule: Rule = rules.snapshot
         self._spool: Spool | None = None
+        self._promised = 0
+        """Bytes for which there is room on the disk."""
 
     @property
     def is_wanted(self) -> bool:
@@ -58,17 +60,24 @@ class Arrival:
         path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
         given = (offer.version,) if chain is None else (offer.version, chain)
         with self._refusing():
-            self._spool = Spool(Snapshot(path, *given))
+            self._spool, self._promised = Spool(Snapshot(path, *given)), 0
+            self.is_open = True
 
     def add(self, piece: bytes) -> None:
         """Take a piece."""
         if self._spool is not None:
             with self._refusing():
+                self._take_room(self._spool.size, len(piece))
                 self._spool.add(piece)
+
+    def _take_room(self, size: int, more: int) -> None:
+        if size + more > self._promised:
+            self._room.take(self._client, size)
+            self._promised = size + room.STEP
 
     def end(self) -> None:
         """All of it came: if it is sound, it takes the backup's place."""
-        self.chain = None
+        self.chain, self.is_open = None, False
         if self._spool is None:
             return  # That was said already.
         with self._refusing():
@@ -97,9 +106,11 @@ class Arrival:
 
     def drop(self) -> None:
         """Remove what came."""
+        self.is_open = False
         if self._spool is not None:
             self._spool.close()
             self._spool = None
+            self._room.give(self._client)
 
 
 class Spool:
@@ -107,13 +118,16 @@ class Spool:
 
     Args:
         snapshot: its path, which must not exist, and what the client says of it.
+
+    Attributes:
+        size: bytes that came.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
+        self.size = 0
         with self._writing():
             self._file = os.fdopen(durable.create(snapshot.path), "wb")
-        self._unchecked = 0
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -123,11 +137,8 @@ class Spool:
             raise DiskError(self.snapshot.path, error, "write") from error
 
     def add(self, piece: bytes) -> None:
-        """Take a piece; NoRoom if with a log of all that came the disk would be full."""
-        self._unchecked += len(piece)
-        if self._unchecked >= SPACE_CHECK_BYTES:
-            self._unchecked = 0
-            space.require(self.snapshot.path, self._file.tell() + len(piece))
+        """Take a piece."""
+        self.size += len(piece)
         with self._writing():
             self._file.write(piece)
 

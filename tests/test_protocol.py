@@ -58,7 +58,7 @@ def check_golden(event: protocol.Event, entry: dict[str, Any]) -> None:
         assert event.version == entry["version"]
         assert zlib.decompress(event.data).hex() == entry["file"]
         return
-    assert event.type.name == entry["type"]
+    assert isinstance(event, Packet) and event.type.name == entry["type"]
     if "statements" in entry:
         change = protocol.decode_change(event.payload)
         assert (change.version, change.transaction) == (entry["version"], entry["statements"])
@@ -365,7 +365,9 @@ def consume(data: bytes, limits: Any, size: int) -> None:
                     list(inflater.feed(event.data))
                     if event.last:
                         inflater.finish()
-                elif event.type is PacketType.CHANGE:
+                    continue
+                assert isinstance(event, Packet)
+                if event.type is PacketType.CHANGE:
                     assert isinstance(protocol.decode_change(event.payload), Change)
                 elif event.type is PacketType.METADATA:
                     protocol.decode_metadata(event.payload)

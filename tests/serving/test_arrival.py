@@ -189,10 +189,7 @@ def test_what_is_kept_is_limited(url: str, tmp_path: Path) -> None:
 
 
 FILLER = ["CREATE TABLE filler (x)", "INSERT INTO filler VALUES (randomblob(20 << 20))"]
-FULL = (
-    "import space; from serving import spool\n"
-    "space.RESERVE = 1 << 60; spool.SPACE_CHECK_BYTES = 1 << 20"
-)
+FULL = "import space\nspace.RESERVE = 1 << 60"
 
 
 def test_a_full_disk_is_a_reason(url: str, node_dir: Path) -> None:

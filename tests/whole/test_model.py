@@ -490,7 +490,7 @@ class ServerThread:
     def stop(self) -> None:
         self.server._stop(0)
         self.thread.join()
-        for connection in list(self.server._connections):
+        for connection in list(self.server.places._at):
             connection.cut()
         self.server.keeper.lock.release()
 
