@@ -139,7 +139,7 @@ def _init_for_server(url: str) -> None:
         )
     backend.create(None)
     click.echo(f"Created an empty backup at {url}")
-    click.echo(f"To serve it: {CLI} server {shlex.quote(url)} 127.0.0.1:8700")
+    click.echo(f"To serve it: {CLI} server {shlex.quote(url)} unix:/run/node-backup/server.sock")
     click.echo("For a node on this machine, run init with --lightning-dir DIR in place of this.")
 
 

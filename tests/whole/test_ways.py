@@ -247,9 +247,8 @@ def allow(host: Machine, page: str, user: str, home: str, public: str) -> int:
 def meet(host: Machine, home: str, port: int) -> None:
     """First contact with the sshd at ``port``, for the user with that ``home``."""
     host.write("/etc/ssh/ssh_config", SSH.format(port=port))
-    scan = f"ssh-keyscan -p {port} 127.0.0.1 2>/dev/null | grep ."
-    eventually(lambda: host.run(scan, check=None).returncode == 0)
-    host.run(f"{scan} > {home}/.ssh/known_hosts")
+    eventually(lambda: listens(port))
+    host.run(f"ssh-keyscan -t ed25519 -p {port} 127.0.0.1 > {home}/.ssh/known_hosts")
 
 
 def sessions(service: Service, user: str) -> list[int]:
@@ -260,7 +259,7 @@ def sessions(service: Service, user: str) -> list[int]:
         with contextlib.suppress(OSError):
             left += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-            if command.startswith(f"sshd: {user}") and "[priv]" not in command:
+            if re.match(rf"sshd(-session)?: {user}", command) and "[priv]" not in command:
                 found.append(pid)
     return found
 
