@@ -50,7 +50,8 @@ another's, the server answers NACK. From then on, in place of CHANGE, SNAPSHOT a
       08  METADATA  server  as in protocol 1 with protocol = 2, then: backup id 16 bytes,
                             sequence u64, chain before 16, chain 16, session 16,
                             time u64 (ns), size of the log u64, the server's name and
-                            version in UTF-8, and as a second line who wrote last, if known
+                            version in UTF-8, as a second line who wrote last, if known, and as
+                            a third one what its check found wrong with the backup, if anything
 
 A record is what file layout 2 (filelog/layout2.py) stores, and its fields mean the same but for
 the crc:
@@ -249,6 +250,7 @@ class Details(NamedTuple):
         size: bytes of the log.
         server: its name and version.
         last_writer: who wrote last and when, in words, "" if it is not known.
+        unsound: what the server's check found wrong with the backup, or "".
     """
 
     backup_id: bytes
@@ -260,6 +262,7 @@ class Details(NamedTuple):
     size: int
     server: str
     last_writer: str = ""
+    unsound: str = ""
 
 
 class Metadata(NamedTuple):
@@ -363,8 +366,8 @@ def encode_metadata(metadata: Metadata) -> bytes:
     """The METADATA packet."""
     payload = METADATA.pack(*metadata[:4])
     if metadata.details is not None:
-        *numbers, server, last_writer = metadata.details
-        text = f"{server}\n{last_writer}" if last_writer else server
+        *numbers, server, last_writer, unsound = metadata.details
+        text = f"{server}\n{last_writer}\n{printable(unsound)}".rstrip("\n")
         payload += DETAILS.pack(*numbers) + text.encode()
     return encode(PacketType.METADATA, payload)
 
@@ -379,8 +382,8 @@ def decode_metadata(payload: bytes) -> Metadata:
         return metadata
     if metadata.protocol != 2 or len(rest) < DETAILS.size:
         raise ProtocolError(f"METADATA of protocol {metadata.protocol} is not known here.")
-    server, _, last_writer = rest[DETAILS.size :].decode(errors="replace").partition("\n")
-    details = Details._make((*DETAILS.unpack_from(rest), server, last_writer))
+    lines = [*rest[DETAILS.size :].decode(errors="replace").split("\n", 2), "", ""][:3]
+    details = Details._make((*DETAILS.unpack_from(rest), *(printable(line) for line in lines)))
     return metadata._replace(details=details)
 
 

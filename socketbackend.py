@@ -21,7 +21,7 @@ from backend import (
     Status,
     chain_after,
 )
-from errors import CLI, BackupExists, ConfigError, printable
+from errors import CLI, BackupExists, ConfigError
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from protocol import Metadata, PacketType, ProtocolError
@@ -140,7 +140,7 @@ class SocketBackend(Destination):
                 status = link.status()
             except OSError as error:
                 raise Unreachable(self._url.target, error) from error
-        status.url, server = self.url, printable(found.details.server)
+        status.url, server = self.url, found.details.server
         status.layout = f"{server}, protocol 2, {status.layout}"
         if check:
             status.notes.append(CHECKS_BY_ITSELF)
@@ -232,6 +232,7 @@ class SocketBackend(Destination):
     def _hear(self, found: Metadata) -> None:
         self.keeps_owner = found.details is not None
         self.last_writer = found.details.last_writer if found.details else ""
+        self.unsound = found.details.unsound or None if found.details else None
 
     def add_change(self, change: Change) -> None:
         """See Backend."""

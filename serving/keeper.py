@@ -95,6 +95,7 @@ class Keeper:
                 backend.size,
                 SERVER_NAME,
                 self._last_writer(),
+                backend.unsound or "",
             )
             return Metadata(
                 2, backend.version, backend.prev_version, backend.version_count, details
