@@ -4,7 +4,8 @@
 # make test-all  the tests under every Python from 3.10 on that is here; TESTS=FILE for a part
 # make lint      format, lint and types
 # make bench     speed and memory, as ratios
-# make soak      a million power cuts, random lives, traffic with kills for MINUTES (default 10) each
+# make soak      a million power cuts, random lives, traffic with kills for MINUTES (default 10) each;
+#                an onion service in a Tor network of its own, where tor is installed
 
 PYTHON ?= python3
 MINUTES ?= 10

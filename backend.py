@@ -151,12 +151,17 @@ def payload_bumps(version: int, payload: bytes) -> bool:
     Raises:
         InvalidChange: no transaction is stored like that.
     """
+    # In pieces: no other thread runs meanwhile, and a server has other clients.
+    starts = range(0, len(payload), MAX_CHUNK_SIZE)
     if len(payload) >= MAX_STATEMENTS:  # A shorter one cannot hold too many.
-        _check_count(version, payload.count(b"\0") + 1)
-    if not payload.isascii():
+        nuls = sum(payload.count(b"\0", start, start + MAX_CHUNK_SIZE) for start in starts)
+        _check_count(version, nuls + 1)
+    if len(payload) > MAX_CHUNK_SIZE or not payload.isascii():
         _check_text(version, payload)
     _check_size(version, payload)
-    if not payload or payload.startswith(b"\0") or payload.endswith(b"\0") or b"\0\0" in payload:
+    if not payload or payload.startswith(b"\0") or payload.endswith(b"\0"):
+        raise _unexecutable(version)
+    if any(payload.find(b"\0\0", start, start + MAX_CHUNK_SIZE + 1) >= 0 for start in starts):
         raise _unexecutable(version)
     last = bump(version).encode()
     return payload.endswith(b"\0" + last) or payload == last
@@ -566,6 +571,17 @@ class Backend(ABC):
             otherwise: the directory for a backup that is elsewhere; None: the current one.
         """
         return os.path.join(chosen or otherwise or os.getcwd(), "backup.scratch-")
+
+    @contextlib.contextmanager
+    def at_hand(self, prefix: str, progress: Progress) -> Iterator[Callable[[], Reading]]:
+        """``read``, as often as wanted, and however slowly: what is elsewhere is fetched first.
+
+        Args:
+            prefix: how the path of the copy begins. It stays after an error: the next call goes
+                on with it.
+            progress: called with bytes fetched, and in all.
+        """
+        yield self.read
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Keep writers away while it is copied, as far as the destination can."""

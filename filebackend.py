@@ -324,12 +324,27 @@ class FileBackend(Backend):
         """Offset of the log's end."""
         return self.newest.end
 
-    def is_last(self, change: Change) -> bool:
-        """Whether ``change`` is, by content, the last record: a repeat of it is known."""
+    def add_payload(self, version: int, payload: bytes, bumps: bool) -> None:
+        """``add_change`` without its statements: see backend.payload_bumps."""
         newest = self.newest
-        return newest.kind == Kind.CHANGE and newest.chain == chain_after(
-            newest.chain_before, change.version, change.payload
+        head = layout2.behind(
+            newest,
+            len(payload),
+            kind=Kind.CHANGE,
+            flags=layout2.BUMPS if bumps else 0,
+            version=version,
+            time_ns=time.time_ns(),
+            session=self._session,
+            chain=chain_after(newest.chain, version, payload),
         )
+        self.add_record(head, payload)
+
+    def is_last(self, version: int, payload: bytes) -> bool:
+        """Whether a change is, by content, the last record: a repeat of it is known."""
+        newest = self.newest
+        if (newest.kind, newest.version, newest.length) != (Kind.CHANGE, version, len(payload)):
+            return False
+        return newest.chain == chain_after(newest.chain_before, version, payload)
 
     def begin_session(self) -> None:
         """Another client writes from here on.

@@ -38,15 +38,20 @@ another's, the server answers NACK. From then on, in place of CHANGE, SNAPSHOT a
 
     type  name      from    payload                                          answer
       10  RECORD    both    a record, compressed                             ACK or NACK
-      11  COMING    server  bytes u64: size of the log to come
+      05  RESTORE   client  none, or a place: offset u64, sequence u64, chain 16 bytes  see below
+      11  COMING    server  of the log: bytes u64, of its snapshot: bytes u64, backup id 16 bytes
       12  STATUS    client  none                                             STATUS_RES or NACK
       13  STATUS_RES  server  JSON, an object with the fields of backend.Status
+      14  HELD      client  chain 16 bytes of a snapshot whose connection broke    HELD
+                    server  bytes u64 of it that are there; 0: none; all ones: all, and they are
+                            being looked at
       06  ACK       server  version u32, chain 16 bytes, that are now stored
       07  NACK      server  version u32 of the backup, code u16, text in UTF-8
       08  METADATA  server  as in protocol 1 with protocol = 2, then: backup id 16 bytes,
                             sequence u64, chain before 16, chain 16, session 16,
                             time u64 (ns), size of the log u64, the server's name and
-                            version in UTF-8, and as a second line who wrote last, if known
+                            version in UTF-8, as a second line who wrote last, if known, and as
+                            a third one what its check found wrong with the backup, if anything
 
 A record is what file layout 2 (filelog/layout2.py) stores, and its fields mean the same but for
 the crc:
@@ -63,23 +68,31 @@ the crc:
         26    16  session       of a snapshot to the server: the owner of the new backup
         42    16  chain before  what the receiver must have
         58    16  chain         what it has then
-        74     n  payload
+        74     4  length        of the payload
+        78     n  payload
 
 The records of one direction of one connection are one raw deflate stream, with a sync
 flush after each: it keeps its window, and a new connection begins with a new one. A
 snapshot's pieces are records of at most 1 MiB; only the last is answered, unless a NACK comes
-before: the pieces after that are of no use. RESTORE is
+before: the pieces after that are of no use. Where the connection breaks before the answer, the
+server keeps what came for a while: over another one the client asks with HELD how much that is,
+and goes on there. RESTORE is
 answered by COMING, the log's records as they stand, rewinds included, and DONE; or by
-NACK where the log is damaged. A client appends only onto the chain it knows; once another
-session has written, every record of the session before gets a NACK, and so does a record
-whose session does not begin like the backup's owner. An owner is taken from any client, if
-its chains are the backup's.
+NACK where the log is damaged. With a place only what stands behind that record comes: the one
+that ends at that offset of the log, with that sequence and chain. If none does, as after a
+compaction, the answer is NACK with code 16, and the client begins anew.
+
+A client appends only onto the chain it knows; once another session has written, every record
+of the session before gets a NACK, and so does a record whose session does not begin like the
+backup's owner. An owner is taken from any client, if its chains are the backup's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import io
 import json
 import re
 import struct
@@ -87,7 +100,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, Change, Status, chain_after
+from backend import (
+    CHAIN_SIZE,
+    MAX_CHANGE_SIZE,
+    MAX_CHUNK_SIZE,
+    NOBODY,
+    Change,
+    Status,
+    chain_after,
+)
 from errors import BackupError, printable
 from filelog.layout2 import MAX_LENGTH, Head, Kind
 
@@ -100,8 +121,14 @@ METADATA = struct.Struct("!IIIQ")
 DETAILS = struct.Struct("!16sQ16s16s16sQQ")
 NACK = struct.Struct("!IH")
 ACK = struct.Struct("!I16s")
-COMING = struct.Struct("!Q")
-RECORD = struct.Struct("!BBIQIQ16s16s16s")
+COMING = struct.Struct("!QQ16s")
+PLACE = struct.Struct("!QQ16s")
+HELD = struct.Struct("!Q")
+ALL_HELD = 2**64 - 1
+"""In a HELD: all of the snapshot came, and the server is at work on it."""
+PACKING_LEVEL = 4
+"""zlib's; takes a sixth less time than 6 for a node's changes, and a fortieth more bytes."""
+RECORD = struct.Struct("!BBIQIQ16s16s16sI")
 OVERRIDE = 4
 """Flag of a RECORD: see above."""
 _CRC = struct.Struct("!I")
@@ -109,6 +136,10 @@ _CRC_AT = 14
 _NO_CRC = bytes(_CRC.size)
 MAX_PACKET_SIZE = 2**32 - 1
 """A packet's length is a u32."""
+WHOLE_SIZE = MAX_CHUNK_SIZE + (MAX_CHUNK_SIZE >> 8)
+"""The longest packet that a server takes whole: holds any piece of a snapshot, compressed."""
+_PART_SIZE = 1 << 12
+"""The first part of a longer packet has so much at least: enough for the fields of a record."""
 MAX_SNAPSHOT_SIZE = 1 << 40
 """Bytes that a SNAPSHOT may inflate to."""
 MAX_TEXT_SIZE = 1 << 16
@@ -121,8 +152,11 @@ MAX_NACK_TEXT = 4096
 MAX_MACHINE_SIZE = 255
 _MAX_CHANGE_PACKET = VERSION.size + MAX_CHANGE_SIZE + MAX_CHANGE_SIZE // 1000 + 64
 """zlib adds less than a thousandth to what it cannot compress."""
+_STORED = struct.Struct("<BHH")
+_MAX_STORED = 0xFFFF
 _GREATEST_RATIO = 1032
 """zlib compresses to no less than one byte in this many."""
+_SLICE_SIZE = 1 << 16
 
 
 class PacketType(enum.IntEnum):
@@ -143,6 +177,7 @@ class PacketType(enum.IntEnum):
     COMING = 17
     STATUS = 18
     STATUS_RES = 19
+    HELD = 20
 
 
 _TYPES = {int(kind): kind for kind in PacketType}
@@ -156,6 +191,7 @@ TO_SERVER: Mapping[int, int] = {
     PacketType.ACK: VERSION.size,
     PacketType.COMPACT: MAX_TEXT_SIZE,
     PacketType.RECORD: _MAX_CHANGE_PACKET,
+    PacketType.HELD: CHAIN_SIZE,
     PacketType.STATUS: 0,
 }
 """What a server accepts: packet type to the greatest length."""
@@ -169,6 +205,7 @@ TO_CLIENT: Mapping[int, int] = {
     PacketType.COMPACT_RES: MAX_TEXT_SIZE,
     PacketType.RECORD: _MAX_CHANGE_PACKET,
     PacketType.COMING: COMING.size,
+    PacketType.HELD: HELD.size,
     PacketType.STATUS_RES: MAX_STATUS_SIZE,
 }
 """What a client accepts: packet type to the greatest length."""
@@ -194,7 +231,16 @@ class SnapshotPart(NamedTuple):
     last: bool
 
 
-Event = Packet | SnapshotPart
+class Part(NamedTuple):
+    """Some of the payload of a packet that is too long to come whole."""
+
+    type: PacketType
+    data: bytes
+    first: bool
+    last: bool
+
+
+Event = Packet | SnapshotPart | Part
 
 
 class Details(NamedTuple):
@@ -204,6 +250,7 @@ class Details(NamedTuple):
         size: bytes of the log.
         server: its name and version.
         last_writer: who wrote last and when, in words, "" if it is not known.
+        unsound: what the server's check found wrong with the backup, or "".
     """
 
     backup_id: bytes
@@ -215,6 +262,7 @@ class Details(NamedTuple):
     size: int
     server: str
     last_writer: str = ""
+    unsound: str = ""
 
 
 class Metadata(NamedTuple):
@@ -225,6 +273,31 @@ class Metadata(NamedTuple):
     prev_version: int
     version_count: int
     details: Details | None = None
+
+
+class Coming(NamedTuple):
+    """The log whose records come.
+
+    Attributes:
+        size: of the log, in bytes.
+        snapshot_size: bytes of the SQLite file that it starts with.
+    """
+
+    size: int
+    snapshot_size: int
+    backup_id: bytes
+
+
+class Place(NamedTuple):
+    """A record of a log, by where it ends: what stands behind it is asked for.
+
+    Attributes:
+        offset: of its end.
+    """
+
+    offset: int
+    sequence: int
+    chain: bytes
 
 
 class NackCode(enum.IntEnum):
@@ -243,6 +316,7 @@ class NackCode(enum.IntEnum):
     NO_ROOM = 10
     OTHER_NODE = 11
     MANY_KEPT = 12
+    NO_SUCH_PLACE = 16
 
 
 class Nack(NamedTuple):
@@ -292,8 +366,8 @@ def encode_metadata(metadata: Metadata) -> bytes:
     """The METADATA packet."""
     payload = METADATA.pack(*metadata[:4])
     if metadata.details is not None:
-        *numbers, server, last_writer = metadata.details
-        text = f"{server}\n{last_writer}" if last_writer else server
+        *numbers, server, last_writer, unsound = metadata.details
+        text = f"{server}\n{last_writer}\n{printable(unsound)}".rstrip("\n")
         payload += DETAILS.pack(*numbers) + text.encode()
     return encode(PacketType.METADATA, payload)
 
@@ -308,8 +382,8 @@ def decode_metadata(payload: bytes) -> Metadata:
         return metadata
     if metadata.protocol != 2 or len(rest) < DETAILS.size:
         raise ProtocolError(f"METADATA of protocol {metadata.protocol} is not known here.")
-    server, _, last_writer = rest[DETAILS.size :].decode(errors="replace").partition("\n")
-    details = Details._make((*DETAILS.unpack_from(rest), server, last_writer))
+    lines = [*rest[DETAILS.size :].decode(errors="replace").split("\n", 2), "", ""][:3]
+    details = Details._make((*DETAILS.unpack_from(rest), *(printable(line) for line in lines)))
     return metadata._replace(details=details)
 
 
@@ -361,11 +435,32 @@ def decode_nack(payload: bytes) -> Nack:
     return Nack(version, known, payload[NACK.size :].decode(errors="replace"))
 
 
-def decode_coming(payload: bytes) -> int:
-    """The size that a COMING packet announces."""
+def decode_coming(payload: bytes) -> Coming:
+    """The log that a COMING packet announces."""
     if len(payload) != COMING.size:
         raise ProtocolError(f"COMING of {len(payload)} bytes in place of {COMING.size}.")
-    return int(COMING.unpack(payload)[0])
+    return Coming._make(COMING.unpack(payload))
+
+
+def decode_held(payload: bytes) -> int:
+    """The bytes that a server's HELD packet names."""
+    if len(payload) != HELD.size:
+        raise ProtocolError(f"HELD of {len(payload)} bytes in place of {HELD.size}.")
+    return int(HELD.unpack(payload)[0])
+
+
+def encode_restore(place: Place | None) -> bytes:
+    """The RESTORE packet for all behind ``place``; None: for the whole log."""
+    return encode(PacketType.RESTORE, PLACE.pack(*place) if place is not None else b"")
+
+
+def decode_restore(payload: bytes) -> Place | None:
+    """The place that a RESTORE of protocol 2 names, None for the beginning."""
+    if not payload:
+        return None
+    if len(payload) != PLACE.size:
+        raise ProtocolError(f"RESTORE of {len(payload)} bytes in place of {PLACE.size}.")
+    return Place._make(PLACE.unpack(payload))
 
 
 def encode_status(status: Status) -> bytes:
@@ -470,6 +565,10 @@ class Inflater:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """What ``data`` inflates to, in pieces of at most 1 MiB."""
+        for piece in _sliced(data):
+            yield from self._feed(piece)
+
+    def _feed(self, data: bytes) -> Iterator[bytes]:
         while data:
             try:
                 piece = self._zlib.decompress(data, MAX_CHUNK_SIZE)
@@ -490,15 +589,32 @@ class Inflater:
             raise ProtocolError("Compressed data ends early.")
 
 
+def _sliced(data: bytes) -> Iterable[bytes]:
+    """``data`` for an inflater, which copies what it has not consumed with each piece it makes."""
+    if len(data) <= _SLICE_SIZE:
+        return (data,)
+    return (data[start : start + _SLICE_SIZE] for start in range(0, len(data), _SLICE_SIZE))
+
+
 class RecordPacker:
     """One direction of a connection of protocol 2: records to RECORD packets.
 
     Args:
-        level: zlib's, 1 to 9; 4 takes a sixth less time than 6 for a node's changes, and a
-            fortieth more bytes.
+        level: zlib's, 0 to 9.
+
+    Attributes:
+        level: the one of the next record.
     """
 
-    def __init__(self, level: int = 4) -> None:
+    def __init__(self, level: int = PACKING_LEVEL) -> None:
+        self.go_on_at(level)
+
+    def go_on_at(self, level: int) -> None:
+        """Pack the next records at ``level``."""
+        if getattr(self, "level", None) == level:
+            return
+        self.level = level
+        # In mid-stream, too: the flush ended a block, and a new beginning looks back at nothing.
         # Filtered: matches of a few bytes, of numbers in a statement, cost more than they save.
         self._zlib = zlib.compressobj(
             level, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_FILTERED
@@ -508,77 +624,133 @@ class RecordPacker:
         """The RECORD packet; the CRC is computed here."""
         fields = _fields(head)
         _CRC.pack_into(fields, _CRC_AT, zlib.crc32(payload, zlib.crc32(fields)))
+        if self.level == 0:
+            blocks = [*_stored(fields), *_stored(payload)]
+            header = HEADER.pack(PacketType.RECORD, sum(map(len, blocks)))
+            return b"".join((header, *blocks))
         data = self._zlib.compress(fields + payload)
         return encode(PacketType.RECORD, data + self._zlib.flush(zlib.Z_SYNC_FLUSH))
 
 
+def _stored(data: bytes | bytearray) -> Iterator[bytes | memoryview]:
+    """Deflate's blocks of plain bytes: zlib would copy them thrice."""
+    view = memoryview(data)
+    for start in range(0, len(view), _MAX_STORED):
+        block = view[start : start + _MAX_STORED]
+        yield _STORED.pack(0, len(block), len(block) ^ 0xFFFF)
+        yield block
+
+
 class RecordUnpacker:
-    """The other end of a RecordPacker."""
+    """The other end of a RecordPacker.
+
+    A record comes by ``unpack``, or by ``begin``, ``pieces`` as often as it has parts, ``end``.
+
+    Raises:
+        ProtocolError: it does not inflate, or not to what it says, or does not check.
+    """
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
+        self._fields = b""
+        self._crc = 0
+        self._left = 0
+        """Bytes of the payload still to come."""
 
     def unpack(self, data: bytes) -> tuple[Head, bytes]:
-        """The record of a RECORD packet; its CRC and its offset are not set.
+        """The record of a RECORD packet; its CRC and its offset are not set."""
+        head = self.begin(data)
+        return head, self.rest(head)
 
-        Raises:
-            ProtocolError: it does not inflate, or past the limit, or does not check.
-        """
-        if len(data) > MAX_CHANGE_SIZE // _GREATEST_RATIO:
-            self._measure(data)
-        try:
-            fields = self._zlib.decompress(data, RECORD.size)
-            limit = MAX_LENGTH.get(fields[0], -1) if len(fields) == RECORD.size else -1
-            if limit < 0:
-                raise ProtocolError("A RECORD of no known kind.")
-            # One byte more than may come shows that it is too much.
-            payload = self._zlib.decompress(self._zlib.unconsumed_tail, limit + 1)
-        except zlib.error as error:
-            raise ProtocolError(f"Compressed data is broken: {error}.") from error
-        if len(payload) > limit or self._zlib.unconsumed_tail or self._zlib.unused_data:
-            raise ProtocolError("A RECORD inflates past its limit.")
-        kind, flags, version, sequence, crc, time_ns, session, before, chain = RECORD.unpack(fields)
-        head = Head(
+    def begin(self, data: bytes) -> Head:
+        """The head of the record that ``data`` begins with. It may not be what was sent: ``end``
+        tells."""
+        fields = self._inflate(data, RECORD.size)
+        limit = MAX_LENGTH.get(fields[0], -1) if len(fields) == RECORD.size else -1
+        if limit < 0:
+            raise ProtocolError("A RECORD of no known kind.")
+        found = RECORD.unpack(fields)
+        kind, flags, version, sequence, _, time_ns, session, before, chain, length = found
+        if length > limit:
+            raise ProtocolError(f"A RECORD of {length} bytes is past its limit of {limit}.")
+        self._fields, self._left = fields, length
+        self._crc = zlib.crc32(_NO_CRC, zlib.crc32(fields[:_CRC_AT]))
+        self._crc = zlib.crc32(fields[_CRC_AT + _CRC.size :], self._crc)
+        return Head(
             kind=kind,
             flags=flags,
             sequence=sequence,
             version=version,
             time_ns=time_ns,
             session=session,
-            length=len(payload),
+            length=length,
             chain_before=before,
             chain=chain,
         )
-        if _crc_of(fields, payload) != crc:
-            raise ProtocolError("A RECORD does not match its checksum.")
-        if kind == Kind.CHANGE and chain != chain_after(before, version, payload):
-            raise ProtocolError("A RECORD does not match its chain.")
-        return head, payload
 
-    def _measure(self, data: bytes) -> None:
-        """Inflate what may be a bomb in pieces first: it must not fill the memory."""
-        trial, left = self._zlib.copy(), RECORD.size + MAX_CHANGE_SIZE
+    def rest(self, head: Head) -> bytes:
+        """The payload, where all of the record was given to ``begin``."""
+        tail = self._zlib.unconsumed_tail
+        if head.length <= MAX_CHUNK_SIZE:
+            payload = self._take(tail)
+        else:
+            gathered = io.BytesIO()
+            for piece in self.pieces(tail):
+                gathered.write(piece)
+            payload = gathered.getvalue()
+        self.end(head, payload)
+        return payload
+
+    def pieces(self, data: bytes | None = None) -> Iterator[bytes]:
+        """What ``data`` adds to the payload, in pieces of about 1 MiB at most.
+
+        Args:
+            data: the next part of the packet; None: what is left of that for ``begin``.
+        """
+        for part in _sliced(self._zlib.unconsumed_tail if data is None else data):
+            piece = self._take(part)
+            yield piece
+            # What does not fit into one piece waits in the inflater, too.
+            while self._zlib.unconsumed_tail or len(piece) > MAX_CHUNK_SIZE:
+                piece = self._take(self._zlib.unconsumed_tail)
+                yield piece
+
+    def end(self, head: Head, payload: bytes | None) -> None:
+        """All of the record came: check it.
+
+        Args:
+            payload: None: it was of no use, and only what came is checked.
+        """
+        if self._left or self._zlib.unconsumed_tail or self._zlib.unused_data:
+            raise ProtocolError("A RECORD does not inflate to what it says.")
+        if (self._crc,) != _CRC.unpack_from(self._fields, _CRC_AT):
+            raise ProtocolError("A RECORD does not match its checksum.")
+        if payload is None or head.kind != Kind.CHANGE:
+            return
+        if head.chain != chain_after(head.chain_before, head.version, payload):
+            raise ProtocolError("A RECORD does not match its chain.")
+
+    def _take(self, data: bytes) -> bytes:
+        # One byte more than may come shows that it is too much.
+        piece = self._inflate(data, min(self._left, MAX_CHUNK_SIZE) + 1)
+        self._left -= len(piece)
+        if self._left < 0:
+            raise ProtocolError("A RECORD inflates past what it says.")
+        self._crc = zlib.crc32(piece, self._crc)
+        return piece
+
+    def _inflate(self, data: bytes, size: int) -> bytes:
         try:
-            while data and left >= 0:
-                left -= len(trial.decompress(data, MAX_CHUNK_SIZE))
-                data = trial.unconsumed_tail
+            return self._zlib.decompress(data, size)
         except zlib.error as error:
             raise ProtocolError(f"Compressed data is broken: {error}.") from error
-        if left < 0:
-            raise ProtocolError("A RECORD inflates past its limit.")
-
-
-def _crc_of(fields: bytes, payload: bytes) -> int:
-    """The CRC of a record, with 0 where ``fields`` have theirs."""
-    crc = zlib.crc32(_NO_CRC, zlib.crc32(fields[:_CRC_AT]))
-    return zlib.crc32(payload, zlib.crc32(fields[_CRC_AT + _CRC.size :], crc))
 
 
 def _fields(head: Head) -> bytearray:
     """What stands before the payload of a record, with a crc of 0."""
     kind, version, sequence = head.kind, head.version, head.sequence
     history = head.time_ns, head.session, head.chain_before, head.chain
-    return bytearray(RECORD.pack(kind, head.flags, version, sequence, 0, *history))
+    return bytearray(RECORD.pack(kind, head.flags, version, sequence, 0, *history, head.length))
 
 
 class Decoder:
@@ -586,13 +758,17 @@ class Decoder:
 
     Args:
         limits: packet types that may come, with the greatest length of each.
+        whole: the longest packet that comes whole; a longer one comes in parts.
     """
 
-    def __init__(self, limits: Mapping[int, int]) -> None:
+    def __init__(self, limits: Mapping[int, int], whole: int = MAX_PACKET_SIZE) -> None:
         self._limits = limits
+        self._whole = whole
         self._buffer = bytearray()
-        self._part: tuple[int, int] | None = None
-        """Version and bytes still to come of a SNAPSHOT that has begun."""
+        self._part: Callable[[bytes, bool, bool], Event] | None = None
+        """Makes an event of what comes of the packet that has begun."""
+        self._left = 0
+        """Bytes of it still to come."""
 
     @property
     def in_packet(self) -> bool:
@@ -621,11 +797,13 @@ class Decoder:
         if len(data) != HEADER.size + length or length > self._limits.get(kind, -1):
             return None
         known = _TYPES[kind]
-        return None if known is PacketType.SNAPSHOT else Packet(known, data[HEADER.size :])
+        if known is PacketType.SNAPSHOT or length > self._whole:
+            return None
+        return Packet(known, data[HEADER.size :])
 
     def _next(self) -> Event | None:
         if self._part is not None:
-            return self._next_part(*self._part, first=False)
+            return self._next_part(self._part, first=False)
         if len(self._buffer) < HEADER.size:
             self._check_type()
             return None
@@ -637,6 +815,8 @@ class Decoder:
             )
         if kind == PacketType.SNAPSHOT:
             return self._begin_snapshot(length)
+        if length > self._whole:
+            return self._begin_part(_TYPES[kind], length)
         end = HEADER.size + length
         if len(self._buffer) < end:
             return None
@@ -656,13 +836,21 @@ class Decoder:
             return None
         version = decode_version(bytes(self._buffer[HEADER.size : start]))
         del self._buffer[:start]
-        return self._next_part(version, length - VERSION.size, first=True)
+        self._left = length - VERSION.size
+        return self._next_part(functools.partial(SnapshotPart, version), first=True)
 
-    def _next_part(self, version: int, left: int, first: bool) -> Event | None:
-        if not self._buffer and left and not first:
+    def _begin_part(self, kind: PacketType, length: int) -> Event | None:
+        if len(self._buffer) < HEADER.size + _PART_SIZE:
             return None
-        data = bytes(self._buffer[:left])
-        del self._buffer[:left]
-        left -= len(data)
-        self._part = (version, left) if left else None
-        return SnapshotPart(version, data, first, last=not left)
+        del self._buffer[: HEADER.size]
+        self._left = length
+        return self._next_part(functools.partial(Part, kind), first=True)
+
+    def _next_part(self, part: Callable[[bytes, bool, bool], Event], first: bool) -> Event | None:
+        if not self._buffer and self._left and not first:
+            return None
+        data = bytes(self._buffer[: self._left])
+        del self._buffer[: len(data)]
+        self._left -= len(data)
+        self._part = part if self._left else None
+        return part(data, first, not self._left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import selectors
@@ -15,13 +16,19 @@ import unwind
 from backend import NOTICE, log
 from errors import DiskError
 from filebackend import FileBackend
+from serving import memory, places
 from serving.connection import Connection
 from serving.door import Door
+from serving.fewlines import PERIOD_S, FewLines
 from serving.keeper import Keeper
+from serving.memory import Memory
+from serving.places import Place, Places
+from serving.room import Room
+from serving.spool import Shelf
+from serving.turns import Turns
 from stream import Stream
 from upkeep.compaction import Compactor, Housekeeper
 
-MAX_CONNECTIONS = 16
 ACCEPT_PAUSE_S = 0.1
 SWITCH_INTERVAL_S = 0.0002
 """So that a thread that streams a backup does not make the writer's thread wait."""
@@ -45,9 +52,12 @@ class Server:
         allows_1: bool = False,
     ) -> None:
         self.keeper = Keeper(backend, allows_1)
+        self.memory = Memory(memory.BUDGET - places.ALL * memory.SHARE)
+        self.places = Places(self.keeper)
+        self.room = Room(backend.path)
+        self.turns = Turns()
         self.compactor = Compactor(backend, self.keeper.lock)
-        self._lock = threading.Lock()
-        self._connections: set[Connection] = set()
+        self.shelf = Shelf()
         self._numbers = itertools.count(1)
         self._wake_read, self._wake_write = os.pipe()
         self._exit_code: int | None = None
@@ -64,15 +74,18 @@ class Server:
         # A signal that comes just before select() sleeps would not end that sleep.
         os.set_blocking(self._wake_write, False)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        few = FewLines()
+        log.addFilter(few)
         self._housekeeper.start()
         with selectors.DefaultSelector() as selector:
             for door in self._doors:
                 selector.register(door, selectors.EVENT_READ, door)
             selector.register(self._wake_read, selectors.EVENT_READ, None)
             while self._exit_code is None:
-                for key, _ in selector.select():
+                for key, _ in selector.select(PERIOD_S):
                     if key.data is not None:
                         self._accept(key.data)
+                few.report()
         for door in self._doors:
             door.close()
         signal.set_wakeup_fd(-1)
@@ -83,6 +96,7 @@ class Server:
         # Finish the change in hand; nothing is written after it.
         self.keeper.lock.acquire()
         self.keeper.backend.close()
+        log.removeFilter(few)
         log.log(NOTICE, "stopped")
         return self._exit_code
 
@@ -110,34 +124,16 @@ class Server:
             stream = Stream(sock)
         except OSError as error:
             log.warning(f"a connection could not be accepted: {error}")
-            time.sleep(ACCEPT_PAUSE_S)  # Out of descriptors, say: do not spin.
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.places.make_way()
+            time.sleep(ACCEPT_PAUSE_S)  # Do not spin.
             return
         connection = Connection(self, stream, caller, next(self._numbers), door.is_read_only)
-        if not self._make_room():
-            log.warning(f"{connection}: closed: {MAX_CONNECTIONS} connections are busy")
+        self.places.enter(connection, Place.NEW)
+        try:
+            threading.Thread(target=connection.run, daemon=True).start()
+        except RuntimeError as error:  # No thread is left.
+            log.warning(f"{connection}: closed: {error}")
+            self.places.leave(connection)
             stream.close()
-            return
-        with self._lock:
-            self._connections.add(connection)
-        threading.Thread(target=connection.run, daemon=True).start()
-
-    def _make_room(self) -> bool:
-        """Whether one more connection may come; the idlest reader makes way for it."""
-        with self._lock:
-            if len(self._connections) < MAX_CONNECTIONS:
-                return True
-            idle = [
-                c for c in self._connections if not c.incoming.busy and not self.keeper.is_writer(c)
-            ]
-            if not idle:
-                return False
-            idlest = min(idle, key=lambda connection: connection.incoming.last_heard)
-            self._connections.discard(idlest)
-        log.warning(f"{idlest}: closed: it was idle, and {MAX_CONNECTIONS} connections are open")
-        idlest.cut()
-        return True
-
-    def forget(self, connection: Connection) -> None:
-        """``connection`` is closed."""
-        with self._lock:
-            self._connections.discard(connection)
+            self.places.make_way()

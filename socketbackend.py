@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Sequence
 
 import protocol
 from backend import (
     EMPTY_CHAIN,
-    MAX_CHUNK_SIZE,
     NOBODY,
     Change,
     Progress,
@@ -23,16 +20,17 @@ from backend import (
     Status,
     chain_after,
 )
-from errors import CLI, BackupExists, ConfigError, printable
+from errors import CLI, BackupExists, ConfigError
 from filelog import layout2
-from filelog.layout2 import BEFORE_FIRST, Head, Kind
+from filelog.layout2 import Head, Kind
 from protocol import Details, Metadata, PacketType, ProtocolError
 from quorum import Roster
-from remote import protocol1
 from remote.address import parse_socket_url
 from remote.delivery import Delivery
-from remote.link import COMPACT_TIMEOUT_S, SNAPSHOT_TIMEOUT_S, Link, Refused, Unreachable
-from remote.reading import SocketReading
+from remote.fetching import fetched
+from remote.link import COMPACT_TIMEOUT_S, Link, Refused, Unreachable
+from remote.reading import Received, SocketReading
+from remote.sending import send_snapshot
 from replica import Look, Replica
 
 CHECKS_BY_ITSELF = (
@@ -96,7 +94,7 @@ class SocketBackend(Replica):
         try:
             self._check_empty(found)
             if snapshot is not None:
-                self._send_snapshot(link, snapshot, owner)
+                send_snapshot(self._url, link, found, snapshot, owner)
         finally:
             link.close()
         with contextlib.closing(self):
@@ -117,35 +115,16 @@ class SocketBackend(Replica):
             )
         flags, link = protocol.OVERRIDE if override else 0, self._delivery.link()
         if link is not None:  # As the writer: refused if another one has written meanwhile.
-            self._send_snapshot(link, snapshot, owner, flags)
+            before = self._delivery.known
+            send_snapshot(self._url, link, before, snapshot, owner, flags)
             self._delivery.look()
         else:
-            link, _ = self._once()
+            link, before = self._once()
             try:
-                self._send_snapshot(link, snapshot, owner, flags)
+                send_snapshot(self._url, link, before, snapshot, owner, flags)
             finally:
                 link.close()
         return f"on {self._url.target}, under the name that the server's log gives"
-
-    def _send_snapshot(self, link: Link, snapshot: Snapshot, owner: bytes, flags: int = 0) -> None:
-        head = BEFORE_FIRST._replace(
-            kind=Kind.SNAPSHOT,
-            flags=flags,
-            version=snapshot.version,
-            time_ns=time.time_ns(),
-            session=owner,
-            chain=snapshot.chain,
-        )
-        try:
-            with open(snapshot.path, "rb") as source:
-                if link.protocol == 2:
-                    _send_pieces(link, source, head)
-                else:
-                    protocol1.send_snapshot(link.send, source, snapshot)
-            packet = link.answer(SNAPSHOT_TIMEOUT_S)
-        except OSError as error:
-            raise link.last_words() or Unreachable(self._url.target, error) from error
-        link.check_ack(packet, link.ack_of(head))
 
     def status(self, check: bool = False) -> Status:
         """See Backend. A server of protocol 1 tells versions only; none is made to check its file.
@@ -169,7 +148,7 @@ class SocketBackend(Replica):
                 status = link.status()
             except OSError as error:
                 raise Unreachable(self._url.target, error) from error
-        status.url, server = self.url, printable(found.details.server)
+        status.url, server = self.url, found.details.server
         status.layout = f"{server}, protocol 2, {status.layout}"
         if check:
             status.notes.append(CHECKS_BY_ITSELF)
@@ -213,9 +192,15 @@ class SocketBackend(Replica):
     def records(self) -> Iterator[Iterator[tuple[Head, bytes]]]:
         """See Replica."""
         link, found = self._once()
-        with contextlib.closing(SocketReading(link, found, self._url.target)) as reading:
+        with contextlib.closing(link):
             self._details(found)
-            yield reading.records()
+            yield self._received(link)
+
+    def _received(self, link: Link) -> Iterator[tuple[Head, bytes]]:
+        try:
+            yield from Received(link)
+        except OSError as error:
+            raise Unreachable(self._url.target, error) from error
 
     def read(self) -> Reading:
         """See Backend."""
@@ -224,6 +209,12 @@ class SocketBackend(Replica):
             self._delivery.close()
         link, found = self._once()
         return SocketReading(link, found, self._url.target)
+
+    @contextlib.contextmanager
+    def at_hand(self, prefix: str, progress: Progress) -> Iterator[Callable[[], Reading]]:
+        """See Backend. A server of protocol 1 cannot go on in the middle: it is read as it is."""
+        with fetched(self._url, prefix, progress) as copy:
+            yield self.read if copy is None else copy.read
 
     def keep_house(
         self, lock: threading.Lock, least: int | None, turn: threading.Lock | None = None
@@ -299,6 +290,7 @@ class SocketBackend(Replica):
     def _hear(self, found: Metadata) -> None:
         self.keeps_owner = found.details is not None
         self.last_writer = found.details.last_writer if found.details else ""
+        self.unsound = found.details.unsound or None if found.details else None
 
     def add_change(self, change: Change) -> None:
         """See Backend."""
@@ -349,11 +341,3 @@ def _newest(found: Metadata) -> Head:
         chain_before=details.chain_before,
         chain=details.chain,
     )
-
-
-def _send_pieces(link: Link, source: BinaryIO, head: Head) -> None:
-    """Send all of ``source``, unless the server has answered before: it refuses then."""
-    size = os.fstat(source.fileno()).st_size
-    while not link.has_answer() and (piece := source.read(MAX_CHUNK_SIZE)):
-        flags = head.flags | (layout2.FINAL if source.tell() == size else 0)
-        link.send_record(head._replace(flags=flags, length=len(piece)), piece)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import select
 import socket
 import struct
+import sys
+import termios
 
 KEEPALIVE_S = 15
 RECEIVE_SIZE = 1 << 16
+MUCH_SIZE = 1 << 18
+"""Bytes to receive at once while much comes; as a buffer for an answer it would cost 10 us."""
 
 
 class Stream:
@@ -26,6 +31,7 @@ class Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._comes_much = False
         self._timeouts_s: dict[int, float] = {}
         try:
             self._tune(sock)
@@ -54,9 +60,11 @@ class Stream:
         """The next bytes, as soon as there are some; b"" at the peer's end."""
         self._limit(socket.SO_RCVTIMEO, timeout_s)
         try:
-            return self._sock.recv(RECEIVE_SIZE)
+            data = self._sock.recv(MUCH_SIZE if self._comes_much else RECEIVE_SIZE)
         except BlockingIOError as error:
             raise TimeoutError("timed out") from error
+        self._comes_much = len(data) >= RECEIVE_SIZE
+        return data
 
     def has_data(self) -> bool:
         """Whether ``receive`` would return at once."""
@@ -64,14 +72,39 @@ class Stream:
 
     def send(self, data: bytes, timeout_s: float) -> None:
         """Send all of ``data`` with as few segments as it needs, as long as it moves on."""
+        left = memoryview(data)[self.send_now(data) :]
+        if not left:
+            return
         self._limit(socket.SO_SNDTIMEO, timeout_s)
-        left: bytes | memoryview = data
+        queued = self.queued()
+        while left:
+            before, sent = queued, 0
+            try:
+                # Not sendall: it says nothing of what went before a timeout.
+                sent = self._sock.send(left)
+            except BlockingIOError as error:
+                queued = self.queued()
+                # Linux wakes a sender when a third of its buffer is free: minutes at 10 kB/s.
+                if queued is None or queued == before:
+                    raise TimeoutError("timed out") from error
+            else:
+                queued = self.queued()
+            left = left[sent:]
+
+    def queued(self) -> int | None:
+        """Bytes sent that the peer's system has not confirmed; None where this one cannot tell."""
         try:
-            # Not sendall: it says nothing of what went before a timeout.
-            while (sent := self._sock.send(left)) < len(left):
-                left = memoryview(left)[sent:]
-        except BlockingIOError as error:
-            raise TimeoutError("timed out") from error
+            found = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))
+        except OSError:
+            return None
+        return int.from_bytes(found, sys.byteorder)
+
+    def let_it_pause(self, pause_s: float) -> None:
+        """The peer may stop reading for ``pause_s`` while more is sent to it."""
+        if hasattr(socket, "TCP_USER_TIMEOUT") and self._sock.family != socket.AF_UNIX:
+            # It counts also the time in which a peer that is well takes nothing.
+            option = socket.TCP_USER_TIMEOUT
+            self._sock.setsockopt(socket.IPPROTO_TCP, option, round(1000 * pause_s))
 
     def send_now(self, data: bytes | memoryview) -> int:
         """Send what the system takes without waiting; the bytes of it."""

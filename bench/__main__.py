@@ -12,7 +12,10 @@ from pathlib import Path
 
 from bench.common import DATA, TRACE_FILE, Options, Row
 
-BENCHES = ("hook", "restoring", "snapshot", "start", "compaction", "wire", "remote", "several")
+BENCHES = (
+    *("hook", "restoring", "snapshot", "upload", "start", "compaction"),
+    *("wire", "remote", "readers", "several"),
+)
 """Modules of this package, each with ``run(options) -> list[Row]``."""
 
 

@@ -29,6 +29,7 @@ from backend import (
 )
 from commands.shared import (
     acks_option,
+    at_hand,
     directory_option,
     in_words,
     main,
@@ -175,7 +176,7 @@ def _init_for_server(urls: Sequence[str]) -> None:
         )
     backend.create(None)
     click.echo(f"Created an empty backup at {url}")
-    click.echo(f"To serve it: {CLI} server {shlex.quote(url)} 127.0.0.1:8700")
+    click.echo(f"To serve it: {CLI} server {shlex.quote(url)} unix:/run/node-backup/server.sock")
     click.echo("For a node on this machine, run init with --lightning-dir DIR in place of this.")
 
 
@@ -522,7 +523,8 @@ def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> Non
         version: the database's.
     """
     with (
-        contextlib.closing(backend.read()) as reading,
+        at_hand(backend, prefix, only_verdict=True) as read,
+        contextlib.closing(read()) as reading,
         scratching.held(prefix) as base,
         progress_bar("Comparing", 0) as advance,
     ):

@@ -19,6 +19,7 @@ from backend import (
 )
 from commands.shared import (
     EXIT_WARNING,
+    at_hand,
     backup_of_option,
     chosen_urls,
     expand,
@@ -187,7 +188,8 @@ def _verify(url: str, against: str | None, scratch: str | None) -> None:
     backend = destinations.backend_for(url)
     prefix = scratch_prefix(backend, scratch)
     with (
-        contextlib.closing(backend.read()) as reading,
+        at_hand(backend, prefix, only_verdict=True) as read,
+        contextlib.closing(read()) as reading,
         scratching.held(prefix) as base,
         progress_bar("Verifying", 0) as advance,
     ):

@@ -6,17 +6,19 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
 import destinations
 from backend import (
     Backend,
+    Reading,
     utc,
 )
 from commands.shared import (
     EXIT_UNSOUND,
+    at_hand,
     backup_of_option,
     chosen_urls,
     expand,
@@ -70,13 +72,14 @@ def restore(
     chosen = chosen_urls(urls, lightning_dir)
     backend, incomplete = _leader(chosen, allow_missing)
     url = shlex.join(chosen)
-    try:
-        result = _restored(backend, dest, allow_damaged, up_to)
-    except DoesNotReplay as error:
-        if not allow_damaged or not error.base:
-            raise BackupError(error.problem, error.way_out(chosen, dest)) from error
-        result = _restored(backend, dest, allow_damaged, error.base)
-        incomplete = error
+    with at_hand(backend, f"{restoring.destination(dest)}.") as read:
+        try:
+            result = _restored(read, dest, allow_damaged, up_to)
+        except DoesNotReplay as error:
+            if not allow_damaged or not error.base:
+                raise BackupError(error.problem, error.way_out(chosen, dest)) from error
+            result = _restored(read, dest, allow_damaged, error.base)
+            incomplete = error
     ending = result.ending
     click.echo(f"Restored version {ending.version} to {result.path}")
     when = f"Last change: {utc(ending.last_change_ns)}; " if ending.last_change_ns else ""
@@ -116,11 +119,11 @@ def _leader(urls: Sequence[str], allow_missing: bool) -> tuple[Backend, BackupEr
 
 
 def _restored(
-    backend: Backend, dest: str, allow_damaged: bool, up_to: int | None
+    read: Callable[[], Reading], dest: str, allow_damaged: bool, up_to: int | None
 ) -> restoring.Restored:
     """What a pass over the backup delivered."""
     with (
-        contextlib.closing(backend.read()) as reading,
+        contextlib.closing(read()) as reading,
         progress_bar("Restoring", 0) as advance,
     ):
         return restoring.restore(reading, dest, allow_damaged, advance, up_to)

@@ -17,15 +17,17 @@ import unwind
 from backend import (
     RELEASE,
     Backend,
+    Reading,
     Snapshot,
     log,
 )
 from errors import (
     BackupError,
     ConfigError,
+    DiskError,
 )
 from quorum import Rule
-from wallet import database, node
+from wallet import database, node, restore
 
 EXIT_UNSOUND = 3
 """A database was delivered, but it is incomplete or SQLite's checks found something."""
@@ -191,6 +193,33 @@ def node_snapshot(backend: Backend, directory: str, wallet: str) -> Iterator[Sna
         with progress_bar("Copying", 0) as advance:
             snapshot = database.copy(wallet, f"{base}.sqlite3", advance)
         yield snapshot
+
+
+@contextlib.contextmanager
+def at_hand(
+    backend: Backend, prefix: str, only_verdict: bool = False
+) -> Iterator[Callable[[], Reading]]:
+    """Passes over ``backend`` that do not wait for a line: see Backend.at_hand.
+
+    Args:
+        only_verdict: a copy is of no more use once something is found to be wrong with it.
+    """
+    found: BackupError | None = None
+    with contextlib.ExitStack() as stack:
+        with progress_bar("Fetching", 0) as advance:
+            read = stack.enter_context(backend.at_hand(prefix, advance))
+        try:
+            yield read
+        except (DiskError, space.NoRoom):
+            raise
+        except BackupError as error:
+            # A restore can be told to deliver what there is.
+            nothing = isinstance(error, restore.VersionNotHeld | restore.NothingToRestore)
+            if not (only_verdict or nothing):
+                raise
+            found = error
+    if found is not None:
+        raise found
 
 
 @contextlib.contextmanager

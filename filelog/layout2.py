@@ -309,8 +309,7 @@ class HeaderError(ValueError):
 
 def encode_header(backup_id: bytes, created_ns: int, snapshot_size: int) -> bytes:
     """The 64 bytes that begin a file whose snapshot has ``snapshot_size`` bytes."""
-    pieces = -(-snapshot_size // MAX_CHUNK_SIZE)
-    log_start = FIRST_RECORD + pieces * OVERHEAD + snapshot_size
+    log_start = log_start_of(snapshot_size)
     body = FILE_HEADER.pack(MAGIC, LAYOUT, RULES, backup_id, created_ns, log_start, 0)[:-4]
     return body + _CRC.pack(zlib.crc32(body))
 
@@ -329,6 +328,11 @@ def decode_header(data: bytes) -> tuple[bytes, int, int]:
     if magic != MAGIC or layout != LAYOUT or rules > RULES:
         raise HeaderError(f"the file header names layout {layout}, rules {rules}")
     return backup_id, log_start, rules
+
+
+def log_start_of(snapshot_size: int) -> int:
+    """Where the first record stands behind an SQLite file of ``snapshot_size`` bytes."""
+    return FIRST_RECORD + -(-snapshot_size // MAX_CHUNK_SIZE) * OVERHEAD + snapshot_size
 
 
 def snapshot_size(log_start: int) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from backend import (
     FOREIGN_KEYS_OFF,
+    MAX_CHANGE_SIZE,
     Beginning,
     Change,
     Ending,
@@ -127,6 +128,22 @@ class LogReader:
         if head is None:
             raise self.as_damage(offset, "no record stands where one should")
         return head
+
+    def ending_at(self, end: int) -> Head | None:
+        """The head of the record that ends at ``end``, None if none does."""
+        latest = end - layout2.OVERHEAD
+        if not layout2.FIRST_RECORD <= latest < self.allocated:
+            return None
+        # The trailer has the low 3 bytes of the record's offset.
+        low = int.from_bytes(self.pread(end - 4, 3), "big")
+        offset = latest - (latest - low) % (1 << 24)
+        while offset >= max(layout2.FIRST_RECORD, latest - MAX_CHANGE_SIZE):
+            data = self.pread(offset, layout2.HEAD.size)
+            head = layout2.decode_head(data, offset, self.backup_id)
+            if head is not None and head.end == end:
+                return head
+            offset -= 1 << 24
+        return None
 
     def _size(self) -> int:
         try:

@@ -13,10 +13,9 @@ from protocol import Metadata, NackCode
 from remote import protocol1
 from remote.address import SocketUrl
 from remote.fate import Fate, fate_by_content
-from remote.link import Diverged, Link, NoHistory, Unreachable
+from remote.link import Diverged, Link, NoHistory, NotTaken, Unreachable
+from remote.patience import Patience
 
-FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 10.0
 OWNER_TRIES = 3
 
 
@@ -39,6 +38,8 @@ class Delivery:
         self._link: Link | None = None
         self._owner: bytes | None = None
         self._refusal: BackupError | None = None
+        self._lost = OSError()
+        """Why the way was lost the last time."""
         self._counts = protocol1.Counts()
         self.known = Metadata(1, 0, 0, 0)
         self.session = NOBODY
@@ -52,22 +53,22 @@ class Delivery:
             Refused: the backup is another's.
         """
         self._owner = owner
-        self._connect(time.monotonic())
+        self._connect(Patience(self._url))
         details = self.known.details
         self.session = session_over_2(owner or (details.session if details else NOBODY))
 
     def link(self) -> Link | None:
         """The writer's connection, made anew if it was closed; None if nobody has opened it."""
         if self._link is None and self.session != NOBODY:
-            self._connect(time.monotonic())
+            self._connect(Patience(self._url))
         return self._link
 
-    def look(self) -> None:
-        """Ask the server what it holds now."""
+    def look(self, patience: Patience | None = None) -> None:
+        """Ask the server what it holds now, as long as ``patience`` lasts."""
         try:
             self._ask()
         except OSError:
-            self._connect(time.monotonic())
+            self._connect(patience or Patience(self._url))
 
     def go_on_as(self, owner: bytes) -> None:
         """Write as ``owner`` from now on."""
@@ -76,43 +77,48 @@ class Delivery:
     def deliver(self, head: Head, payload: bytes) -> None:
         """Send a record until its ACK came, or METADATA shows that it is stored.
 
+        All tries together end after ``retry_for``; the one in hand then goes on as long as it
+        moves, so that a large record has the time that its line takes.
+
         Raises:
             BackupError: it was refused, and so is every later one: whether it is stored is
                 not known any more.
         """
         if self._refusal is not None:
             raise self._refusal
-        started, before = time.monotonic(), self.known
+        patience, before = Patience(self._url), self.known
         try:
-            if not self._sent(head, payload):
-                self._send_again(head, payload, started)
+            if not self._sent(head, payload, patience):
+                self._send_again(head, payload, patience)
             if self._counts.stored(head, before, self.known):
-                self._look_again(head)
+                self._look_again(head, patience)
         except BackupError as error:
             self._refusal = error
             raise
 
-    def _sent(self, head: Head, payload: bytes) -> bool:
+    def _sent(self, head: Head, payload: bytes, patience: Patience) -> bool:
         """Send a record and wait for its ACK; False if the connection is lost meanwhile."""
         try:
             assert self._link is not None
+            self._link.still_s = patience.still_s
             self._link.send_record(head, payload)
             # While the server is at work.
             stored, expected = self._with_record(head), self._link.ack_of(head)
             self._link.await_ack(expected, len(payload))
         except OSError as error:
             log.warning(f"Lost the backup server {self._url.target}: {error}")
+            self._lost = error
             self.reconnects += 1
             self._noted(self.known, self.reconnects)
             return False
         self._note(stored)
         return True
 
-    def _send_again(self, head: Head, payload: bytes, started: float) -> None:
+    def _send_again(self, head: Head, payload: bytes, patience: Patience) -> None:
         """Ask what became of a record whose answer was lost, and send it until it is stored."""
         before, losses = self.known, 0
         while True:
-            self._connect(started)
+            self._connect(patience)
             now = self.known
             if before.details is not None and now.details is not None:
                 fate = fate_by_content(head, before.details, now.details)
@@ -127,9 +133,9 @@ class Delivery:
                 self.session = self._counts.session(self.session, before, now, True)
                 return
             losses += 1
-            self._pause_after(losses, head)
+            self._pause_after(losses, head, patience)
             head, before = self._counts.continuing(head, payload, self.session, before, now)
-            if self._sent(head, payload):
+            if self._sent(head, payload, patience):
                 return
 
     def _with_record(self, head: Head) -> Metadata:
@@ -152,13 +158,13 @@ class Delivery:
             details,
         )
 
-    def _look_again(self, head: Head) -> None:
+    def _look_again(self, head: Head, patience: Patience) -> None:
         """``look``, now that ``head`` is stored."""
-        self.look()
+        self.look(patience)
         if head.kind == Kind.REWIND and self.known.version != head.version:
             raise Diverged(NackCode.INVALID, "it has forgotten a rewind that it acknowledged")
 
-    def _pause_after(self, losses: int, head: Head) -> None:
+    def _pause_after(self, losses: int, head: Head, patience: Patience) -> None:
         """Wait before ``head``, which was lost ``losses`` times, is sent again."""
         if head.kind == Kind.OWNER and losses == OWNER_TRIES:
             raise BackupError(
@@ -166,8 +172,12 @@ class Delivery:
                 " connection.",
                 "It may be of an earlier release: update it, then try again.",
             )
-        if losses > 1:  # The first loss is as usual; a server that takes no record is not.
-            time.sleep(min(FIRST_PAUSE_S * 2 ** min(losses - 2, 10), LONGEST_PAUSE_S))
+        if losses == 1:  # As usual; a server that answers, but takes no record, is not.
+            return
+        pause_s = patience.pause()
+        if pause_s is None:
+            raise NotTaken(self._url.target, head.length, losses, self._lost) from self._lost
+        time.sleep(pause_s)
 
     def _diverged(self, before: Metadata, now: Metadata) -> Diverged:
         """The server holds something else than what it had and what was sent."""
@@ -190,28 +200,27 @@ class Delivery:
             text += f"; last written by {now.details.last_writer}"
         return Diverged(code, text)
 
-    def _connect(self, started: float) -> None:
+    def _connect(self, patience: Patience) -> None:
         """A new link, with fresh METADATA; Unreachable after ``retry_for``."""
-        pause = FIRST_PAUSE_S
         while True:
             self.close()
             try:
                 self._link = Link(self._url)
+                self._link.still_s = patience.still_s
                 self._ask()
                 return
             except OSError as error:
-                waited = time.monotonic() - started
-                if waited + pause > self._url.retry_for:
+                pause_s = patience.pause()
+                if pause_s is None:
                     raise Unreachable(self._url.target, error) from error
                 log.warning(
-                    f"The backup server {self._url.target} cannot be reached ({error}); the"
-                    f" node has been waiting for {waited:.1f} s, next try in {pause:.1f} s"
+                    f"The backup server {self._url.target} cannot be reached ({error}); the node"
+                    f" has been waiting for {patience.waited_s:.1f} s, next try in {pause_s:.1f} s"
                 )
             except BackupError:
                 self.close()
                 raise
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            time.sleep(pause_s)
 
     def _ask(self) -> None:
         assert self._link is not None

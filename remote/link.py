@@ -20,6 +20,8 @@ ANSWER_TIMEOUT_S = 90.0
 """Longer than a server retries its disk."""
 SLOWEST_RATE = 10 << 10
 """Bytes a second that the slowest line brings; a large change gets so much more time."""
+MOST_ON_THE_WAY = 16 << 20
+"""Bytes that buffers on the way hold, those of a tunnel too: what is sent has not arrived."""
 TIMEOUT_STEP_S = 10
 """A timeout grows in steps: to set another one is a call of the system."""
 SNAPSHOT_TIMEOUT_S = 3600.0
@@ -38,6 +40,18 @@ class Unreachable(BackupError):
         if isinstance(reason, NoWay):
             next_step = reason.next_step
         super().__init__(f"The backup server {target} cannot be reached: {reason}.", next_step)
+
+
+class NotTaken(BackupError):
+    """The server answers, but each time a record is sent the connection is lost."""
+
+    def __init__(self, target: HostPort, size: int, tries: int, reason: object) -> None:
+        super().__init__(
+            f"The backup server {target} answers, but {tries} times the line was lost while it was"
+            f" to store {size} bytes: {reason}.",
+            "Look at its log and its memory, and whether the way to it carries large packets: a"
+            " VPN may need a smaller MTU.",
+        )
 
 
 class Refused(BackupError):
@@ -79,6 +93,7 @@ NEXT_STEPS = {
     NackCode.OTHER_HISTORY: OWN_STATE,
     NackCode.OLD_SNAPSHOT: f"{OLD_COPY} `{CLI} restore URL DEST`. {OWN_STATE}",
     NackCode.INVALID: "Look at both logs before you start lightningd again.",
+    NackCode.NO_SUCH_PLACE: "Try again.",
     NackCode.NO_ROOM: "Make room on the disk of the server, then try again.",
     NackCode.OTHER_NODE: "Check the URL: nodes never share a backup. If it is right that this"
     f" node's takes its place, stop it and run `{CLI} resync --override --lightning-dir DIR`.",
@@ -93,6 +108,11 @@ NEXT_STEPS = {
 class Link:
     """One connection to the server: requests out, events in.
 
+    Attributes:
+        protocol: what was agreed on.
+        packer: packs what is sent in protocol 2.
+        still_s: how long nothing may move.
+
     Raises:
         OSError: the connection is lost, or an answer took too long.
         ProtocolError: the server broke a rule.
@@ -102,18 +122,19 @@ class Link:
         self._stream = Stream(address.connect(url))
         self._decoder = protocol.Decoder(protocol.TO_CLIENT)
         self._events: deque[protocol.Event] = deque()
-        self._packer = protocol.RecordPacker()
+        self.packer = protocol.RecordPacker()
         self._unpacker = protocol.RecordUnpacker()
         self.protocol = 1
+        self.still_s = ANSWER_TIMEOUT_S
 
     def send(self, data: bytes) -> None:
         """Send ``data``, as long as it moves on."""
-        self._stream.send(data, ANSWER_TIMEOUT_S)
+        self._stream.send(data, self.still_s)
 
     def event(self, timeout_s: float | None = None) -> protocol.Event:
         """The next event from the server."""
         while not self._events:
-            data = self._stream.receive(ANSWER_TIMEOUT_S if timeout_s is None else timeout_s)
+            data = self._stream.receive(self.still_s if timeout_s is None else timeout_s)
             if not data:
                 raise ConnectionError("the server closed the connection")
             self._events.extend(self._decoder.feed(data))
@@ -169,9 +190,21 @@ class Link:
     def send_record(self, head: Head, payload: bytes) -> None:
         """Send a change, a rewind or, in protocol 2, a piece of a snapshot."""
         if self.protocol == 2:
-            self.send(self._packer.pack(head, payload))
+            self.send(self.packer.pack(head, payload))
         else:
             self.send(protocol1.packet(head, payload))
+
+    def queued(self) -> int | None:
+        """Bytes that the line has still to take, if that is known."""
+        return self._stream.queued()
+
+    def held(self, chain: bytes) -> int:
+        """How much the server has of the snapshot ``chain``: ALL_HELD if it is at work on it."""
+        self.send(protocol.encode(PacketType.HELD, chain))
+        packet = self.answer()
+        if packet.type is not PacketType.HELD:
+            raise ProtocolError(f"The server answered {packet.type.name} to HELD.")
+        return protocol.decode_held(packet.payload)
 
     def record(self, packet: Packet) -> tuple[Head, bytes]:
         """The record that a RECORD packet holds."""
@@ -185,8 +218,8 @@ class Link:
 
     def await_ack(self, expected: Packet, size: int) -> None:
         """Wait until a record with ``size`` bytes of payload is acknowledged (see check_ack)."""
-        steps = -(-size // (SLOWEST_RATE * TIMEOUT_STEP_S))
-        self.check_ack(self.answer(ANSWER_TIMEOUT_S + steps * TIMEOUT_STEP_S), expected)
+        steps = min(size, MOST_ON_THE_WAY) // (SLOWEST_RATE * TIMEOUT_STEP_S)
+        self.check_ack(self.answer(self.still_s + steps * TIMEOUT_STEP_S), expected)
 
     @staticmethod
     def check_ack(packet: Packet, expected: Packet) -> None:

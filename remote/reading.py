@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import protocol
 from backend import Ending, Reading, Step
@@ -10,10 +10,88 @@ from errors import BackupError
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
 from filelog.reader import Rewinds, effective
-from protocol import Metadata, PacketType, ProtocolError
+from protocol import Coming, Metadata, PacketType, Place, ProtocolError
 from remote import reading1
 from remote.address import HostPort
 from remote.link import Link, Refused, Unreachable
+
+
+class Received:
+    """The records that a server of protocol 2 sends, checked like those of a file.
+
+    Args:
+        link: a connection to it.
+        last: the record that they follow, None: all are asked for.
+        begins: called with what the server says of its log, before the first of them.
+
+    Attributes:
+        last: the last record that came, or that they follow.
+        position, total: bytes of the log up to the end of that, and in all.
+
+    Raises:
+        OSError: the connection is lost.
+        Refused: the server has no such record, or its log is damaged behind the last that came.
+        BackupError: the server broke a rule.
+    """
+
+    def __init__(
+        self, link: Link, last: Head | None = None, begins: Callable[[Coming], None] | None = None
+    ) -> None:
+        self.last = last
+        self.total = self.position = 0
+        self._link = link
+        self._begins = begins
+        self._log_start = layout2.FIRST_RECORD
+        self._first = BEFORE_FIRST
+
+    def __iter__(self) -> Iterator[tuple[Head, bytes]]:
+        last = self.last
+        place = None if last is None else Place(last.end, last.sequence, last.chain)
+        self._link.send(protocol.encode_restore(place))
+        while True:
+            packet = self._link.answer()
+            if packet.type is PacketType.RECORD:
+                yield self._checked(*self._link.record(packet))
+            elif packet.type is PacketType.COMING:
+                self._begin(protocol.decode_coming(packet.payload))
+            elif packet.type is PacketType.NACK:
+                raise Refused(protocol.decode_nack(packet.payload))
+            elif packet.type is PacketType.DONE:
+                return
+            else:
+                raise ProtocolError(f"{packet.type.name} may not come in a restore.")
+
+    def _begin(self, coming: Coming) -> None:
+        self.total = coming.size
+        self.position = self.last.end if self.last is not None else layout2.FIRST_RECORD
+        self._log_start = layout2.log_start_of(coming.snapshot_size)
+        self._first = BEFORE_FIRST._replace(backup_id=coming.backup_id)
+        if self.last is not None and self.last.backup_id != coming.backup_id:
+            raise ProtocolError("The server goes on with another backup.")
+        if self._begins is not None:
+            self._begins(coming)
+
+    def _checked(self, head: Head, payload: bytes) -> tuple[Head, bytes]:
+        last = self.last or self._first
+        if head.kind == Kind.SNAPSHOT:
+            head = head._replace(offset=last.end, backup_id=last.backup_id)
+        else:
+            head = layout2.moved(head, last)
+        problem = layout2.follows(self.last, head, self._log_start)
+        if problem:
+            raise ProtocolError(f"Version {head.version} came out of order: {problem}.")
+        self.last, self.position = head, head.end
+        return head, payload
+
+
+def falls_short(version: int, expected: Metadata, target: HostPort) -> ProtocolError | None:
+    """What is wrong if all that the server ``target`` sent leads to ``version``."""
+    if version >= expected.prev_version:
+        return None
+    return ProtocolError(
+        f"The backup server {target} is at version {expected.version}, but what it sent ends at"
+        f" version {version}."
+    )
 
 
 class SocketReading(Reading):
@@ -29,76 +107,35 @@ class SocketReading(Reading):
         self._link = link
         self._expected = expected
         self._target = target
-        self._last: Head | None = None
+        self._received = Received(link)
         self._rewinds = Rewinds()
-        self._version = self._position = self._total = 0
+        self._version = 0
 
     def __iter__(self) -> Iterator[Step]:
         damage: BackupError | None = None
+        received = self._received
         try:
-            self._link.send(protocol.encode(PacketType.RESTORE))
             yield from self._steps() if self._link.protocol == 2 else self._steps_1()
         except OSError as error:
             damage = Unreachable(self._target, error)
         except BackupError as error:
             damage = error
-        if damage is None and self._version < self._expected.prev_version:
-            damage = ProtocolError(
-                f"The backup server {self._target} is at version {self._expected.version}, but"
-                f" what it sent ends at version {self._version}."
-            )
-        last_change_ns = self._last.time_ns if self._last else None
-        ending = Ending(self._version, last_change_ns, damage=damage, notes=self._rewinds.notes())
-        yield Step(ending, self._position, self._total)
+        last = received.last
+        version = last.version if last is not None else self._version
+        damage = damage or falls_short(version, self._expected, self._target)
+        last_change_ns = last.time_ns if last else None
+        ending = Ending(version, last_change_ns, damage=damage, notes=self._rewinds.notes())
+        yield Step(ending, received.position, received.total)
 
     def _steps_1(self) -> Iterator[Step]:
+        self._link.send(protocol.encode(PacketType.RESTORE))
         for found in reading1.committed(reading1.received(self._link)):
             self._version = found.version
             yield Step(found, 0, 0)
 
-    def records(self) -> Iterator[tuple[Head, bytes]]:
-        """The log's records as they stand, in place of the pass; protocol 2 only.
-
-        Raises:
-            BackupError: they do not check, or the line was lost.
-        """
-        try:
-            self._link.send(protocol.encode(PacketType.RESTORE))
-            yield from self._records()
-        except OSError as error:
-            raise Unreachable(self._target, error) from error
-
     def _steps(self) -> Iterator[Step]:
-        for head, found in effective(self._rewinds.seen(self._records())):
-            yield Step(found, head.end, self._total)
-
-    def _records(self) -> Iterator[tuple[Head, bytes]]:
-        """What a server of protocol 2 sends: its log, checked like a file."""
-        while True:
-            packet = self._link.answer()
-            if packet.type is PacketType.RECORD:
-                yield self._checked(*self._link.record(packet))
-            elif packet.type is PacketType.COMING:
-                self._total = protocol.decode_coming(packet.payload)
-                self._position = layout2.FIRST_RECORD
-            elif packet.type is PacketType.NACK:
-                raise Refused(protocol.decode_nack(packet.payload))
-            elif packet.type is PacketType.DONE:
-                return
-            else:
-                raise ProtocolError(f"{packet.type.name} may not come in a restore.")
-
-    def _checked(self, head: Head, payload: bytes) -> tuple[Head, bytes]:
-        last = self._last or BEFORE_FIRST
-        if head.kind == Kind.SNAPSHOT:
-            head = head._replace(offset=last.end)
-        else:
-            head = layout2.moved(head, last)
-        problem = layout2.follows(self._last, head, layout2.log_start_by(head))
-        if problem:
-            raise ProtocolError(f"Version {head.version} came out of order: {problem}.")
-        self._last, self._version, self._position = head, head.version, head.end
-        return head, payload
+        for head, found in effective(self._rewinds.seen(self._received)):
+            yield Step(found, head.end, self._received.total)
 
     def close(self) -> None:
         """See Reading."""

@@ -8,7 +8,7 @@ import protocol
 from backend import Beginning, Change
 from decisions import Verdict, judge
 from errors import BackupError
-from protocol import PacketType, ProtocolError, SnapshotPart
+from protocol import Packet, PacketType, ProtocolError, SnapshotPart
 from remote.link import SNAPSHOT_TIMEOUT_S, Link
 
 
@@ -32,7 +32,7 @@ def received(link: Link) -> Iterator[Beginning | Change]:
                 yield Change(event.version, piece, None)
             if event.last:
                 inflater.finish()
-        elif event.type is PacketType.CHANGE:
+        elif isinstance(event, Packet) and event.type is PacketType.CHANGE:
             yield protocol.decode_change(event.payload)
         elif event.type is PacketType.DONE:
             return

@@ -34,11 +34,15 @@ class Client(Protocol):
         number: connections are numbered as they come.
         machine: its name as it says, else its address.
         who: a host's address or a user, the same for each of its connections.
+        claims: it said that the backup is its own, and it may be.
+        ended: its connection was cut.
     """
 
     number: int
     who: str
     machine: str
+    claims: bool
+    ended: bool
 
     def ask(self, decide: Callable[[], Answer]) -> Answer:
         """Have ``decide`` called when no other client's request is in hand, and answer that."""

@@ -9,15 +9,19 @@ from typing import Protocol
 import protocol
 from backend import log
 from errors import BackupError
-from protocol import Event, Nack, NackCode, PacketType, SnapshotPart
+from protocol import Event, Nack, NackCode, Packet, PacketType, Part, SnapshotPart
 from serving.client import Answer, Dropped
 from serving.door import Caller
 from serving.incoming import Incoming
 from serving.keeper import Keeper
+from serving.memory import Memory
 from serving.outgoing import Outgoing
+from serving.places import Place, Places
 from serving.protocol1 import Protocol1
 from serving.protocol2 import Protocol2
-from serving.spool import Arrival
+from serving.room import Room
+from serving.spool import Arrival, Shelf
+from serving.turns import Turns
 from stream import Stream
 from upkeep.compaction import Compactor
 
@@ -30,12 +34,14 @@ class Host(Protocol):
 
     keeper: Keeper
     compactor: Compactor
+    shelf: Shelf
+    memory: Memory
+    places: Places
+    room: Room
+    turns: Turns
 
     def guard(self, write: Callable[[], None]) -> None:
         """Call ``write``; if the disk fails, stop."""
-
-    def forget(self, connection: Connection) -> None:
-        """``connection`` is closed."""
 
 
 class Connection:
@@ -54,16 +60,17 @@ class Connection:
         self.number = number
         self.who = caller.who
         self.machine = caller.who
-        self.incoming = Incoming(stream)
+        self.claims = self.ended = False
+        self._incoming = Incoming(stream, lambda: self._arrival.is_open)
         self._host = host
         self._keeper = host.keeper
         self._stream = stream
         self._peer = caller.at
         self._is_read_only = is_read_only
-        self._restored = False
-        self._outgoing = Outgoing(stream, self.incoming)
-        self._arrival = Arrival(self, self._keeper)
-        parts = self, self._keeper, self._arrival, self._outgoing
+        self._introduced = self._restored = False
+        self._outgoing = Outgoing(stream, self._incoming, self, host.turns)
+        self._arrival = Arrival(self, self._keeper, host.room, host.shelf)
+        parts = self, self._keeper, self._arrival, self._outgoing, host.memory
         # Both for as long as it lasts: the records of one direction are one stream.
         self._spoken: dict[int, Protocol1 | Protocol2] = {
             1: Protocol1(*parts),
@@ -78,23 +85,27 @@ class Connection:
         """Serve until the client leaves or breaks a rule."""
         try:
             log.debug(f"{self}: connected")
-            for event in self.incoming:
+            for event in self._incoming:
                 self._handle(event)
             log.debug(f"{self}: left")
         except Dropped as error:
             log.warning(f"{self}: closed: {error}")
-        except BackupError as error:
-            log.warning(f"{self}: closed: {error}")
+        except (BackupError, MemoryError) as error:
+            log.warning(f"{self}: closed: {error or 'out of memory'}")
         except OSError as error:
             log.info(f"{self}: connection lost: {error}")
         finally:
-            self._arrival.drop()
+            self._arrival.leave()
+            self._host.memory.release(self)
             self._keeper.forget(self)
-            self._host.forget(self)
+            self._host.places.leave(self)
             self._stream.close()
 
     def _handle(self, event: Event) -> None:
-        if isinstance(event, SnapshotPart):
+        if not self._introduced:
+            self._introduced = True
+            self._take_place()
+        if not isinstance(event, Packet):
             return self._refuse_part(event) if self._is_read_only else self._speaks.take(event)
         if self._is_read_only and event.type not in READS:
             return self._refuse_to_write()
@@ -102,9 +113,7 @@ class Connection:
             case PacketType.REQ_METADATA:
                 self._introduce(event.payload)
             case PacketType.RESTORE:
-                log.info(f"{self}: restores the backup")
-                self._restored = True
-                self._speaks.restore()
+                self._restore(event.payload)
             case PacketType.COMPACT:
                 self._compact()
             case PacketType.ACK if self._restored:
@@ -125,9 +134,22 @@ class Connection:
         damage = self._keeper.backend.damage
         if owner is not None and damage is not None:
             return self.refuse(f"{self.machine} as a writer: {damage.problem}", NackCode.DAMAGED)
+        self.claims = owner is not None
+        self._take_place()
         self._outgoing.send(self._speaks.metadata())
 
-    def _refuse_part(self, part: SnapshotPart) -> None:
+    def _take_place(self) -> None:
+        self._host.places.enter(self, Place.OWNER if self.claims else Place.GUEST)
+
+    def _restore(self, payload: bytes) -> None:
+        log.info(f"{self}: restores the backup")
+        self._restored = True
+        self._host.places.enter(self, Place.READER)
+        with self._outgoing.restoring():
+            self._speaks.restore(payload)
+        self._take_place()
+
+    def _refuse_part(self, part: SnapshotPart | Part) -> None:
         if part.last:
             self._refuse_to_write()
 
@@ -173,4 +195,5 @@ class Connection:
 
     def cut(self) -> None:
         """End the connection from another thread."""
+        self.ended = True
         self._stream.cut()

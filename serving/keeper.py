@@ -12,7 +12,7 @@ from typing import NamedTuple
 import space
 from backend import NOBODY, NOTICE, RELEASE, Snapshot, log, taken_over, utc
 from decisions import may_write
-from errors import Unsound
+from errors import BackupError, Unsound
 from filebackend import FileBackend
 from filelog import former
 from filelog.layout2 import Head, Kind
@@ -95,6 +95,7 @@ class Keeper:
                 backend.size,
                 SERVER_NAME,
                 self._last_writer(),
+                backend.unsound or "",
             )
             return Metadata(
                 2, backend.version, backend.prev_version, backend.version_count, details
@@ -120,8 +121,11 @@ class Keeper:
         return self._told[1]
 
     def _look_whose(self) -> str:
-        with contextlib.closing(LogReader(self.backend.path)) as reader:
-            taken = reader.taken_over()
+        try:
+            with contextlib.closing(LogReader(self.backend.path)) as reader:
+                taken = reader.taken_over()
+        except BackupError as error:  # No descriptor is left, say. That ends no server.
+            return f"the backup belongs to another node; {error.problem}"
         if not taken:
             return "this backup is nobody's: it is not the one that this node wrote"
         return f"the backup belongs to another node: {taken}"
@@ -167,10 +171,22 @@ class Keeper:
         return self.carry_out(
             client,
             rules.record(self.state(client), head),
-            f"the {'rewind' if head.kind == Kind.REWIND else 'change'} to version {head.version}",
+            _what(head),
             lambda: self.backend.add_record(head, payload),
             Stored(head.version, head.chain),
         )
+
+    def record_refusal(self, client: Client, head: Head) -> Nack | None:
+        """Why ``record`` would refuse ``head`` now, whatever its payload; None if it would not."""
+        with self.lock:
+            return self.refused(rules.record(self.state(client), head), _what(head))
+
+    def refuse(self, client: Client, head: Head, nack: Nack) -> Answer:
+        """What ``record_refusal`` said holds: all of the record came, as it was sent."""
+        decision = rules.record(self.state(client), head)
+        if decision.act is Act.REFUSE and decision.superseded is not None:
+            self._superseded.add(decision.superseded)
+        return nack
 
     def take_over(self, client: Client, head: Head, payload: bytes) -> Answer:
         """Let another owner write from here on, or refuse it."""
@@ -239,9 +255,8 @@ class Keeper:
         """
         if decision.superseded is not None:
             self._superseded.add(decision.superseded)
-        if decision.reason is not None:
-            text = f"refused {what}: {self.words(decision.reason)}"
-            return Nack(self.backend.version, decision.reason.code, text)
+        if (nack := self.refused(decision, what)) is not None:
+            return nack
         if decision.act is Act.KNOWN:
             log.info(f"{client}: version {stored.version} came again; it is stored already")
         self._become_writer(client)
@@ -249,6 +264,13 @@ class Keeper:
             store()
             self._last = client.machine, client.who, time.time_ns()
         return stored
+
+    def refused(self, decision: Decision, what: str) -> Nack | None:
+        """What a client is told if a rule refuses ``what``."""
+        if decision.reason is None:
+            return None
+        text = f"refused {what}: {self.words(decision.reason)}"
+        return Nack(self.backend.version, decision.reason.code, text)
 
     def words(self, reason: Reason) -> str:
         """Why nothing is stored, for people."""
@@ -290,3 +312,7 @@ class Keeper:
         with self.lock:
             if self._writer is client:
                 self._writer = None
+
+
+def _what(head: Head) -> str:
+    return f"the {'rewind' if head.kind == Kind.REWIND else 'change'} to version {head.version}"

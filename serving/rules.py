@@ -250,6 +250,17 @@ def change_1(state: State, base: int, bumps: bool, is_last: bool) -> Decision:
     return _STORE if reason is None else _refuse(reason)
 
 
+def large_change_1(state: State, version: int) -> Decision:
+    """Whether a change of protocol 1 may come at all, when only its version is known."""
+    if state.is_owned or state.damaged:
+        return _refuse(Reason.OWNED if state.is_owned else Reason.DAMAGED)
+    if state.outdated:
+        return _refuse(Reason.NEWER_CONNECTION)
+    newest = state.newest.version
+    reason = None if version in (newest, newest + 1) else _verdict(state.newest, version - 1)
+    return _STORE if reason is None else _refuse(reason)
+
+
 def rewind_1(state: State, version: int) -> Decision:
     """A rewind of protocol 1, back to ``version``: the first that a connection writes."""
     newest = state.newest

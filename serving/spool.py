@@ -5,39 +5,114 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 
 import durable
-import space
 from backend import Snapshot
 from errors import BackupError, DiskError
 from filelog import former
-from protocol import NackCode
-from serving import rules
+from protocol import ALL_HELD, NackCode
+from serving import room, rules
 from serving.client import Client, Stored
 from serving.keeper import Keeper, Rule
+from serving.room import Room
 from serving.rules import Offer
 from space import NoRoom
 from wallet import restore
 
-SPACE_CHECK_BYTES = 16 << 20
-"""Bytes of a snapshot between two looks at the free space."""
+KEPT_FOR_S = 600.0
+"""How long what came of a snapshot waits for its client to come back."""
+CUT_WITHIN_S = 10.0
+"""Time in which a connection that is cut gives up its snapshot."""
+
+
+class Shelf:
+    """Snapshots whose clients were lost, for when they come back; the newest alone has a place.
+
+    A snapshot goes by its chain, which is random: who knows it, sent it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._coming: dict[bytes, Arrival] = {}
+        self._left: tuple[bytes, Spool, threading.Timer] | None = None
+
+    def begin(self, chain: bytes, arrival: Arrival) -> None:
+        """A snapshot comes by ``arrival``."""
+        with self._changed:
+            self._coming[chain] = arrival
+        self._drop_left()
+
+    def end(self, chain: bytes, arrival: Arrival, left: Spool | None = None) -> None:
+        """No more comes by ``arrival``, of which ``left`` is to be kept for a while."""
+        with self._changed:
+            if self._coming.get(chain) is arrival:
+                del self._coming[chain]
+            self._changed.notify_all()
+        if left is None:
+            return
+        self._drop_left()
+        timer = threading.Timer(KEPT_FOR_S, self._drop_left, (left,))
+        timer.daemon = True
+        with self._changed:
+            self._left = chain, left, timer
+            self._changed.notify_all()
+        timer.start()
+
+    def take(self, chain: bytes) -> tuple[int, Spool | None]:
+        """How much there is of a snapshot, and the spool with that; ALL_HELD if all of it came.
+
+        A connection over which it still came is cut off.
+        """
+        with self._changed:
+            before = self._coming.get(chain)
+            if before is not None and not before.is_complete:
+                before.cut()
+                self._changed.wait_for(lambda: chain not in self._coming, CUT_WITHIN_S)
+            if chain in self._coming:
+                return ALL_HELD, None
+            if self._left is None or self._left[0] != chain:
+                return 0, None
+            _, spool, timer = self._left
+            timer.cancel()
+            self._left = None
+            return spool.size, spool
+
+    def _drop_left(self, only: Spool | None = None) -> None:
+        with self._changed:
+            if self._left is None or only not in (None, self._left[1]):
+                return
+            _, spool, timer = self._left
+            self._left = None
+        timer.cancel()
+        spool.close()
 
 
 class Arrival:
     """The snapshot that a client sends, one at a time: in pieces, the last of which is answered.
 
+    Args:
+        shelf: keeps what came when the connection breaks.
+
     Attributes:
         chain: that of the snapshot that has begun, if its client named one; else None.
+        is_open: more of its pieces have to come.
+        is_complete: all of it came, and it is looked at.
     """
 
-    def __init__(self, client: Client, keeper: Keeper) -> None:
+    def __init__(self, client: Client, keeper: Keeper, room: Room, shelf: Shelf) -> None:
         self.chain: bytes | None = None
+        self.is_open = self.is_complete = False
+        self._shelf = shelf
         self._client = client
         self._keeper = keeper
+        self._room = room
         self._offer = Offer(0)
         self._rule: Rule = rules.snapshot
         self._spool: Spool | None = None
+        self._promised = 0
+        """Bytes for which there is room on the disk."""
 
     @property
     def is_wanted(self) -> bool:
@@ -58,19 +133,43 @@ class Arrival:
         path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
         given = (offer.version,) if chain is None else (offer.version, chain)
         with self._refusing():
-            self._spool = Spool(Snapshot(path, *given))
+            self._spool, self._promised = Spool(Snapshot(path, *given), offer, rule), 0
+            self.is_open = True
+            if chain is not None:
+                self._shelf.begin(chain, self)
+
+    def go_on(self, chain: bytes) -> int:
+        """The bytes that came of the snapshot ``chain`` before: the client sends the rest here.
+
+        ALL_HELD if all of it came.
+        """
+        held, spool = self._shelf.take(chain)
+        if spool is not None:
+            self.drop()
+            self.chain, self._spool, self._promised = chain, spool, 0
+            self._offer, self._rule = spool.offer, spool.rule
+            self.is_open = True
+            self._shelf.begin(chain, self)
+        return held
 
     def add(self, piece: bytes) -> None:
         """Take a piece."""
         if self._spool is not None:
             with self._refusing():
+                self._take_room(self._spool.size, len(piece))
                 self._spool.add(piece)
+
+    def _take_room(self, size: int, more: int) -> None:
+        if size + more > self._promised:
+            self._room.take(self._client, size)
+            self._promised = size + room.STEP
 
     def end(self) -> None:
         """All of it came: if it is sound, it takes the backup's place."""
-        self.chain = None
+        self.chain, self.is_open = None, False
         if self._spool is None:
             return  # That was said already.
+        self.is_complete = True
         with self._refusing():
             self._spool.finish()
             ready = self._keeper.prepare(self._client, self._spool.snapshot, self._offer)
@@ -97,9 +196,25 @@ class Arrival:
 
     def drop(self) -> None:
         """Remove what came."""
+        self.is_open = False
         if self._spool is not None:
             self._spool.close()
+            self._shelf.end(self._spool.snapshot.chain, self)
             self._spool = None
+            self._room.give(self._client)
+        self.is_complete = False
+
+    def leave(self) -> None:
+        """The connection is closed: what came without its end waits for the next one."""
+        if self._spool is not None and self.chain is not None:
+            self._shelf.end(self.chain, self, self._spool)
+            self._room.give(self._client)
+            self._spool = None
+        self.drop()
+
+    def cut(self) -> None:
+        """End the connection from another thread."""
+        self._client.cut()
 
 
 class Spool:
@@ -107,13 +222,17 @@ class Spool:
 
     Args:
         snapshot: its path, which must not exist, and what the client says of it.
+        offer, rule: see Arrival.begin.
+
+    Attributes:
+        size: bytes that came.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
+    def __init__(self, snapshot: Snapshot, offer: Offer, rule: Rule) -> None:
+        self.snapshot, self.offer, self.rule = snapshot, offer, rule
+        self.size = 0
         with self._writing():
             self._file = os.fdopen(durable.create(snapshot.path), "wb")
-        self._unchecked = 0
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -123,11 +242,8 @@ class Spool:
             raise DiskError(self.snapshot.path, error, "write") from error
 
     def add(self, piece: bytes) -> None:
-        """Take a piece; NoRoom if with a log of all that came the disk would be full."""
-        self._unchecked += len(piece)
-        if self._unchecked >= SPACE_CHECK_BYTES:
-            self._unchecked = 0
-            space.require(self.snapshot.path, self._file.tell() + len(piece))
+        """Take a piece."""
+        self.size += len(piece)
         with self._writing():
             self._file.write(piece)
 

@@ -278,6 +278,8 @@ class OldServer:
         die_after: a type; it is killed when such a packet is stored, before the answer.
             Either way it starts again at once.
         mute: whether it takes requests and answers none.
+        swallow: a type; it neither stores nor answers such a packet.
+        hang_up_before: a type; it closes the connection when such a packet has come.
         hang_up_after: a type; it closes the connection behind the answer to it.
         script: answers to give in place of its own, by type of the request.
     """
@@ -290,6 +292,8 @@ class OldServer:
         self.die_before: int | None = None
         self.die_after: int | None = None
         self.mute = False
+        self.swallow: int | None = None
+        self.hang_up_before: int | None = None
         self.hang_up_after: int | None = None
         self.script: dict[int, list[tuple[int, bytes]]] = {}
         self.port = free_port()
@@ -335,7 +339,9 @@ class OldServer:
             self.die_before = None
             self.restart()
             return False
-        answer = self._answer(kind, payload)
+        if kind == self.swallow:
+            return True
+        answer = None if kind == self.hang_up_before else self._answer(kind, payload)
         if answer is None:
             return False
         if kind == self.die_after:

@@ -32,6 +32,7 @@ from filelog import adoption, appender, layout1, layout2
 from filelog import reader as logreader
 from filelog import writer as logwriter
 from filelog.layout2 import Tail, TailKind
+from serving import rules as serving_rules
 from serving import spool
 from serving.client import Stored
 from serving.keeper import Keeper
@@ -795,8 +796,9 @@ class Life:
         client: Any = Client(1)
         with open(source, "rb") as file:
             data = file.read()
-        coming = spool.Spool(Snapshot(f"{self.backend.scratch_prefix}in-1", version))
         offer = Offer(version, self.rng.randbytes(16), override=True)
+        place = Snapshot(f"{self.backend.scratch_prefix}in-1", version)
+        coming = spool.Spool(place, offer, serving_rules.snapshot)
         try:
             for start in range(0, len(data), 1000):
                 coming.add(data[start : start + 1000])

@@ -13,13 +13,20 @@ from typing import Any
 
 import pytest
 
+import commands
 from tests import support
-from tests.peers import free_port
 from tests.support import first_changes, make_backup
+from tests.test_readme import blocks
 
-CONTRIB = support.ROOT / "contrib"
+CONTRIB, DOCS = support.ROOT / "contrib", support.ROOT / "docs"
 UNITS = sorted((CONTRIB / "systemd").glob("*.service"))
 LINES = [unit for unit in UNITS if "line" in unit.stem]
+PAGES = {
+    "node-backup": "remote",
+    "node-backup-line": "ssh-to-backup",
+    "node-backup-line-reverse": "ssh-to-node",
+}
+"""The page whose steps lead to the unit."""
 DROP_IN = CONTRIB / "systemd" / "lightningd.service.d" / "node-backup.conf"
 LIGHTNINGD_UNIT = "[Service]\nExecStart=/bin/true\nRestart=on-failure\n"
 MOST_EXPOSED = 2.0
@@ -73,6 +80,34 @@ def test_units_are_understood(tmp_path: Path) -> None:
     assert "node-backup" not in done.stderr
 
 
+@systemd
+@pytest.mark.parametrize("page", ["remote", "ssh-to-node", "onion", "vpn"])
+def test_what_a_page_adds_to_the_unit_is_understood(page: str, tmp_path: Path) -> None:
+    text = (CONTRIB / "systemd" / "node-backup.service").read_text()
+    (tmp_path / "node-backup.service").write_text(text.replace("/opt/backup/", f"{support.ROOT}/"))
+    (tmp_path / "node-backup.service.d").mkdir()
+    (added,) = [text for info, text in blocks(DOCS / f"{page}.md") if info == "ini"]
+    (tmp_path / "node-backup.service.d" / "override.conf").write_text(added)
+    unit = tmp_path / "node-backup.service"
+    done = run("systemd-analyze", "verify", "--man=no", unit, env=with_units(tmp_path))
+    assert "node-backup" not in done.stderr
+    changed = dict(re.findall(r'^Environment="?(\w+)=([^"\n]*)"?$', added, re.MULTILINE))
+    server_command(changed)
+
+
+def server_command(changed: dict[str, str]) -> list[str]:
+    """ExecStart of the server's unit as systemd makes words of it; each is a real option."""
+    unit = CONTRIB / "systemd" / "node-backup.service"
+    environment = dict(each.split("=", 1) for each in setting(unit, "Environment").split())
+    assert changed.keys() <= environment.keys()
+    words = []
+    for word in shlex.split(setting(unit, "ExecStart")):
+        known = (environment | changed).get(word[1:]) if word.startswith("$") else None
+        words += [word] if known is None else known.split()
+    with commands.main.commands["server"].make_context("server", words[2:]):
+        return words
+
+
 def with_units(directory: Path) -> dict[str, str]:
     """The environment where systemd's programs look into ``directory``, too."""
     return dict(os.environ, SYSTEMD_UNIT_PATH=f"{directory}:")
@@ -94,13 +129,13 @@ def text_before(unit: Path, section: str) -> str:
 
 
 def test_the_server_s_line_serves(tmp_path: Path) -> None:
-    """ExecStart as it is written, but for the places and the port."""
+    """ExecStart as it is written, but for the places."""
     path = make_backup(f"file://{tmp_path}/node.bkp", first_changes(3))
-    line = setting(CONTRIB / "systemd" / "node-backup.service", "ExecStart")
-    program, *words = shlex.split(line)
+    program, *words = server_command({})
     assert program == "/opt/backup/backup-cli"
+    (tmp_path / "run").mkdir(mode=0o750)
     words = [word.replace("/var/lib/node-backup/node.bkp", str(path)) for word in words]
-    words = [word.replace("127.0.0.1:8700", f"127.0.0.1:{free_port()}") for word in words]
+    words = [word.replace("/run/node-backup/", f"{tmp_path}/run/") for word in words]
     server = subprocess.Popen(
         [sys.executable, support.CLI, *words], stderr=subprocess.PIPE, text=True
     )
@@ -119,13 +154,13 @@ def test_the_line_s_options_are_ssh_s(unit: Path) -> None:
     assert program == "/usr/bin/ssh"
     said = run("ssh", "-G", "-F", "/dev/null", *words).stdout
     assert "exitonforwardfailure yes" in said
-    assert re.search(r"(local|remote)forward .*127\.0\.0\.1.*8700 .*127\.0\.0\.1.*8700", said)
+    assert re.search(r"^(local|remote)forward \S*/server.sock \S*/server.sock$", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_the_steps_of_the_page_lead_to_the_unit(unit: Path) -> None:
-    """Its account, key and addresses are those that docs/remote.md makes or names."""
-    typed = (support.ROOT / "docs" / "remote.md").read_text()
+    """Its account, key and addresses are those that its page makes or names."""
+    typed = (DOCS / f"{PAGES[unit.stem]}.md").read_text()
     user, line = setting(unit, "User"), setting(unit, "ExecStart")
     assert f"sudo -u {user} " in typed
     assert f"contrib/systemd/{unit.name} /etc/systemd/system/" in typed

@@ -34,6 +34,7 @@ from protocol import (
     NackCode,
     Packet,
     PacketType,
+    Place,
     ProtocolError,
     RecordPacker,
     RecordUnpacker,
@@ -129,7 +130,7 @@ def content(packet: bytes) -> bytes:
 
 
 def test_golden_packets_cover_what_protocol_2_adds() -> None:
-    types = {"REQ_METADATA", "METADATA", "ACK", "NACK", "RECORD", "COMING"}
+    types = {"REQ_METADATA", "METADATA", "ACK", "NACK", "RECORD", "COMING", "RESTORE", "HELD"}
     assert {entry["type"] for entry in GOLDEN} == types
     assert {entry["kind"] for entry in RECORDS} == set(Kind)
 
@@ -174,8 +175,29 @@ def test_golden_nack(entry: dict[str, Any]) -> None:
 
 def test_golden_coming() -> None:
     (entry,) = [entry for entry in GOLDEN if entry["type"] == "COMING"]
-    assert protocol.decode_coming(the_packet(entry).payload) == entry["size"]
-    assert protocol.encode(PacketType.COMING, protocol.COMING.pack(entry["size"])) == raw(entry)
+    expected = entry["size"], entry["snapshot_size"], bytes.fromhex(entry["backup_id"])
+    assert protocol.decode_coming(the_packet(entry).payload) == expected
+    assert protocol.encode(PacketType.COMING, protocol.COMING.pack(*expected)) == raw(entry)
+
+
+def test_golden_held() -> None:
+    asked, answered = [entry for entry in GOLDEN if entry["type"] == "HELD"]
+    assert protocol.encode(PacketType.HELD, bytes.fromhex(asked["chain"])) == raw(asked)
+    assert protocol.decode_held(the_packet(answered).payload) == answered["held"]
+    for size in (0, 7, 9):
+        with pytest.raises(ProtocolError, match="HELD"):
+            protocol.decode_held(bytes(size))
+
+
+def test_golden_restore() -> None:
+    (entry,) = [entry for entry in GOLDEN if entry["type"] == "RESTORE"]
+    place = Place(entry["offset"], entry["sequence"], bytes.fromhex(entry["chain"]))
+    assert protocol.encode_restore(place) == raw(entry)
+    assert protocol.decode_restore(the_packet(entry).payload) == place
+    assert protocol.decode_restore(protocol.encode_restore(None)[5:]) is None
+    for size in (1, 8, 31, 33):
+        with pytest.raises(ProtocolError, match="RESTORE"):
+            protocol.decode_restore(bytes(size))
 
 
 @pytest.mark.parametrize("entry", [e for e in RECORDS if e["deflate"] == "stored"], ids=golden_id)
@@ -218,6 +240,7 @@ def test_crc_is_over_every_field_and_the_payload() -> None:
     for head, payload in SAMPLES.values():
         begin = struct.pack("!BBIQ", head.kind, head.flags, head.version, 0)
         end = struct.pack("!Q", TIME_NS) + SESSION + head.chain_before + head.chain
+        end += struct.pack("!I", len(payload))
         crc = zlib.crc32(begin + bytes(4) + end + payload)
         expected = begin + struct.pack("!I", crc) + end + payload
         assert plain(content(RecordPacker().pack(head, payload))) == expected
@@ -303,7 +326,7 @@ def test_unknown_kind_is_refused(kind: int) -> None:
         RecordUnpacker().unpack(content(RecordPacker().pack(head._replace(kind=kind), payload)))
 
 
-@pytest.mark.parametrize("size", [0, 1, 73])
+@pytest.mark.parametrize("size", [0, 1, 77])
 def test_record_without_all_of_its_fields_is_refused(size: int) -> None:
     with pytest.raises(ProtocolError, match="no known kind"):
         RecordUnpacker().unpack(deflated_stored(bytes([2]) * size))
@@ -349,6 +372,57 @@ def test_change_may_be_as_large_as_a_change_may_be(monkeypatch: pytest.MonkeyPat
             RecordUnpacker().unpack(packet)
 
 
+@pytest.mark.parametrize(
+    "size", [0, 1, 5000, MAX_CHUNK_SIZE, MAX_CHUNK_SIZE + 1, 3 * MAX_CHUNK_SIZE]
+)
+@pytest.mark.parametrize("says", [-1, 0, 1])
+def test_length_is_what_it_inflates_to(size: int, says: int) -> None:
+    payload = random.Random(3).randbytes(size // 2) + bytes(size - size // 2)
+    head = record(Kind.CHANGE, payload)
+    if size + says < 0:
+        return
+    packet = content(RecordPacker().pack(head._replace(length=size + says), payload))
+    if says == 0:
+        assert RecordUnpacker().unpack(packet) == (head, payload)
+        return
+    with pytest.raises(ProtocolError, match=r"what it says|not match"):
+        RecordUnpacker().unpack(packet)
+
+
+def test_record_in_parts_of_any_size_is_the_same() -> None:
+    payload = random.Random(4).randbytes(40_000) + bytes(3 * MAX_CHUNK_SIZE)
+    head = record(Kind.CHANGE, payload)
+    packer, unpacker = RecordPacker(), RecordUnpacker()
+    for size in (1 << 12, 1 << 16, 1 << 30):
+        packet = content(packer.pack(head, payload))
+        parts = [packet[at : at + size] for at in range(0, len(packet), size)]
+        assert unpacker.begin(parts[0]) == head
+        found = b"".join(unpacker.pieces())
+        for part in parts[1:]:
+            pieces = list(unpacker.pieces(part))
+            assert max(map(len, pieces)) <= MAX_CHUNK_SIZE + 1
+            found += b"".join(pieces)
+        assert found == payload
+        unpacker.end(head, found)
+
+
+def test_packet_that_is_too_long_to_be_held_comes_in_parts() -> None:
+    body, small = random.Random(5).randbytes(10_000), protocol.encode(PacketType.RECORD, b"x" * 99)
+    data = small + protocol.encode(PacketType.RECORD, body) + small
+    for size in (1, 1000, 4096, 5000, len(data)):
+        decoder, found = Decoder(protocol.TO_SERVER, whole=5000), list[protocol.Event]()
+        for at in range(0, len(data), size):
+            found += decoder.feed(data[at : at + size])
+        assert not decoder.in_packet
+        assert found[0] == found[-1] == Packet(PacketType.RECORD, b"x" * 99)
+        parts = found[1:-1]
+        assert all(isinstance(part, protocol.Part) for part in parts)
+        assert b"".join(part.data for part in parts if isinstance(part, protocol.Part)) == body
+        flags = [part[2:] for part in parts]
+        assert len(flags) == 1 or (flags[0] == (True, False) and flags[-1] == (False, True))
+        assert not any(any(flag) for flag in flags[1:-1])
+
+
 def peak_of(call: Callable[[], None]) -> int:
     """The most bytes that Python held during ``call``."""
     tracemalloc.start()
@@ -369,7 +443,7 @@ def test_bomb_is_refused_and_costs_no_memory(kind: Kind) -> None:
     assert len(bomb) < MAX_CHANGE_SIZE // 900
 
     def unpack() -> None:
-        with pytest.raises(ProtocolError, match="past its limit"):
+        with pytest.raises(ProtocolError, match="past what it says"):
             RecordUnpacker().unpack(bomb)
 
     assert peak_of(unpack) < 16 << 20
@@ -499,7 +573,7 @@ def test_text_of_a_nack_is_bounded() -> None:
     assert len(protocol.encode_nack(Nack(None, NackCode.OTHER, ""))) == 11
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 9])
+@pytest.mark.parametrize("size", [0, 8, 31, 33])
 def test_coming_of_another_size_is_refused(size: int) -> None:
     with pytest.raises(ProtocolError, match="COMING"):
         protocol.decode_coming(bytes(size))
@@ -603,6 +677,8 @@ def consume(data: bytes, limits: Any, size: int) -> None:
                     protocol.decode_nack(event.payload)
                 elif event.type is PacketType.COMING:
                     protocol.decode_coming(event.payload)
+                elif event.type is PacketType.RESTORE:
+                    protocol.decode_restore(event.payload)
                 elif event.type is PacketType.REQ_METADATA:
                     protocol.agreed_protocol(event.payload)
     except ProtocolError:

@@ -32,12 +32,13 @@ PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("errors", "monitoring", "moving", "remote")),
     *(ROOT / "docs" / f"{name}.md" for name in ("restoring", "several", "switching")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("ssh-to-backup", "ssh-to-node", "onion", "vpn")),
     *(ROOT / "docs" / f"{name}.md" for name in ("installing", "internals", "faults")),
 ]
 BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 IDLE = ("lightningd", "lightning-cli", "make", "useradd", "systemctl")
 """Programs that a block may call, and that do nothing here."""
-SERVER = "127.0.0.1:8700"
+SERVER = "unix:/run/node-backup-line/server.sock"
 VERSION = 7
 """Of the node and of its backup."""
 

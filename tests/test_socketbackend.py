@@ -15,8 +15,8 @@ import pytest
 from backend import Change, Session
 from errors import BackupError, BackupExists
 from protocol import ProtocolError
-from remote import delivery, link
-from remote.link import Diverged, Refused, Unreachable
+from remote import link, patience
+from remote.link import Diverged, NotTaken, Refused, Unreachable
 from socketbackend import SocketBackend
 from tests import peers, support
 from tests.cutproxy import UP, CutProxy
@@ -47,7 +47,7 @@ def old() -> Iterator[OldServer]:
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
 
 
 OPEN: list[SocketBackend] = []
@@ -331,6 +331,30 @@ def test_change_is_refused_for_good_after_retry_for(old: OldServer) -> None:
         write(node, calls[1:])
     run(old.url, calls[1:])
     assert stored(old) == calls
+
+
+def test_server_that_answers_but_takes_no_change(old: OldServer) -> None:
+    node = session(f"{old.url}?retry_for=2")
+    calls = support.first_changes(3)
+    write(node, calls[:1])
+    old.hang_up_before = CHANGE
+    with pytest.raises(NotTaken, match="times the line was lost"):
+        write(node, calls[1:2])
+    # One pause for all tries, which grows: from 0.01 s to the two that may be.
+    assert sum(kind == CHANGE for kind, _ in old.requests) < 12
+
+
+def test_change_that_is_swallowed(old: OldServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a line does that loses large packets.
+    monkeypatch.setattr(patience, "LEAST_TRY_S", 0.1)
+    node = session(f"{old.url}?retry_for=1")
+    calls = support.first_changes(3)
+    write(node, calls[:1])
+    old.swallow = CHANGE
+    started = time.monotonic()
+    with pytest.raises((NotTaken, Unreachable)):
+        write(node, calls[1:2])
+    assert time.monotonic() - started < link.ANSWER_TIMEOUT_S / 2
 
 
 def test_answer_that_does_not_come(old: OldServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,47 @@ def test_peer_that_takes_nothing(ends: tuple[Stream, socket.socket]) -> None:
     assert stream.send_now(b"more") == 0
 
 
+@pytest.mark.parametrize("queues", [[900, 700, 500, 300], [900, 900], [None, None]])
+def test_sender_whose_buffer_stays_full_for_long(
+    queues: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux lets it wait until a third is free: what is confirmed counts, too."""
+    ours, peer = socket.socketpair()
+    left = iter(queues)
+    monkeypatch.setattr(Stream, "_tune", lambda stream, sock: None)
+    monkeypatch.setattr(Stream, "queued", lambda stream: next(left))
+    sock = Full(fileno=ours.detach())
+    with contextlib.closing(Stream(sock)) as stream, peer:
+        if len(queues) == 4:
+            stream.send(b"content", 5)
+            assert peer.recv(100) == b"content"
+        else:
+            with pytest.raises(TimeoutError):
+                stream.send(b"content", 5)
+
+
+class Full(socket.socket):
+    """A socket that takes nothing at the first three tries."""
+
+    tries = 0
+
+    def send(self, data: object, flags: int = 0) -> int:
+        self.tries += 1
+        if self.tries <= 3:
+            raise BlockingIOError
+        return super().send(data, flags)  # type: ignore[arg-type]
+
+
+def test_peer_that_may_pause(ends: tuple[Stream, socket.socket]) -> None:
+    stream, _ = ends
+    assert stream.queued() == 0
+    assert stream.send_now(FILLING) and (stream.queued() or 0) > 0
+    stream.let_it_pause(600)
+    with socket.socket(fileno=stream.fileno()) as sock:
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 600_000
+        sock.detach()
+
+
 def test_slow_peer_gets_all(ends: tuple[Stream, socket.socket]) -> None:
     stream, peer = ends
     found: list[int] = []

@@ -15,8 +15,7 @@ import pytest
 from backend import NOBODY, Snapshot
 from errors import BackupError
 from filebackend import FileBackend
-from filelog.layout2 import Head
-from protocol import Details, Metadata, Nack, NackCode, encode_metadata, encode_nack
+from protocol import Details, Metadata, Nack, NackCode, PacketType, encode_metadata, encode_nack
 from remote.link import Link, Refused
 from socketbackend import SocketBackend
 from tests import peers, support
@@ -189,10 +188,7 @@ def test_what_is_kept_is_limited(url: str, tmp_path: Path) -> None:
 
 
 FILLER = ["CREATE TABLE filler (x)", "INSERT INTO filler VALUES (randomblob(20 << 20))"]
-FULL = (
-    "import space; from serving import spool\n"
-    "space.RESERVE = 1 << 60; spool.SPACE_CHECK_BYTES = 1 << 20"
-)
+FULL = "import space\nspace.RESERVE = 1 << 60"
 
 
 def test_a_full_disk_is_a_reason(url: str, node_dir: Path) -> None:
@@ -219,13 +215,14 @@ def test_an_answer_is_heard_before_all_was_sent(
     metadata = encode_metadata(Metadata(2, 0, 0, 0, details))
     listener = socket.create_server(("127.0.0.1", 0))
     sent: list[int] = []
-    real = Link.send_record
+    real = Link.send
 
-    def counted(link: Link, head: Head, payload: bytes) -> None:
-        sent.append(len(payload))
-        real(link, head, payload)
+    def counted(link: Link, data: bytes) -> None:
+        if data[0] == PacketType.RECORD:
+            sent.append(len(data))
+        real(link, data)
 
-    monkeypatch.setattr(Link, "send_record", counted)
+    monkeypatch.setattr(Link, "send", counted)
 
     def serve() -> None:
         with listener, listener.accept()[0] as sock:

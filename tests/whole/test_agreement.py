@@ -288,7 +288,7 @@ def test_protocol_1_becomes_protocol_2_in_one_session(local: Local) -> None:
     for number in range(24):
         pragma = (OFF, None, ON)[number % 3]
         lives.announce(session, at(lives.version, pragma) if pragma else lives.next_commit())
-        for connection in list(local.server._connections):
+        for connection in list(local.server.places._at):
             connection.cut()
     assert backend.reconnects == 23
     backend.close()
@@ -350,7 +350,7 @@ def test_first_of_two_nodes_to_write_wins(between: str, local: Local) -> None:
     copy, second = begin(local)
     write(second, item(4, "of the copy"))
     if between == "a cut":
-        for connection in list(local.server._connections):
+        for connection in list(local.server.places._at):
             connection.cut()
     elif between == "a new server":
         local.stop()

@@ -23,6 +23,8 @@ from errors import BackupError, DiskError
 from filebackend import FileBackend
 from filelog import reader as logreader
 from filelog import writer as logwriter
+from serving import rules
+from serving.rules import Offer
 from serving.spool import Spool
 from tests import support
 from tests.disk import Disk, Fault, Killed, standing_in
@@ -301,7 +303,7 @@ def test_snapshot_that_finds_no_room_leaves_nothing(
 
     opened: list[int] = []
     monkeypatch.setattr(durable, "create", full)
-    spool = Spool(Snapshot(str(path), 1))
+    spool = Spool(Snapshot(str(path), 1), Offer(1), rules.snapshot)
     spool.add(b"some")  # It stays in memory.
     with pytest.raises(DiskError, match="No space left"):
         spool.add(bytes(1 << 20))

@@ -617,6 +617,29 @@ def test_damage_that_the_scrub_finds_heals_in_the_next_hook(
     check_same(url, alice, tmp_path)
 
 
+def test_damage_that_a_server_knows_heals_at_the_start(
+    node_dir: Path, url: str, tmp_path: Path
+) -> None:
+    alice = Node(node_dir)
+    alice.begin()
+    run_cli("init", url, cwd=tmp_path)
+    with ServerProcess(url) as server:
+        run_cli("init", "--lightning-dir", node_dir, server.url)
+        with PluginProcess(node_dir) as plugin:
+            for _ in range(4):
+                alice.write(plugin)
+    flip_in_the_middle(url)
+    note(url, unsound="It is\ndamaged.")
+    with ServerProcess(url, port=server.port) as server:
+        with PluginProcess(node_dir) as plugin:
+            alice.write(plugin)
+            assert plugin.errors() == ["It is damaged. Healing that; lightningd waits meanwhile."]
+            alice.write(plugin)
+        assert FileBackend(url).status().unsound is None
+        assert server.stop() == 0
+    check_same(url, alice, tmp_path)
+
+
 @pytest.mark.parametrize("rewind", [False, True])
 def test_damage_that_is_known_heals_at_the_start(
     rewind: bool, alice: Node, url: str, tmp_path: Path

@@ -41,7 +41,7 @@ from errors import BackupError, DiskError, LostState, OutOfDate
 from filebackend import FileBackend
 from filelog import appender
 from healing import Healer
-from remote import address, delivery
+from remote import address, patience
 from serving import door
 from socketbackend import SocketBackend
 from tests import peers, support
@@ -468,7 +468,7 @@ def in_this_process(patch: pytest.MonkeyPatch) -> None:
     """Let a server, its compactions and an impatient client run in this process."""
     patch.setattr(signal, "signal", lambda *_: None)  # A thread may set none.
     patch.setattr(signal, "set_wakeup_fd", lambda *_, **__: -1)
-    patch.setattr(delivery, "FIRST_PAUSE_S", 0.001)
+    patch.setattr(patience, "FIRST_PAUSE_S", 0.001)
     patch.setattr(
         compaction.Compactor,
         "_build_and_adopt",
@@ -490,7 +490,7 @@ class ServerThread:
     def stop(self) -> None:
         self.server._stop(0)
         self.thread.join()
-        for connection in list(self.server._connections):
+        for connection in list(self.server.places._at):
             connection.cut()
         self.server.keeper.lock.release()
 

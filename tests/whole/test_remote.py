@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from backend import Change, Session
-from remote import delivery
+from remote import patience
 from remote.link import Diverged
 from socketbackend import SocketBackend
 from tests import peers, support
@@ -31,8 +31,8 @@ PATCHES = {"protocol 1": PROTOCOL_1, "protocol 2": ""}
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.1)
 
 
 @contextlib.contextmanager
