@@ -49,6 +49,7 @@ from errors import (
     BackupError,
     ConfigError,
     LostState,
+    OtherOwner,
     OutOfDate,
     UnsupportedLayout,
 )
@@ -224,7 +225,7 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
         lock_file = node.read_lock_file(directory)
         backend = destinations.destination_of(lock_file)
         url = backend.url
-        version = _version_reached(backend, None if override else lock_file.owner)
+        version = _version_of_all(lock_file.urls, None if override else lock_file.owner)
         with node_snapshot(backend, directory, wallet_path) as snapshot:
             found = snapshot.version if snapshot else 0
             _check_resync(found, version, backend, override)
@@ -346,6 +347,24 @@ def _upgrade_from_node(
                 f" `{CLI} resync --lightning-dir {shlex.quote(directory)}`.",
             )
         return backend.replace(snapshot, owner)
+
+
+def _version_of_all(urls: Sequence[str], owner: bytes | None) -> int:
+    """The newest version that any of the destinations has reached, also behind damage.
+
+    Of several, those that do not answer are announced: enough of them have to be replaced.
+    """
+    if len(urls) == 1:
+        return _version_reached(destinations.backend_for(urls[0]), owner)
+    versions = [0]
+    for url in urls:
+        try:
+            versions.append(_version_reached(destinations.backend_for(url), owner))
+        except OtherOwner:
+            raise
+        except BackupError as error:
+            click.echo(f"Warning: {url}: {error.problem}", err=True)
+    return max(versions)
 
 
 def _version_reached(backend: Backend, owner: bytes | None) -> int:

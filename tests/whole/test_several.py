@@ -222,6 +222,35 @@ def test_resync_of_several(node_dir: Path, tmp_path: Path) -> None:
     run_cli("verify", *urls, "--against", database)
 
 
+def test_damage_is_no_vote_and_is_not_overwritten_by_itself(node_dir: Path, tmp_path: Path) -> None:
+    urls = files(tmp_path, 3)
+    node_database(node_dir, 1)
+    run_cli("init", "--lightning-dir", node_dir, "--acks", 2, *urls)
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 2, 4)
+        until(lambda: versions(urls) == [4, 4, 4])
+    damaged = path_of(urls[1])
+    support.flip(damaged, support.records_of(damaged)[-1][0].end - 20)
+    before = damaged.read_bytes()
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 5, 6)
+        assert plugin.logged(f"{urls[1]} is not in step any more: ")
+    assert damaged.read_bytes() == before
+    done = run_cli("status", "--lightning-dir", node_dir, check=1)
+    assert "damaged at offset" in done.stdout
+    run_cli("restore", *urls, tmp_path / "restored.sqlite3")
+    # One of the two sound ones is gone, too: what is left may lack the newest.
+    path_of(urls[2]).rename(tmp_path / "aside")
+    run_cli("restore", *urls, tmp_path / "none.sqlite3", check=1)
+    with PluginProcess(node_dir) as plugin, pytest.raises(Refused, match="2 are needed"):
+        write(plugin, 7, 7)
+    (tmp_path / "aside").rename(path_of(urls[2]))
+    database = node_database(node_dir, 6)
+    done = run_cli("resync", "--yes", "--lightning-dir", node_dir)
+    assert done.stdout.count("node.bkp.old-") == 3 and "damaged" in done.stderr
+    run_cli("verify", *urls, "--against", database)
+
+
 def test_a_server_that_stands_still_keeps_nobody(
     node_dir: Path, tmp_path: Path, served: ServerProcess
 ) -> None:
