@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import sys
 import threading
 import time
 from collections import deque
@@ -41,7 +42,9 @@ RETRY_FOR_S = 60.0
 SLOW_AFTER_S = 10.0
 """A destination that takes longer for one record, while K others go on, is lagging."""
 FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 30.0
+LONGEST_PAUSE_S = 60.0
+SWITCH_INTERVAL_S = 0.0002
+"""How long the thread of one destination may keep the hook's from going on."""
 LEAVE_S = 5.0
 """The longest wait for the slower destinations when the backup is closed."""
 
@@ -269,6 +272,7 @@ class MirrorBackend(Destination):
             BackupBusy: another process holds one that is needed.
             OtherOwner: another node took the backup over.
         """
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._owner = owner
         self._members = [Member(url, self._make, self._lock) for url in self.roster.urls]
         for member in self._members:
