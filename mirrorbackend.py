@@ -57,16 +57,10 @@ class Member:
         done: how many of the mirror's records it has on stable storage.
         heard: it has answered, and what it holds is known.
         failed: its first try to answer has failed.
-        wake: notified of what concerns its thread alone, under the mirror's lock.
-        took_s: how long it took for the last record.
-        in_hand: the hook's thread does its work for one record.
-        broken: how that failed, for its own thread.
     """
 
-    def __init__(self, url: str, make: Make, lock: threading.RLock) -> None:
+    def __init__(self, url: str, make: Make) -> None:
         self.url = url
-        self.wake = threading.Condition(lock)
-        self.took_s = 0.0
         self.lock = threading.Lock()
         self.backend = make(url)
         self.part = Part.OPENING
@@ -77,8 +71,6 @@ class Member:
         self.thread: threading.Thread | None = None
         self.reconnects = 0
         self.busy_since_s: float | None = None
-        self.in_hand = False
-        self.broken: BackupError | None = None
 
     def status(self) -> MemberStatus:
         """How it does."""
@@ -124,8 +116,7 @@ class MirrorBackend(Destination):
 
     def _forget(self) -> None:
         """Back to what it was before ``open``."""
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = threading.Condition()
         self._members: list[Member] = []
         self._tail: deque[Record] = deque()
         self._first = 0
@@ -274,7 +265,7 @@ class MirrorBackend(Destination):
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._owner = owner
-        self._members = [Member(url, self._make, self._lock) for url in self.roster.urls]
+        self._members = [Member(url, self._make) for url in self.roster.urls]
         for member in self._members:
             member.thread = threading.Thread(target=self._run, args=(member,), daemon=True)
             member.thread.start()
@@ -385,11 +376,7 @@ class MirrorBackend(Destination):
             self._tail_size += len(payload)
             number = self._first + len(self._tail)
             self._trim()
-            in_hand = self._take_in_hand(number)
-            self._wake_all()
-        if in_hand is not None:
-            self._give_at_once(in_hand, head, payload)
-        with self._changed:
+            self._changed.notify_all()
             while True:
                 stored = sum(self._has(member, number) for member in self._members)
                 late = time.monotonic() - began_s > RETRY_FOR_S
@@ -404,25 +391,6 @@ class MirrorBackend(Destination):
             self.version_count += layout2.CHANGES_STEP[head.kind]
             self._settle()
             self._trim()
-
-    def _take_in_hand(self, number: int) -> Member | None:
-        """The slowest one, where the hook has to wait for all: another thread is a detour."""
-        idle = [m for m in self._members if m.part is Part.IN_STEP and m.done == number - 1]
-        if self._rule.goes_on_without or not idle:
-            return None
-        slowest = max(idle, key=lambda member: member.took_s)
-        slowest.in_hand = True
-        return slowest
-
-    def _give_at_once(self, member: Member, head: Head, payload: bytes) -> None:
-        try:
-            self._give(member, head, payload)
-        except BackupError as error:
-            member.broken = error
-        finally:
-            with self._changed:
-                member.in_hand = False
-                member.wake.notify_all()
 
     @staticmethod
     def _has(member: Member, number: int) -> bool:
@@ -466,7 +434,6 @@ class MirrorBackend(Destination):
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            self._wake_all()
         began_s = time.monotonic()
         for member in members:
             # One that does not answer is not waited for.
@@ -511,13 +478,6 @@ class MirrorBackend(Destination):
         member.part, member.error, member.failed = Part.LAGGING, error, True
         member.busy_since_s = None
         self._changed.notify_all()
-        member.wake.notify_all()
-
-    def _wake_all(self) -> None:
-        """Tell the threads of those in step of a new record: the slowest one first."""
-        for member in sorted(self._members, key=lambda member: -member.took_s):
-            if not member.in_hand:
-                member.wake.notify_all()
 
     def _close(self, member: Member) -> None:
         with contextlib.suppress(BackupError, OSError), member.lock:
@@ -628,40 +588,24 @@ class MirrorBackend(Destination):
         changed = self._changed
         while True:
             with changed:
-                member.wake.wait_for(
+                changed.wait_for(
                     lambda: (
                         member.part is not Part.IN_STEP
-                        or member.broken is not None
-                        or (
-                            not member.in_hand
-                            and (
-                                member.done < self._first + len(self._tail)
-                                or self._is_closing(changed)
-                            )
-                        )
+                        or member.done < self._first + len(self._tail)
+                        or self._is_closing(changed)
                     )
                 )
-                if member.broken is not None:
-                    error, member.broken = member.broken, None
-                    raise error
                 if member.part is not Part.IN_STEP or changed is not self._changed:
                     return
                 if member.done == self._first + len(self._tail):
                     return  # All ends.
                 head, payload = self._tail[member.done - self._first]
-            self._give(member, head, payload)
-
-    def _give(self, member: Member, head: Head, payload: bytes) -> None:
-        """Let it store the record that it lacks first."""
-        changed = self._changed
-        began_s = member.busy_since_s = time.monotonic()
-        with member.lock:
-            member.backend.add_record(head, payload)
-        with changed:
-            member.took_s, member.busy_since_s = time.monotonic() - began_s, None
-            member.done += 1
-            # Not for each: to wake the hook's thread for nothing costs the others time.
-            if sum(self._has(other, member.done) for other in self._members) >= self._rule.k:
+            member.busy_since_s = time.monotonic()
+            with member.lock:
+                member.backend.add_record(head, payload)
+            with changed:
+                member.busy_since_s = None
+                member.done += 1
                 changed.notify_all()
 
     # Beside the node
