@@ -31,7 +31,6 @@ from several import hearing
 from several.catchup import CatchUp, continues, marks
 from several.hearing import Branched, Heard, Make, Silent, end_of, hear
 
-MAX_DESTINATIONS = 16
 FIRST_TERM = 2
 BACKLOG_SIZE = 8 << 20
 """Bytes of records that are kept for destinations that are slower; at least the newest one."""
@@ -94,8 +93,8 @@ class MirrorBackend(Destination):
     def __init__(self, roster: Roster, make: Make) -> None:
         if len(set(roster.urls)) < len(roster.urls):
             raise ConfigError("One of the destinations is named twice.")
-        if len(roster.urls) > MAX_DESTINATIONS:
-            raise ConfigError(f"A backup has at most {MAX_DESTINATIONS} destinations.")
+        if len(roster.urls) > layout2.MAX_DESTINATIONS:
+            raise ConfigError(f"A backup has at most {layout2.MAX_DESTINATIONS} destinations.")
         if not 1 <= roster.acks <= len(roster.urls):
             raise ConfigError(
                 f"{roster.acks} of {len(roster.urls)} destinations cannot acknowledge.",

@@ -86,7 +86,7 @@ from backend import (
     Change,
     chain_after,
 )
-from errors import ConfigError
+from errors import ConfigError, printable
 from quorum import Roster
 
 MAGIC = b"\x89CLN backup\r\n\x1a\n\x00"
@@ -109,6 +109,7 @@ FIRST_RECORD = FILE_HEADER.size
 OVERHEAD = HEAD.size + _TRAILER_SIZE
 MAX_OWNER_PAYLOAD = 16 << 10
 MAX_MACHINE = 1 << 10
+MAX_DESTINATIONS = 16
 _CRC = struct.Struct("!I")
 
 
@@ -286,7 +287,9 @@ def decode_roster(payload: bytes) -> Roster | None:
         epoch, acks, urls = json.loads(text)
     except (ValueError, TypeError, RecursionError):
         return None
-    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+    if not isinstance(urls, list) or not 2 <= len(urls) <= MAX_DESTINATIONS:
+        return None
+    if not all(isinstance(url, str) and url == printable(url) for url in urls):
         return None
     if type(epoch) is not int or type(acks) is not int or not 1 <= acks <= len(urls):
         return None

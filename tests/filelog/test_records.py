@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from backend import EMPTY_CHAIN, MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, bump
-from errors import UnsupportedLayout
+from errors import ConfigError, UnsupportedLayout
 from filebackend import FileBackend
 from filelog import layout2
 from filelog.layout2 import (
@@ -28,6 +28,7 @@ from filelog.layout2 import (
     TailKind,
 )
 from filelog.reader import FileReading, LogReader
+from quorum import Roster
 from tests import support
 from wallet import database, restore
 
@@ -633,3 +634,32 @@ def test_payload_is_checked_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not layout2.payload_checks(image.pread, image.heads[0])
     del image.data[FIRST_RECORD + HEAD.size + 500 :]
     assert not layout2.payload_checks(image.pread, image.heads[0])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[1, 2]", "[" * 100_000, '[1, 1, ["a"]]', '[1, 3, ["a", "b"]]'),
+        *(
+            '[1, 0, ["a", "b"]]',
+            '["1", 1, ["a", "b"]]',
+            '[1, 1, ["a", 2]]',
+            '[1, true, ["a", "b"]]',
+        ),
+        *('[1, 1, ["a", "b\\u001b"]]', f"[1, 1, {['a'] * 17}]".replace("'", '"'), "\udc80"),
+    ],
+)
+def test_a_list_of_destinations_that_is_none(text: str) -> None:
+    payload = layout2.encode_owner(1, "machine") + b"\0" + text.encode(errors="surrogateescape")
+    assert layout2.decode_roster(payload) is None
+    assert layout2.decode_owner(payload) == (1, "machine")
+
+
+def test_a_list_of_destinations_comes_back() -> None:
+    roster = Roster(7, 2, ("file:///a b", "socket:[::1]:8700?retry_for=3", "file:///ä"))
+    payload = layout2.encode_owner(1, "machine", roster)
+    assert layout2.decode_roster(payload) == roster
+    assert layout2.decode_owner(payload) == (1, "machine")
+    assert layout2.decode_roster(layout2.encode_owner(1, "machine")) is None
+    with pytest.raises(ConfigError, match="too long"):
+        layout2.encode_owner(1, "machine", Roster(1, 1, ("x" * 20_000, "y")))
