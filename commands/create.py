@@ -225,7 +225,11 @@ def resync(lightning_dir: str, wallet: str | None, yes: bool, override: bool) ->
         lock_file = node.read_lock_file(directory)
         backend = destinations.destination_of(lock_file)
         url = backend.url
-        version = _version_of_all(lock_file.urls, None if override else lock_file.owner)
+        claimed = None if override else lock_file.owner
+        if lock_file.backend_urls:
+            version = _version_of_all(lock_file.backend_urls, claimed)
+        else:
+            version = _version_reached(backend, claimed)
         with node_snapshot(backend, directory, wallet_path) as snapshot:
             found = snapshot.version if snapshot else 0
             _check_resync(found, version, backend, override)
@@ -350,12 +354,10 @@ def _upgrade_from_node(
 
 
 def _version_of_all(urls: Sequence[str], owner: bytes | None) -> int:
-    """The newest version that any of the destinations has reached, also behind damage.
+    """The newest version that any of several destinations has reached, also behind damage.
 
-    Of several, those that do not answer are announced: enough of them have to be replaced.
+    Those that do not answer are announced: enough of them have to be replaced.
     """
-    if len(urls) == 1:
-        return _version_reached(destinations.backend_for(urls[0]), owner)
     versions = [0]
     for url in urls:
         try:

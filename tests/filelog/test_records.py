@@ -318,7 +318,7 @@ def test_head_of_another_place_or_file_is_refused() -> None:
         (Kind.SNAPSHOT, MAX_CHUNK_SIZE),
         (Kind.CHANGE, MAX_CHANGE_SIZE),
         (Kind.REWIND, 0),
-        (Kind.OWNER, 1024),
+        (Kind.OWNER, 16 << 10),
         (0, -1),
         (5, -1),
         (255, -1),
