@@ -41,6 +41,8 @@ class Healer:
         """What was found that could not be healed; not again, as the node waits for that."""
         self._holds_off = False
         self._doing = ""
+        # Beside a file its writer does it. Here a killed heal leaves a copy of the whole database.
+        scratch.clear(backend.scratch_paths(None, directory))
         if lock_file.lost_state is not None:
             log.warning(
                 f"No backup heals by itself any more: {lock_file.lost_state}. Once it is sure that"

@@ -209,6 +209,35 @@ def test_over_a_socket(node_dir: Path, url: str, tmp_path: Path) -> None:
     check_same(url, alice, tmp_path)
 
 
+KILLED_AT_ITS_END = """
+import os, socketbackend
+inner = socketbackend.SocketBackend.replace
+def outer(*arguments, **options):
+    inner(*arguments, **options)
+    os.kill(os.getpid(), 9)
+socketbackend.SocketBackend.replace = outer
+"""
+
+
+def test_killed_when_the_server_has_the_snapshot(node_dir: Path, url: str, tmp_path: Path) -> None:
+    alice = Node(node_dir)
+    alice.begin()
+    run_cli("init", url, cwd=tmp_path)
+    with ServerProcess(url) as server:
+        run_cli("init", "--lightning-dir", node_dir, server.url)
+        alice.run()
+        killed = PluginProcess(node_dir, patched(support.PLUGIN, KILLED_AT_ITS_END))
+        with killed as plugin, pytest.raises(Refused):
+            alice.write(plugin)
+        assert list(node_dir.glob("backup.scratch-*"))
+        with PluginProcess(node_dir) as plugin:
+            alice.write(plugin)
+            assert plugin.logged("Versions match up") and not plugin.logged("Healed")
+        assert not list(node_dir.glob("backup.scratch-*"))
+        assert server.stop() == 0
+    check_same(url, alice, tmp_path)
+
+
 def test_over_a_socket_of_protocol_1(node_dir: Path, tmp_path: Path) -> None:
     alice = Node(node_dir)
     alice.begin()
