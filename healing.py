@@ -175,7 +175,10 @@ class Healer:
                 backup_id = identity.of_backup(reading, path)
         obstacle = may_stand_for(base, snapshot.version, node_id, backup_id)
         if obstacle is Obstacle.OTHER_VERSION:
-            raise BackupError(f"The node's database is at version {snapshot.version}, not {base}.")
+            raise BackupError(
+                f"The database {node.wallet(self._directory, self._lock_file)} is at version"
+                f" {snapshot.version}, not {base}; if lightningd's is another, add `--wallet`."
+            )
         if obstacle is not None:
             raise BackupError(f"The backup is of node {backup_id}, the database of {node_id}.")
         return node_id

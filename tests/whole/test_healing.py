@@ -478,7 +478,7 @@ REFUSED: dict[str, tuple[Callable[[Node], None], list[str]]] = {
     "not sound": (not_sound, ["out of date", "It could not be healed", "resync"]),
     "another version": (
         another_wallet,
-        ["out of date", "The node's database is at version 9, not 10", "resync"],
+        ["out of date", "copy.sqlite3 is at version 9, not 10", "--wallet", "resync"],
     ),
     "not there": (
         lambda alice: change_lock(alice.directory, wallet="/nowhere/at/all"),
