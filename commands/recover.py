@@ -27,6 +27,7 @@ from errors import (
     BackupError,
     DoesNotReplay,
 )
+from wallet import node
 from wallet import restore as restoring
 
 
@@ -80,10 +81,13 @@ def restore(url: str, dest: str, allow_damaged: bool, up_to: int | None) -> None
         "A node must never run on anything but its latest state: if it ran after that time, or"
         " runs elsewhere, do not start it on this database."
     )
-    directory = os.path.dirname(result.path)
+    directory, name = os.path.split(result.path)
+    # Under another name it is lightningd's --wallet, which does not tell the node's directory.
+    node_at = shlex.quote(directory) if name == node.DATABASE_NAME else "DIR"
+    wallet = "" if name == node.DATABASE_NAME else f" --wallet {shlex.quote(result.path)}"
     click.echo(
         "To go on with this backup: "
-        f"{CLI} attach --lightning-dir {shlex.quote(directory)} {shlex.quote(url)}"
+        f"{CLI} attach --lightning-dir {node_at}{wallet} {shlex.quote(url)}"
     )
     _warn_problems(result.problems)
     if result.problems:
