@@ -143,6 +143,13 @@ class Keeper:
         Raises:
             BackupError: it is not sound, or not what it was called; or there is no room.
         """
+        ready = self._prepare(client, snapshot, offer)
+        if ready.compared != self.backend.newest.backup_id:
+            # Most likely an earlier one of this node, whose plugin was killed when all was sent.
+            ready = self._prepare(client, snapshot, offer)
+        return ready
+
+    def _prepare(self, client: Client, snapshot: Snapshot, offer: Offer) -> Ready:
         backend, backup_id = self.backend, self.backend.newest.backup_id
         is_known = offer.override or self._node[0] == backup_id
         old = 0 if is_known else backend.snapshot_size  # Its node stands there.

@@ -238,6 +238,54 @@ def test_killed_when_the_server_has_the_snapshot(node_dir: Path, url: str, tmp_p
     check_same(url, alice, tmp_path)
 
 
+KILLED_ALL_SENT = """
+import os, remote.sending
+inner = remote.sending._Sending._send_pieces
+def outer(*arguments):
+    inner(*arguments)
+    os.kill(os.getpid(), 9)
+remote.sending._Sending._send_pieces = outer
+"""
+
+FIRST_STORED_WHILE_THE_SECOND_IS_EXAMINED = """
+import threading, serving.keeper as keeper
+examine, start_over = keeper.examine, keeper.Keeper._start_over
+calls, came, stored = [], threading.Event(), threading.Event()
+def outer(*arguments):
+    calls.append(1)
+    if len(calls) == 3:  # After that of `init`.
+        came.set()
+        stored.wait()
+    elif len(calls) == 2:
+        came.wait()
+    return examine(*arguments)
+def storing(self, *arguments):
+    start_over(self, *arguments)
+    if len(calls) > 1:
+        stored.set()
+keeper.examine, keeper.Keeper._start_over = outer, storing
+"""
+
+
+def test_a_killed_heal_that_the_server_still_stores(
+    node_dir: Path, url: str, tmp_path: Path
+) -> None:
+    alice = Node(node_dir)
+    alice.begin()
+    run_cli("init", url, cwd=tmp_path)
+    with ServerProcess(url, patch=FIRST_STORED_WHILE_THE_SECOND_IS_EXAMINED) as server:
+        run_cli("init", "--lightning-dir", node_dir, server.url)
+        alice.run()
+        killed = PluginProcess(node_dir, patched(support.PLUGIN, KILLED_ALL_SENT))
+        with killed as plugin, pytest.raises(Refused):
+            alice.write(plugin)
+        with PluginProcess(node_dir) as plugin:
+            alice.write(plugin)
+            alice.write(plugin)
+        assert server.stop() == 0
+    check_same(url, alice, tmp_path)
+
+
 def test_over_a_socket_of_protocol_1(node_dir: Path, tmp_path: Path) -> None:
     alice = Node(node_dir)
     alice.begin()
