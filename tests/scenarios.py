@@ -40,7 +40,8 @@ from serving.rules import Offer
 from tests import support
 from tests.disk import Disk, Fault, Files, Killed, Model, standing_in
 from upkeep import compaction, upgrade
-from wallet import restore
+from upkeep.examine import Findings
+from wallet import database, restore
 
 FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
 LOG = "node.bkp"
@@ -274,6 +275,12 @@ def describe(files: Files) -> str:
     return ", ".join(f"{name} ({len(data)} bytes)" for name, data in sorted(files.items()))
 
 
+def examined(path: str, _: str | None) -> Findings:
+    """``upkeep.examine.examine`` in this process: each of thousands of lives would start one."""
+    problems = database.integrity_problems(path)
+    return Findings(database.version_of(path), database.node_id_of(path), None, problems)
+
+
 @contextlib.contextmanager
 def prepared(rng: random.Random) -> Iterator[None]:
     """Small steps, no waiting, and everything that is random drawn from ``rng``."""
@@ -285,6 +292,7 @@ def prepared(rng: random.Random) -> Iterator[None]:
         mock.patch.object(durable, "PREALLOCATE_STEP", STEP),
         mock.patch.object(logreader, "GROWING_TAIL_S", -1.0),
         mock.patch.object(appender, "RETRY_FOR_S", 0.4),
+        mock.patch("serving.keeper.examine", new=examined),
         mock.patch("time.sleep", new=bool),
         mock.patch("time.time_ns", new=functools.partial(next, clock)),
         mock.patch("secrets.token_bytes", new=lambda size=32: rng.randbytes(size)),

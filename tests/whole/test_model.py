@@ -42,9 +42,10 @@ from filebackend import FileBackend
 from filelog import appender
 from healing import Healer
 from remote import address, patience
-from serving import door
+from serving import door, keeper
 from socketbackend import SocketBackend
 from tests import peers, support
+from tests.scenarios import examined
 from upkeep import compaction
 from wallet import database, node, restore
 
@@ -469,6 +470,7 @@ def in_this_process(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(signal, "signal", lambda *_: None)  # A thread may set none.
     patch.setattr(signal, "set_wakeup_fd", lambda *_, **__: -1)
     patch.setattr(patience, "FIRST_PAUSE_S", 0.001)
+    patch.setattr(keeper, "examine", examined)
     patch.setattr(
         compaction.Compactor,
         "_build_and_adopt",
