@@ -19,7 +19,7 @@ import protocol
 import space
 from backend import MAX_CHANGE_SIZE, NOBODY, Snapshot, bump, chain_after
 from filebackend import FileBackend
-from filelog.layout2 import BUMPS, Head, Kind
+from filelog.layout2 import BUMPS, FINAL, Head, Kind
 from protocol import Metadata, NackCode, PacketType, RecordPacker
 from serving.client import Client
 from serving.room import STEP, Room
@@ -211,6 +211,67 @@ def test_snapshot_whose_bytes_do_not_come_ends(url: str, backup: Path) -> None:
         server.wait_for("are too slow")
         # It waits for its client to come back, but not for ever.
         eventually(lambda: not list(backup.parent.glob("*.scratch-*")))
+
+
+def test_one_snapshot_of_strangers_is_looked_at_at_a_time(url: str, backup: Path) -> None:
+    """Each look may take a core and a gibibyte, and its client need not wait for it."""
+    waits, looks = backup.with_name("waits"), backup.with_name("looks")
+    waits.touch()
+    patch = (
+        "import os, serving.keeper as k, time\n"
+        "real, at_work = k.examine, []\n"
+        "def examine(path, log):\n"
+        "    at_work.append(path)\n"
+        f"    open({str(looks)!r}, 'a').write(f'{{len(at_work)}}\\n')\n"
+        f"    while os.path.exists({str(waits)!r}):\n"
+        "        time.sleep(0.005)\n"
+        "    found = real(path, log)\n"
+        "    at_work.remove(path)\n"
+        "    return found\n"
+        "k.examine = examine"
+    )
+
+    def offer(client: NewClient) -> bytes:
+        chain = random.randbytes(16)
+        piece = client.head(b"none", kind=Kind.SNAPSHOT, flags=FINAL, session=OWNER, chain=chain)
+        client.sock.sendall(client.packed(piece, b"none"))
+        return chain
+
+    with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(NewClient(server)) for _ in range(4)]
+        asking = clients.pop()
+        chains = [offer(client) for client in clients]
+        came = [protocol.HELD.pack(protocol.ALL_HELD)] * len(chains)
+        eventually(lambda: [asking.ask(PacketType.HELD, chain)[1] for chain in chains] == came)
+        eventually(looks.exists)
+        node = stack.enter_context(NewClient(server, OWNER))
+        offer(node)  # A node that heals waits for none of them.
+        eventually(lambda: len(looks.read_text().split()) == 2)
+        waits.unlink()
+        assert all(client.receive()[0] == NACK for client in [*clients, node])
+        assert len(looks.read_text().split()) == 4 and max(looks.read_text()) == "2"
+
+
+def test_no_thread_for_a_timer_keeps_nothing(url: str, backup: Path) -> None:
+    patch = (
+        "import threading\n"
+        "def start(timer):\n"
+        '    raise RuntimeError("can\'t start new thread")\n'
+        "threading.Timer.start = start"
+    )
+    with ServerProcess(url, patch=patch) as server:
+        for flags in (0, FINAL):
+            with NewClient(server, OWNER) as evil:
+                piece = evil.head(b"x", kind=Kind.SNAPSHOT, flags=flags, chain=b"c" * 16)
+                evil.sock.sendall(evil.packed(piece._replace(session=OWNER), b"x"))
+                if flags == FINAL:
+                    assert evil.receive()[0] == NACK
+                else:
+                    eventually(lambda: list(backup.parent.glob("*.scratch-*")))
+        server.wait_for("2): left")
+        eventually(lambda: not list(backup.parent.glob("*.scratch-*")))
+        assert can_write(server)
+        assert not server.logged("Traceback")
 
 
 def fill(url: str, mebibytes: int) -> None:
