@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,6 +23,7 @@ from filebackend import FileBackend
 from filelog.layout2 import BUMPS, FINAL, Head, Kind
 from protocol import Metadata, NackCode, PacketType, RecordPacker
 from serving.client import Client
+from serving.places import Place, Places, Writers
 from serving.room import STEP, Room
 from tests import support
 from tests.peers import ACK, NACK, RESTORE, SNAPSHOT, OldClient, ServerProcess
@@ -199,6 +201,28 @@ def test_who_claims_the_backup_always_gets_in(server: ServerProcess) -> None:
             again.write("SELECT 3")
 
 
+def test_who_always_comes_again_drives_out_only_himself() -> None:
+    writers: list[object] = []
+    places = Places(cast(Writers, SimpleNamespace(is_writer=lambda client: client in writers)))
+    cut: list[int] = []
+
+    def come(number: int, who: str) -> Client:
+        client = Mock(number=number, who=who, ended=False, cut=lambda: cut.append(number))
+        places.enter(client, Place.OWNER)
+        return cast(Client, client)
+
+    writers.append(come(1, "node"))
+    come(2, "node")  # It comes again, and has not written yet.
+    for number in range(3, 9):
+        come(number, "evil")
+    assert cut == [3, 4, 5, 6]
+    places.make_way()
+    assert cut[4:] == [7]
+    come(9, "a")
+    come(10, "b")  # All have one: the oldest goes.
+    assert cut[5:] == [2]
+
+
 QUICK = "from serving import incoming; incoming.FIRST_PACKET_S = incoming.GRACE_S = 0.5"
 
 
@@ -340,6 +364,24 @@ def test_no_thread_and_no_descriptor_end_no_server(url: str, backup: Path) -> No
         server.wait_for("could not be accepted")
         eventually(lambda: can_write(server))
         assert not server.logged("Traceback")
+
+
+def test_no_memory_for_a_connection_ends_no_server(url: str, backup: Path) -> None:
+    patch = (
+        "import server\n"
+        "real, made = server.Connection, []\n"
+        "def connection(*arguments):\n"
+        "    made.append(arguments)\n"
+        "    if len(made) == 2:\n"
+        "        raise MemoryError\n"
+        "    return real(*arguments)\n"
+        "server.Connection = connection"
+    )
+    with ServerProcess(url, patch=patch) as server, NewClient(server, OWNER):
+        with server.client() as second:
+            assert second.is_closed()
+        eventually(lambda: can_write(server))
+        assert server.logged("closed: out of memory") and not server.logged("Traceback")
 
 
 def can_write(server: ServerProcess) -> bool:
