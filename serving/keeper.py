@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import space
-from backend import NOBODY, NOTICE, RELEASE, Snapshot, log, taken_over, utc
+from backend import NOBODY, NOTICE, RELEASE, Snapshot, Status, log, taken_over, utc
 from decisions import may_write
 from errors import BackupError, Unsound
 from filebackend import FileBackend
@@ -82,6 +82,7 @@ class Keeper:
         # A look costs a core and a gibibyte, also if its client has left. A node that heals has
         # a turn of its own: it does not wait for what strangers sent.
         self._guests_look, self._owners_look = Turns(1), Turns(1)
+        self._statuses = Turns(1)
 
     # What is asked without writing
 
@@ -104,6 +105,11 @@ class Keeper:
             return Metadata(
                 2, backend.version, backend.prev_version, backend.version_count, details
             )
+
+    def status(self, client: Client) -> Status:
+        """What STATUS is told. It reads the log's end, so one client at a time is told."""
+        with self._statuses.turn(client):
+            return self.backend.status()
 
     def _last_writer(self) -> str:
         if self._last is None:

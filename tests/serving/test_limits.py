@@ -276,6 +276,30 @@ def test_one_snapshot_of_strangers_is_looked_at_at_a_time(url: str, backup: Path
         assert len(looks.read_text().split()) == 4 and max(looks.read_text()) == "2"
 
 
+def test_one_client_at_a_time_is_told_the_status(url: str, backup: Path) -> None:
+    """The log's end is searched for it, and the writer's thread waits meanwhile."""
+    patch = (
+        "import filebackend, time\n"
+        "real, at_work = filebackend.FileBackend.status, []\n"
+        "def status(backend):\n"
+        "    at_work.append(1)\n"
+        "    time.sleep(0.01)\n"
+        "    found = real(backend)\n"
+        "    found.notes.append(str(len(at_work)))\n"
+        "    at_work.pop()\n"
+        "    return found\n"
+        "filebackend.FileBackend.status = status"
+    )
+    with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(NewClient(server)) for _ in range(8)]
+        for client in clients:
+            client.send(PacketType.STATUS)
+        for client in clients:
+            kind, answer = client.receive()
+            assert kind == PacketType.STATUS_RES
+            assert protocol.decode_status(answer).notes[-1] == "1"
+
+
 def test_no_thread_for_a_timer_keeps_nothing(url: str, backup: Path) -> None:
     patch = (
         "import threading\n"
