@@ -52,7 +52,7 @@ class Server:
         allows_1: bool = False,
     ) -> None:
         self.keeper = Keeper(backend, allows_1)
-        self.memory = Memory(memory.BUDGET - places.ALL * memory.SHARE)
+        self.memory = Memory(memory.BUDGET - places.ALL * memory.SHARE, self.keeper)
         self.places = Places(self.keeper)
         self.room = Room(backend.path)
         self.turns = Turns()

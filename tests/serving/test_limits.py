@@ -6,6 +6,7 @@ import contextlib
 import random
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from backend import MAX_CHANGE_SIZE, NOBODY, Snapshot, bump, chain_after
 from filebackend import FileBackend
 from filelog.layout2 import BUMPS, FINAL, Head, Kind
 from protocol import Metadata, NackCode, PacketType, RecordPacker
-from serving.client import Client
+from serving.client import Client, Dropped
+from serving.memory import Memory
 from serving.places import Place, Places, Writers
 from serving.room import STEP, Room
 from tests import support
@@ -169,6 +171,24 @@ def test_announced_packet_keeps_no_memory_from_the_writer(url: str, backup: Path
         node.write("-- " + "x" * (2 * MIB))
         assert evil.is_closed()
         node.write("SELECT 3")
+
+
+def test_who_claims_the_backup_takes_no_memory_from_its_writer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whose change may come over a slow line."""
+    monkeypatch.setattr("serving.memory.LOOK_S", 0.01)
+    writer, evil = Mock(ended=False), Mock(ended=False)
+    memory = Memory(10, cast(Writers, SimpleNamespace(is_writer=lambda client: client is writer)))
+    memory.reserve(writer, 9, True)
+    evil.ended = True  # So that it does not wait for long.
+    with pytest.raises(Dropped):
+        memory.reserve(evil, 9, True)
+    assert not writer.cut.called
+    memory.release(writer)
+    memory.reserve(evil, 9, True)
+    evil.cut.side_effect = lambda: threading.Thread(target=memory.release, args=(evil,)).start()
+    memory.reserve(writer, 9, True)
 
 
 def test_millions_of_statements_are_not_made_into_as_many_objects(url: str) -> None:
