@@ -443,11 +443,11 @@ class CutSocket:
         self._budget[0] = max(0, left - size)
         return min(left, size)
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes, flags: int = 0) -> int:
         allowed = self._spend(len(data))
         if allowed == 0:
             self._cut()
-        return self._sock.send(data[:allowed])
+        return self._sock.send(data[:allowed], flags)
 
     def recv(self, size: int) -> bytes:
         data = self._sock.recv(size)
