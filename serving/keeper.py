@@ -157,7 +157,7 @@ class Keeper:
         with (self._owners_look if client.claims else self._guests_look).turn(client):
             ready = self._prepare(client, snapshot, offer)
             if ready.compared != self.backend.newest.backup_id:
-                # Most likely an earlier one of this node, whose plugin was killed when all was sent.
+                # An earlier one of this node, most likely: killed when it had sent all.
                 ready = self._prepare(client, snapshot, offer)
             return ready
 

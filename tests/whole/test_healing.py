@@ -249,21 +249,26 @@ remote.sending._Sending._send_pieces = outer
 
 FIRST_STORED_WHILE_THE_SECOND_IS_EXAMINED = """
 import threading, serving.keeper as keeper
-examine, start_over = keeper.examine, keeper.Keeper._start_over
-calls, came, stored = [], threading.Event(), threading.Event()
-def outer(*arguments):
-    calls.append(1)
-    if len(calls) == 3:  # After that of `init`.
+examine, prepare, start_over = keeper.examine, keeper.Keeper.prepare, keeper.Keeper._start_over
+looks, prepared, came, stored = [], [], threading.Event(), threading.Event()
+def looking(*arguments):
+    looks.append(1)
+    if len(looks) == 3:  # After those of `init` and of the first heal.
         came.set()
         stored.wait()
-    elif len(calls) == 2:
-        came.wait()
     return examine(*arguments)
+def preparing(self, *arguments):
+    ready = prepare(self, *arguments)
+    prepared.append(1)
+    if len(prepared) == 2:
+        came.wait()
+    return ready
 def storing(self, *arguments):
     start_over(self, *arguments)
-    if len(calls) > 1:
+    if len(looks) > 1:
         stored.set()
-keeper.examine, keeper.Keeper._start_over = outer, storing
+keeper.examine, keeper.Keeper.prepare = looking, preparing
+keeper.Keeper._start_over = storing
 """
 
 
