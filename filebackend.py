@@ -153,8 +153,7 @@ class FileBackend(Backend):
         kept = None
         try:
             if not self._is_empty():
-                stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-                kept = durable.free_name(f"{self.path}.old-{stamp}")
+                kept = former.new_name(self.path)
                 # Before the rename, which would free it: a crash leaves both names.
                 durable.keep(self.path, kept)
             self._put_in_place(beside)

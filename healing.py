@@ -41,6 +41,8 @@ class Healer:
         """What was found that could not be healed; not again, as the node waits for that."""
         self._holds_off = False
         self._doing = ""
+        # Beside a file its writer does it. Here a killed heal leaves a copy of the whole database.
+        scratch.clear(backend.scratch_paths(None, directory))
         if lock_file.lost_state is not None:
             log.warning(
                 f"No backup heals by itself any more: {lock_file.lost_state}. Once it is sure that"
@@ -173,7 +175,10 @@ class Healer:
                 backup_id = identity.of_backup(reading, path)
         obstacle = may_stand_for(base, snapshot.version, node_id, backup_id)
         if obstacle is Obstacle.OTHER_VERSION:
-            raise BackupError(f"The node's database is at version {snapshot.version}, not {base}.")
+            raise BackupError(
+                f"The database {node.wallet(self._directory, self._lock_file)} is at version"
+                f" {snapshot.version}, not {base}; if lightningd's is another, add `--wallet`."
+            )
         if obstacle is not None:
             raise BackupError(f"The backup is of node {backup_id}, the database of {node_id}.")
         return node_id

@@ -52,7 +52,7 @@ class Server:
         allows_1: bool = False,
     ) -> None:
         self.keeper = Keeper(backend, allows_1)
-        self.memory = Memory(memory.BUDGET - places.ALL * memory.SHARE)
+        self.memory = Memory(memory.BUDGET - places.ALL * memory.SHARE, self.keeper)
         self.places = Places(self.keeper)
         self.room = Room(backend.path)
         self.turns = Turns()
@@ -128,12 +128,16 @@ class Server:
                 self.places.make_way()
             time.sleep(ACCEPT_PAUSE_S)  # Do not spin.
             return
-        connection = Connection(self, stream, caller, next(self._numbers), door.is_read_only)
-        self.places.enter(connection, Place.NEW)
+        number, connection = next(self._numbers), None
         try:
+            connection = Connection(self, stream, caller, number, door.is_read_only)
+            self.places.enter(connection, Place.NEW)
             threading.Thread(target=connection.run, daemon=True).start()
-        except RuntimeError as error:  # No thread is left.
-            log.warning(f"{connection}: closed: {error}")
-            self.places.leave(connection)
+        except (RuntimeError, MemoryError) as error:  # No thread or no memory is left.
+            log.warning(
+                f"{caller.at} (connection {number}): closed: {str(error) or 'out of memory'}"
+            )
+            if connection is not None:
+                self.places.leave(connection)
             stream.close()
             self.places.make_way()

@@ -31,6 +31,7 @@ from errors import (
     DoesNotReplay,
 )
 from several import hearing
+from wallet import node
 from wallet import restore as restoring
 
 
@@ -99,10 +100,11 @@ def restore(
         "A node must never run on anything but its latest state: if it ran after that time, or"
         " runs elsewhere, do not start it on this database."
     )
-    directory = os.path.dirname(result.path)
-    click.echo(
-        f"To go on with this backup: {CLI} attach --lightning-dir {shlex.quote(directory)} {url}"
-    )
+    directory, name = os.path.split(result.path)
+    # Under another name it is lightningd's --wallet, which does not tell the node's directory.
+    node_at = shlex.quote(directory) if name == node.DATABASE_NAME else "DIR"
+    wallet = "" if name == node.DATABASE_NAME else f" --wallet {shlex.quote(result.path)}"
+    click.echo(f"To go on with this backup: {CLI} attach --lightning-dir {node_at}{wallet} {url}")
     _warn_problems(result.problems)
     if result.problems:
         sys.exit(EXIT_UNSOUND)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import time
 from collections import deque
 
 import protocol
@@ -20,6 +21,9 @@ ANSWER_TIMEOUT_S = 90.0
 """Longer than a server retries its disk."""
 SLOWEST_RATE = 10 << 10
 """Bytes a second that the slowest line brings; a large change gets so much more time."""
+LEAST_RATE = 1 << 10
+"""Bytes a second that an answer keeps up in all its time, but for the timeout. A server that sends
+one now and then would be waited for without an end."""
 MOST_ON_THE_WAY = 16 << 20
 """Bytes that buffers on the way hold, those of a tunnel too: what is sent has not arrived."""
 TIMEOUT_STEP_S = 10
@@ -133,10 +137,16 @@ class Link:
 
     def event(self, timeout_s: float | None = None) -> protocol.Event:
         """The next event from the server."""
+        limit_s = self.still_s if timeout_s is None else timeout_s
+        began, came = time.monotonic(), 0
         while not self._events:
-            data = self._stream.receive(self.still_s if timeout_s is None else timeout_s)
+            spent_s = time.monotonic() - began
+            if came and spent_s > limit_s + came / LEAST_RATE:
+                raise TimeoutError(f"{came} bytes of an answer in {spent_s:.0f} s are too slow")
+            data = self._stream.receive(limit_s)
             if not data:
                 raise ConnectionError("the server closed the connection")
+            came += len(data)
             self._events.extend(self._decoder.feed(data))
         return self._events.popleft()
 

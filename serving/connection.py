@@ -91,7 +91,7 @@ class Connection:
         except Dropped as error:
             log.warning(f"{self}: closed: {error}")
         except (BackupError, MemoryError) as error:
-            log.warning(f"{self}: closed: {error or 'out of memory'}")
+            log.warning(f"{self}: closed: {str(error) or 'out of memory'}")
         except OSError as error:
             log.info(f"{self}: connection lost: {error}")
         finally:

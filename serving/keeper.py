@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import space
-from backend import NOBODY, NOTICE, RELEASE, Snapshot, log, taken_over, utc
+from backend import NOBODY, NOTICE, RELEASE, Snapshot, Status, log, taken_over, utc
 from decisions import may_write
 from errors import BackupError, Unsound
 from filebackend import FileBackend
@@ -21,6 +21,7 @@ from protocol import Details, Metadata, Nack, NackCode
 from serving import rules
 from serving.client import Answer, Client, Stored
 from serving.rules import Act, Decision, Offer, Reason, State
+from serving.turns import Turns
 from upkeep.examine import Findings, examine
 
 SERVER_NAME = f"backup-cli server {RELEASE}"
@@ -78,6 +79,10 @@ class Keeper:
         """Sessions that wrote, and after which another one wrote."""
         self._node: tuple[bytes, str | None] = b"", None
         """The id of the backup whose node was last looked for, and that."""
+        # A look costs a core and a gibibyte, also if its client has left. A node that heals has
+        # a turn of its own: it does not wait for what strangers sent.
+        self._guests_look, self._owners_look = Turns(1), Turns(1)
+        self._statuses = Turns(1)
 
     # What is asked without writing
 
@@ -100,6 +105,11 @@ class Keeper:
             return Metadata(
                 2, backend.version, backend.prev_version, backend.version_count, details
             )
+
+    def status(self, client: Client) -> Status:
+        """What STATUS is told. It reads the log's end, so one client at a time is told."""
+        with self._statuses.turn(client):
+            return self.backend.status()
 
     def _last_writer(self) -> str:
         if self._last is None:
@@ -138,11 +148,20 @@ class Keeper:
     def prepare(self, client: Client, snapshot: Snapshot, offer: Offer) -> Ready:
         """Look at a snapshot that came, and make a backup of it beside this one.
 
-        Changes go on meanwhile: not under ``lock``.
+        Changes go on meanwhile: not under ``lock``. Other snapshots wait for their turn.
 
         Raises:
             BackupError: it is not sound, or not what it was called; or there is no room.
+            Dropped: its connection was cut before its turn came.
         """
+        with (self._owners_look if client.claims else self._guests_look).turn(client):
+            ready = self._prepare(client, snapshot, offer)
+            if ready.compared != self.backend.newest.backup_id:
+                # An earlier one of this node, most likely: killed when it had sent all.
+                ready = self._prepare(client, snapshot, offer)
+            return ready
+
+    def _prepare(self, client: Client, snapshot: Snapshot, offer: Offer) -> Ready:
         backend, backup_id = self.backend, self.backend.newest.backup_id
         is_known = offer.override or self._node[0] == backup_id
         old = 0 if is_known else backend.snapshot_size  # Its node stands there.

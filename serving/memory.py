@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from backend import MAX_CHUNK_SIZE
 from protocol import Nack
 from serving.client import Client, Dropped
+from serving.places import Writers
 
 BUDGET = 256 << 20
 """Bytes of memory for all connections."""
@@ -28,10 +29,12 @@ class Memory:
 
     Args:
         size: bytes. Who needs more gets all of it, alone.
+        writers: tells whose memory nobody takes: anybody may claim the backup.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, writers: Writers) -> None:
         self.size = size
+        self._writers = writers
         self.inflating = threading.Lock()
         """Held while something large is inflated that is of no use: one at a time."""
         self._changed = threading.Condition()
@@ -42,7 +45,8 @@ class Memory:
         """Wait until ``size`` bytes are free, and hold them for ``client``.
 
         Args:
-            first: it waits for no other: those who hold what it needs lose their connections.
+            first: it waits for the writer alone: others who hold what it needs lose their
+                connections.
 
         Raises:
             Dropped: it did not get them in time.
@@ -52,7 +56,8 @@ class Memory:
             self._waiting.insert(0 if first else len(self._waiting), client)
             if first and not self._fits(size):
                 for other in self._held:
-                    other.cut()
+                    if not self._writers.is_writer(other):
+                        other.cut()
             try:
                 waited_s = 0.0
                 while not self._changed.wait_for(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections import Counter
 from typing import Protocol
 
 from backend import log
@@ -42,9 +43,10 @@ class Writers(Protocol):
 class Places:
     """Who is connected.
 
-    The newest connection gets in, and the oldest of its kind makes way. So nobody who holds on to
-    what he has keeps a node out, and the writer never makes way. Only a backup that is on its
-    way to a reader is left alone: there the newest has to wait.
+    The newest connection gets in, and the oldest of its kind makes way: of those of the host or
+    user who has most of them. So neither who holds on to what he has nor who always comes again
+    keeps a node out that comes from elsewhere, and the writer never makes way. Only a backup that
+    is on its way to a reader is left alone: there the newest has to wait.
     """
 
     def __init__(self, writers: Writers) -> None:
@@ -64,7 +66,7 @@ class Places:
             others = [other for other, its in self._at.items() if its is place]
             oldest = None
             if len(others) >= place.limit and client not in others:
-                oldest = None if place is Place.READER else self._oldest(others)
+                oldest = None if place is Place.READER else self._oldest(others, client.who)
                 if oldest is None:
                     raise Dropped(f"{place.limit} clients {place.text}")
                 del self._at[oldest]
@@ -82,9 +84,10 @@ class Places:
             del self._at[oldest]
         oldest.cut()
 
-    def _oldest(self, clients: list[Client]) -> Client | None:
+    def _oldest(self, clients: list[Client], comes: str = "") -> Client | None:
         others = [client for client in clients if not self._writers.is_writer(client)]
-        return min(others, key=lambda client: client.number, default=None)
+        held = Counter([comes, *(client.who for client in others)])
+        return min(others, key=lambda client: (-held[client.who], client.number), default=None)
 
     def leave(self, client: Client) -> None:
         """The connection of ``client`` is closed."""

@@ -122,7 +122,7 @@ class Protocol2:
 
     def _tell_status(self) -> None:
         try:
-            found = self._keeper.backend.status()
+            found = self._keeper.status(self._client)
         except BackupError as error:
             return self._client.refuse(f"a status: {error.problem}")
         self._outgoing.send(protocol.encode_status(found))

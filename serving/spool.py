@@ -58,7 +58,10 @@ class Shelf:
         with self._changed:
             self._left = chain, left, timer
             self._changed.notify_all()
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError:  # No thread is left.
+            self._drop_left(left)
 
     def take(self, chain: bytes) -> tuple[int, Spool | None]:
         """How much there is of a snapshot, and the spool with that; ALL_HELD if all of it came.

@@ -28,7 +28,7 @@ import filebackend
 from backend import FOREIGN_KEYS_OFF, NOBODY, Change, Session, Snapshot, bump
 from errors import BackupError, BackupMissing, LostState, OutOfDate, UnsupportedLayout
 from filebackend import FileBackend
-from filelog import adoption, appender, layout1, layout2
+from filelog import adoption, appender, former, layout1, layout2
 from filelog import reader as logreader
 from filelog import writer as logwriter
 from filelog.layout2 import Tail, TailKind
@@ -798,6 +798,8 @@ class Life:
 
     def snapshot_arrives(self) -> None:
         """A client of the server starts over; changes came before and come after."""
+        if former.count(self.backend.path) >= serving_rules.MOST_KEPT:
+            return  # That is refused.
         keeper = Keeper(self.backend)
         version = max(map(version_of, (self.node, self.stored))) + self.rng.randrange(1, 4)
         source, history = self.library.snapshot(version, self._text(20))

@@ -30,7 +30,7 @@ from errors import (
     UnsupportedLayout,
 )
 from filebackend import FileBackend
-from filelog import layout2
+from filelog import former, layout2
 from filelog import reader as logreader
 from filelog.layout2 import HEAD, OVERHEAD, SECTOR
 from filelog.reader import LogReader
@@ -593,6 +593,17 @@ def test_replace_keeps_the_old_file(url: str, tmp_path: Path) -> None:
     assert stored(url) == ([], Path(snapshots[1].path).read_bytes(), None, False)
     names = {Path(k).name for k in kept if k} | {"node.bkp", "node.bkp.writer"}
     assert {p.name for p in path.parent.iterdir()} == names
+
+
+def test_what_is_kept_last_is_the_newest_though_the_clock_was_set_back(url: str) -> None:
+    path = support.make_backup(url, CALLS)
+    for name in ("20990101T000000Z-2", "20990101T000000Z-3"):  # The first of them is gone.
+        path.with_name(f"{path.name}.old-{name}").write_bytes(path.read_bytes())
+    kept = FileBackend(url).replace(None)
+    assert kept == f"{path}.old-20990101T000000Z-4"
+    former.prune(str(path))
+    left = {found.name for found in path.parent.glob("*.old-*")}
+    assert left == {f"{path.name}.old-20990101T000000Z-{number}" for number in (3, 4)}
 
 
 def test_replace_by_the_writer_goes_on_with_the_new_file(url: str, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -367,6 +370,24 @@ def test_answer_that_does_not_come(old: OldServer, monkeypatch: pytest.MonkeyPat
     for call in (SocketBackend(old.url).status, SocketBackend(old.url).require_absent):
         with pytest.raises(Unreachable, match="timed out"):
             call()
+
+
+def test_answer_that_comes_a_byte_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something moves, so that no timeout of a call ends it."""
+    monkeypatch.setattr(link, "ANSWER_TIMEOUT_S", 0.2)
+
+    def dribble(listener: socket.socket) -> None:
+        sock, _ = listener.accept()
+        with sock, contextlib.suppress(OSError):
+            sock.sendall(struct.pack("!BI", METADATA, 60_000))
+            for _ in range(100):
+                sock.sendall(b"x")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=dribble, args=(listener,), daemon=True).start()
+        with pytest.raises(Unreachable, match=r"too slow|timed out"):
+            SocketBackend(f"socket:127.0.0.1:{listener.getsockname()[1]}?retry_for=0").open()
 
 
 def test_half_open_connection_is_left_and_the_change_sent_again(

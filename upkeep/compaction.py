@@ -97,7 +97,7 @@ class Compactor:
             before = self._backend.statistics()
             log.info(f"Starting compaction of {before['backupsize']} bytes")
             with self.scrubber.held_off():
-                if self._build_and_adopt(progress or (lambda done, of: None)):
+                if self._build_and_adopt(backup_id, progress or (lambda done, of: None)):
                     self.scrubber.note_proven(backup_id)
             after = self._backend.statistics()
         except Unsound as error:
@@ -112,7 +112,7 @@ class Compactor:
         log.info(f"The compaction left {after['backupsize']} bytes")
         return {"before": before, "after": after}
 
-    def _build_and_adopt(self, progress: Progress) -> bool:
+    def _build_and_adopt(self, backup_id: bytes, progress: Progress) -> bool:
         """Whether all of the log was read and replayed, and is sound."""
         # A new name each time: the process of a killed parent may need a moment to end.
         prefix = f"{self._backend.scratch_prefix}compact-{secrets.token_hex(4)}"
@@ -123,6 +123,9 @@ class Compactor:
                     return False
                 # The lock goes first: no change waits while the old log is freed.
                 with durable.giving_back(self._backend.path), self._lock:
+                    if self._backend.newest.backup_id != backup_id:
+                        path = self._backend.path
+                        raise BackupError(f"Another backup took the place of {path} meanwhile.")
                     self._backend.adopt(f"{prefix}-log", ready["copied"], ready["last"])
                 return bool(ready["sound"])
         finally:

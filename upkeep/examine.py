@@ -58,7 +58,10 @@ def examine(path: str, log: str | None) -> Findings:
     with Child("examining", __file__, path, log or "", str(round(limit_s))) as process:
         timer = threading.Timer(limit_s, process.kill)
         timer.daemon = True
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError as error:  # No thread is left.
+            raise BackupError(f"It cannot be checked now: {error}.") from error
         try:
             found = next(process.messages())
         except BackupError as error:

@@ -808,7 +808,8 @@ def test_restore_to_a_file(url: str, tmp_path: Path) -> None:
     assert "Last change: 20" in done.stdout
     assert "5 changes replayed" in done.stdout
     assert "never run on anything but its latest state" in done.stdout
-    assert f"attach --lightning-dir {tmp_path} {url}\n" in done.stdout
+    there = tmp_path / "there.sqlite3"
+    assert f"attach --lightning-dir DIR --wallet {there} {url}\n" in done.stdout
     assert done.stderr == ""
     after = contents(tmp_path)
     assert set(after) - set(before) == {"there.sqlite3"}

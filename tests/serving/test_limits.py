@@ -6,12 +6,14 @@ import contextlib
 import random
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,9 +21,11 @@ import protocol
 import space
 from backend import MAX_CHANGE_SIZE, NOBODY, Snapshot, bump, chain_after
 from filebackend import FileBackend
-from filelog.layout2 import BUMPS, Head, Kind
+from filelog.layout2 import BUMPS, FINAL, Head, Kind
 from protocol import Metadata, NackCode, PacketType, RecordPacker
-from serving.client import Client
+from serving.client import Client, Dropped
+from serving.memory import Memory
+from serving.places import Place, Places, Writers
 from serving.room import STEP, Room
 from tests import support
 from tests.peers import ACK, NACK, RESTORE, SNAPSHOT, OldClient, ServerProcess
@@ -169,6 +173,24 @@ def test_announced_packet_keeps_no_memory_from_the_writer(url: str, backup: Path
         node.write("SELECT 3")
 
 
+def test_who_claims_the_backup_takes_no_memory_from_its_writer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whose change may come over a slow line."""
+    monkeypatch.setattr("serving.memory.LOOK_S", 0.01)
+    writer, evil = Mock(ended=False), Mock(ended=False)
+    memory = Memory(10, cast(Writers, SimpleNamespace(is_writer=lambda client: client is writer)))
+    memory.reserve(writer, 9, True)
+    evil.ended = True  # So that it does not wait for long.
+    with pytest.raises(Dropped):
+        memory.reserve(evil, 9, True)
+    assert not writer.cut.called
+    memory.release(writer)
+    memory.reserve(evil, 9, True)
+    evil.cut.side_effect = lambda: threading.Thread(target=memory.release, args=(evil,)).start()
+    memory.reserve(writer, 9, True)
+
+
 def test_millions_of_statements_are_not_made_into_as_many_objects(url: str) -> None:
     FileBackend(url).create(None)
     with ServerProcess(url) as server, server.client() as client:
@@ -199,6 +221,28 @@ def test_who_claims_the_backup_always_gets_in(server: ServerProcess) -> None:
             again.write("SELECT 3")
 
 
+def test_who_always_comes_again_drives_out_only_himself() -> None:
+    writers: list[object] = []
+    places = Places(cast(Writers, SimpleNamespace(is_writer=lambda client: client in writers)))
+    cut: list[int] = []
+
+    def come(number: int, who: str) -> Client:
+        client = Mock(number=number, who=who, ended=False, cut=lambda: cut.append(number))
+        places.enter(client, Place.OWNER)
+        return cast(Client, client)
+
+    writers.append(come(1, "node"))
+    come(2, "node")  # It comes again, and has not written yet.
+    for number in range(3, 9):
+        come(number, "evil")
+    assert cut == [3, 4, 5, 6]
+    places.make_way()
+    assert cut[4:] == [7]
+    come(9, "a")
+    come(10, "b")  # All have one: the oldest goes.
+    assert cut[5:] == [2]
+
+
 QUICK = "from serving import incoming; incoming.FIRST_PACKET_S = incoming.GRACE_S = 0.5"
 
 
@@ -211,6 +255,91 @@ def test_snapshot_whose_bytes_do_not_come_ends(url: str, backup: Path) -> None:
         server.wait_for("are too slow")
         # It waits for its client to come back, but not for ever.
         eventually(lambda: not list(backup.parent.glob("*.scratch-*")))
+
+
+def test_one_snapshot_of_strangers_is_looked_at_at_a_time(url: str, backup: Path) -> None:
+    """Each look may take a core and a gibibyte, and its client need not wait for it."""
+    waits, looks = backup.with_name("waits"), backup.with_name("looks")
+    waits.touch()
+    patch = (
+        "import os, serving.keeper as k, time\n"
+        "real, at_work = k.examine, []\n"
+        "def examine(path, log):\n"
+        "    at_work.append(path)\n"
+        f"    open({str(looks)!r}, 'a').write(f'{{len(at_work)}}\\n')\n"
+        f"    while os.path.exists({str(waits)!r}):\n"
+        "        time.sleep(0.005)\n"
+        "    found = real(path, log)\n"
+        "    at_work.remove(path)\n"
+        "    return found\n"
+        "k.examine = examine"
+    )
+
+    def offer(client: NewClient) -> bytes:
+        chain = random.randbytes(16)
+        piece = client.head(b"none", kind=Kind.SNAPSHOT, flags=FINAL, session=OWNER, chain=chain)
+        client.sock.sendall(client.packed(piece, b"none"))
+        return chain
+
+    with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(NewClient(server)) for _ in range(4)]
+        asking = clients.pop()
+        chains = [offer(client) for client in clients]
+        came = [protocol.HELD.pack(protocol.ALL_HELD)] * len(chains)
+        eventually(lambda: [asking.ask(PacketType.HELD, chain)[1] for chain in chains] == came)
+        eventually(looks.exists)
+        node = stack.enter_context(NewClient(server, OWNER))
+        offer(node)  # A node that heals waits for none of them.
+        eventually(lambda: len(looks.read_text().split()) == 2)
+        waits.unlink()
+        assert all(client.receive()[0] == NACK for client in [*clients, node])
+        assert len(looks.read_text().split()) == 4 and max(looks.read_text()) == "2"
+
+
+def test_one_client_at_a_time_is_told_the_status(url: str, backup: Path) -> None:
+    """The log's end is searched for it, and the writer's thread waits meanwhile."""
+    patch = (
+        "import filebackend, time\n"
+        "real, at_work = filebackend.FileBackend.status, []\n"
+        "def status(backend):\n"
+        "    at_work.append(1)\n"
+        "    time.sleep(0.01)\n"
+        "    found = real(backend)\n"
+        "    found.notes.append(str(len(at_work)))\n"
+        "    at_work.pop()\n"
+        "    return found\n"
+        "filebackend.FileBackend.status = status"
+    )
+    with ServerProcess(url, patch=patch) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(NewClient(server)) for _ in range(8)]
+        for client in clients:
+            client.send(PacketType.STATUS)
+        for client in clients:
+            kind, answer = client.receive()
+            assert kind == PacketType.STATUS_RES
+            assert protocol.decode_status(answer).notes[-1] == "1"
+
+
+def test_no_thread_for_a_timer_keeps_nothing(url: str, backup: Path) -> None:
+    patch = (
+        "import threading\n"
+        "def start(timer):\n"
+        '    raise RuntimeError("can\'t start new thread")\n'
+        "threading.Timer.start = start"
+    )
+    with ServerProcess(url, patch=patch) as server:
+        for flags in (0, FINAL):
+            with NewClient(server, OWNER) as evil:
+                piece = evil.head(b"x", kind=Kind.SNAPSHOT, flags=flags, chain=b"c" * 16)
+                evil.sock.sendall(evil.packed(piece._replace(session=OWNER), b"x"))
+                if flags == FINAL:
+                    assert evil.receive()[0] == NACK
+                else:
+                    eventually(lambda: list(backup.parent.glob("*.scratch-*")))
+        server.wait_for("2): left")
+        eventually(lambda: not list(backup.parent.glob("*.scratch-*")))
+        assert can_write(server)
+        assert not server.logged("Traceback")
 
 
 def fill(url: str, mebibytes: int) -> None:
@@ -279,6 +408,24 @@ def test_no_thread_and_no_descriptor_end_no_server(url: str, backup: Path) -> No
         server.wait_for("could not be accepted")
         eventually(lambda: can_write(server))
         assert not server.logged("Traceback")
+
+
+def test_no_memory_for_a_connection_ends_no_server(url: str, backup: Path) -> None:
+    patch = (
+        "import server\n"
+        "real, made = server.Connection, []\n"
+        "def connection(*arguments):\n"
+        "    made.append(arguments)\n"
+        "    if len(made) == 2:\n"
+        "        raise MemoryError\n"
+        "    return real(*arguments)\n"
+        "server.Connection = connection"
+    )
+    with ServerProcess(url, patch=patch) as server, NewClient(server, OWNER):
+        with server.client() as second:
+            assert second.is_closed()
+        eventually(lambda: can_write(server))
+        assert server.logged("closed: out of memory") and not server.logged("Traceback")
 
 
 def can_write(server: ServerProcess) -> bool:

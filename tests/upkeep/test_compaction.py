@@ -22,7 +22,7 @@ import pytest
 
 import durable
 import protocol
-from backend import FOREIGN_KEYS_OFF, Change, Ending, Session, Snapshot, bump
+from backend import FOREIGN_KEYS_OFF, Change, Ending, Progress, Session, Snapshot, bump
 from errors import BackupBusy, BackupError, ConfigError
 from filebackend import FileBackend
 from filelog.writer import check_log
@@ -31,7 +31,7 @@ from socketbackend import SocketBackend
 from tests import support
 from tests.peers import free_port
 from tests.stopping import Stops, compacting, eventually, is_running
-from tests.support import ROOT, PluginProcess, Refused
+from tests.support import ROOT, PluginProcess, Refused, run_cli
 from upkeep import child, compaction
 from upkeep.child import NICE
 from upkeep.compaction import Compactor, Housekeeper, parse_least
@@ -533,6 +533,27 @@ def open_inodes() -> set[int]:
         with contextlib.suppress(OSError):
             found.add(os.stat(f"/proc/self/fd/{name}").st_ino)
     return found
+
+
+def test_another_backup_took_its_place_meanwhile(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support.make_backup(url, support.first_changes(5))
+    run_cli("restore", url, tmp_path / "node.sqlite3")
+    follow = Compactor._follow
+
+    def healed(process: child.Child, progress: Progress) -> object:
+        ready = follow(process, progress)
+        backend.replace(Snapshot(str(tmp_path / "node.sqlite3"), 5))
+        return ready
+
+    monkeypatch.setattr(Compactor, "_follow", staticmethod(healed))
+    with support.opened(url) as backend:
+        with pytest.raises(BackupError, match="took the place") as caught:
+            Compactor(backend, threading.Lock()).run()
+        assert "damaged" not in str(caught.value)
+        write(backend, [support.change(6, "INSERT INTO items VALUES (6, 'x')")])
+    assert "'x'" in restored(url, tmp_path)
 
 
 class WatchedLock:

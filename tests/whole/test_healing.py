@@ -209,6 +209,88 @@ def test_over_a_socket(node_dir: Path, url: str, tmp_path: Path) -> None:
     check_same(url, alice, tmp_path)
 
 
+KILLED_AT_ITS_END = """
+import os, socketbackend
+inner = socketbackend.SocketBackend.replace
+def outer(*arguments, **options):
+    inner(*arguments, **options)
+    os.kill(os.getpid(), 9)
+socketbackend.SocketBackend.replace = outer
+"""
+
+
+def test_killed_when_the_server_has_the_snapshot(node_dir: Path, url: str, tmp_path: Path) -> None:
+    alice = Node(node_dir)
+    alice.begin()
+    run_cli("init", url, cwd=tmp_path)
+    with ServerProcess(url) as server:
+        run_cli("init", "--lightning-dir", node_dir, server.url)
+        alice.run()
+        killed = PluginProcess(node_dir, patched(support.PLUGIN, KILLED_AT_ITS_END))
+        with killed as plugin, pytest.raises(Refused):
+            alice.write(plugin)
+        assert list(node_dir.glob("backup.scratch-*"))
+        with PluginProcess(node_dir) as plugin:
+            alice.write(plugin)
+            assert plugin.logged("Versions match up") and not plugin.logged("Healed")
+        assert not list(node_dir.glob("backup.scratch-*"))
+        assert server.stop() == 0
+    check_same(url, alice, tmp_path)
+
+
+KILLED_ALL_SENT = """
+import os, remote.sending
+inner = remote.sending._Sending._send_pieces
+def outer(*arguments):
+    inner(*arguments)
+    os.kill(os.getpid(), 9)
+remote.sending._Sending._send_pieces = outer
+"""
+
+FIRST_STORED_WHILE_THE_SECOND_IS_EXAMINED = """
+import threading, serving.keeper as keeper
+examine, prepare, start_over = keeper.examine, keeper.Keeper.prepare, keeper.Keeper._start_over
+looks, prepared, came, stored = [], [], threading.Event(), threading.Event()
+def looking(*arguments):
+    looks.append(1)
+    if len(looks) == 3:  # After those of `init` and of the first heal.
+        came.set()
+        stored.wait()
+    return examine(*arguments)
+def preparing(self, *arguments):
+    ready = prepare(self, *arguments)
+    prepared.append(1)
+    if len(prepared) == 2:
+        came.wait()
+    return ready
+def storing(self, *arguments):
+    start_over(self, *arguments)
+    if len(looks) > 1:
+        stored.set()
+keeper.examine, keeper.Keeper.prepare = looking, preparing
+keeper.Keeper._start_over = storing
+"""
+
+
+def test_a_killed_heal_that_the_server_still_stores(
+    node_dir: Path, url: str, tmp_path: Path
+) -> None:
+    alice = Node(node_dir)
+    alice.begin()
+    run_cli("init", url, cwd=tmp_path)
+    with ServerProcess(url, patch=FIRST_STORED_WHILE_THE_SECOND_IS_EXAMINED) as server:
+        run_cli("init", "--lightning-dir", node_dir, server.url)
+        alice.run()
+        killed = PluginProcess(node_dir, patched(support.PLUGIN, KILLED_ALL_SENT))
+        with killed as plugin, pytest.raises(Refused):
+            alice.write(plugin)
+        with PluginProcess(node_dir) as plugin:
+            alice.write(plugin)
+            alice.write(plugin)
+        assert server.stop() == 0
+    check_same(url, alice, tmp_path)
+
+
 def test_over_a_socket_of_protocol_1(node_dir: Path, tmp_path: Path) -> None:
     alice = Node(node_dir)
     alice.begin()
@@ -449,7 +531,7 @@ REFUSED: dict[str, tuple[Callable[[Node], None], list[str]]] = {
     "not sound": (not_sound, ["out of date", "It could not be healed", "resync"]),
     "another version": (
         another_wallet,
-        ["out of date", "The node's database is at version 9, not 10", "resync"],
+        ["out of date", "copy.sqlite3 is at version 9, not 10", "--wallet", "resync"],
     ),
     "not there": (
         lambda alice: change_lock(alice.directory, wallet="/nowhere/at/all"),

@@ -135,6 +135,10 @@ class Hostile(threading.Thread):
         return protocol.encode(PacketType.RESTORE)
 
 
+NOT_KEPT = "from serving import spool; spool.KEPT_FOR_S = 0.1"
+"""What came of a snapshot waits for its client to come back, with a thread and a file."""
+
+
 def torment(url: str, packets: int) -> list[float]:
     """Send so many packets to a server while a node writes; its memory stays as it is.
 
@@ -145,7 +149,7 @@ def torment(url: str, packets: int) -> list[float]:
     print(f"\nseed {seed}")
     FileBackend(url).create(None, OWNER)
     with (
-        ServerProcess(url, options=("--log-level", "info")) as server,
+        ServerProcess(url, options=("--log-level", "info"), patch=NOT_KEPT) as server,
         NewClient(server, OWNER) as node,
     ):
         pid = server.process.pid
