@@ -510,13 +510,15 @@ def next_change(node: History, text: str) -> Change:
 # A life.
 
 
-@dataclass
+@dataclass(eq=False)
 class Client:
     """Stands for a connection of the server."""
 
     number: int
     machine: str = "client"
     who: str = "user client"
+    claims: bool = False
+    ended: bool = False
 
 
 class Life:
