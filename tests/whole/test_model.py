@@ -372,10 +372,11 @@ class Life(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
     def check_nothing_left(self) -> None:
-        """Invariant: no file but the backup, its lock, kept ones and torn tails."""
+        """Invariant: no file but the backup, its lock and proof, kept ones and torn tails."""
         for name in os.listdir(self.directory):
             kept = name.startswith(("node.bkp.old-", "node.bkp.torn-"))
-            assert kept or name in ("node.bkp", "node.bkp.writer", "node.sqlite3"), name
+            ours = "node.bkp", "node.bkp.writer", "node.bkp.proof", "node.sqlite3"
+            assert kept or name in ours, name
 
 
 @contextlib.contextmanager
@@ -403,14 +404,15 @@ def failing_disk(kind: str, after: int) -> Iterator[None]:
         yield
 
 
-def compact_in_process(backend: FileBackend, lock: threading.Lock) -> None:
-    """What Compactor does, without a process of its own."""
+def compact_in_process(backend: FileBackend, lock: threading.Lock) -> bool:
+    """What Compactor does, without a process of its own; whether the log is proven."""
     prefix = f"{backend.scratch_prefix}compact"
     message = compaction.build(backend.path, prefix)
     if "copied" in message:
         with durable.giving_back(backend.path), lock:
             backend.adopt(f"{prefix}-log", message["copied"], message["last"])
     compaction.remove_scratch(prefix)
+    return "copied" in message
 
 
 class FileLife(Life):
@@ -474,7 +476,7 @@ def in_this_process(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         compaction.Compactor,
         "_build_and_adopt",
-        lambda compactor, _: compact_in_process(compactor._backend, compactor._lock),
+        lambda compactor, *_: compact_in_process(compactor._backend, compactor._lock),
     )
 
 
