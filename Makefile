@@ -11,7 +11,7 @@ PYTHON ?= python3
 MINUTES ?= 10
 VENV := .venv/bin
 
-.PHONY: install demo test test-all lint bench soak clean
+.PHONY: install demo test test-all lint bench report soak clean
 
 install: .venv/installed
 
@@ -39,6 +39,10 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(VENV)/python -m bench
+
+report: .venv/installed-dev
+	$(VENV)/python -m pip install --quiet -r requirements-report.txt
+	$(VENV)/python -m bench --report docs/speed.svg
 
 soak: .venv/installed-dev
 	SOAK_MINUTES=$(MINUTES) $(VENV)/python -m pytest -q -m soak
