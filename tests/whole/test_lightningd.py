@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,14 @@ class Bitcoind:
         self.process = subprocess.Popen(["bitcoind", *self.options, *extra])
         self.cli("-rpcwait", f"-rpcwaittimeout={READY_S:.0f}", "getblockcount")
         self.cli("createwallet", "test")
-        self.cli("generatetoaddress", "5", self.cli("getnewaddress"))
+        self.mine(5)
 
     def cli(self, *arguments: str) -> str:
         command = ["bitcoin-cli", *self.options, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def mine(self, blocks: int) -> None:
+        self.cli("generatetoaddress", str(blocks), self.cli("getnewaddress"))
 
     def stop(self) -> None:
         self.process.terminate()
@@ -106,12 +109,17 @@ class Lightningd:
         self._process: subprocess.Popen[bytes] | None = None
         self.directory.mkdir(parents=True)
 
-    def start(self, *options: str, backup: bool = True) -> None:
-        """Start; returns once it answers. Refusal if it ends instead."""
+    def start(self, *options: str, backup: bool = True, port: int | None = None) -> None:
+        """Start; returns once it answers. Refusal if it ends instead.
+
+        Args:
+            port: of 127.0.0.1, for peers; None: it knows no network.
+        """
         bitcoin = self._bitcoind
+        reach = "--offline" if port is None else f"--bind-addr=127.0.0.1:{port}"
         command = [
             *("lightningd", "--network=regtest", f"--lightning-dir={self.base}"),
-            *("--developer", "--dev-fast-gossip", "--dev-bitcoind-poll=1", "--offline"),
+            *("--developer", "--dev-fast-gossip", "--dev-bitcoind-poll=1", reach),
             *("--autolisten=false", "--disable-dns", "--log-level=debug"),
             *(f"--log-file={self.log}", f"--bitcoin-cli={shutil.which('bitcoin-cli')}"),
             *(f"--bitcoin-datadir={bitcoin.directory}", "--bitcoin-rpcconnect=127.0.0.1"),
@@ -458,6 +466,77 @@ def test_a_downgrade_and_the_upgrade_after_it(
     node.act(1)
     node.stop()
     assert_same(node, destination, tmp_path / "restored.sqlite3")
+
+
+# What an old state is good for
+
+
+def test_recoverchannel_takes_what_channels_gives(bitcoind: Bitcoind, tmp_path: Path) -> None:
+    """A node of which only a database or a backup is left has its peer close the channel."""
+    alice, bob, again = (
+        Lightningd(tmp_path / name / "lightning", bitcoind) for name in ("alice", "bob", "again")
+    )
+    backup = f"file://{tmp_path}/alice.bkp"
+    run_cli("init", "--lightning-dir", alice.directory, backup)
+    try:
+        alice.start(port=free_port())
+        bob.start(backup=False, port=(bobs_port := free_port()))
+        open_channel(bitcoind, alice, bob, bobs_port)
+        theirs = alice.rpc("staticbackup")["scb"]
+        alice.stop()
+        for source in (alice.database, backup):
+            ours = run_cli("channels", "--static", source)
+            assert ours.stdout.split() == theirs
+            assert "never start lightningd on it" in ours.stderr
+        (channel,) = json.loads(run_cli("channels", "--json", backup).stdout)["channels"]
+        (bobs,) = bob.rpc("listpeerchannels")["channels"]
+        assert channel["short_channel_id"] == bobs["short_channel_id"]
+        assert channel["funding"] == f"{bobs['funding_txid']}:{bobs['funding_outnum']}"
+        assert channel["our_msat"] + bobs["to_us_msat"] == channel["capacity_sat"] * 1000
+        assert channel["peer_id"] == bob.rpc("getinfo")["id"]
+        assert channel["address"] == f"127.0.0.1:{bobs_port}"
+        shutil.copy(alice.directory / "hsm_secret", again.directory)
+        again.start(backup=False, port=free_port())
+        stubs = again.rpc("recoverchannel", json.dumps(ours.stdout.split()))["stubs"]
+        assert stubs == [bobs["channel_id"]]
+        funding = bobs["funding_txid"], str(bobs["funding_outnum"])
+        wait_until(lambda: not bitcoind.cli("gettxout", *funding))  # Spent, in the mempool.
+        bitcoind.mine(1)
+        wait_until(lambda: again.rpc("listfunds")["outputs"])
+        (back,) = again.rpc("listfunds")["outputs"]
+        assert back["amount_msat"] == channel["our_msat"]
+    finally:
+        for node in (alice, bob, again):
+            node.end()
+
+
+def open_channel(bitcoind: Bitcoind, one: Lightningd, other: Lightningd, port: int) -> None:
+    """A channel from ``one`` to ``other``, with shares of both and revoked secrets."""
+    bitcoind.mine(101)
+    address = one.rpc("newaddr")["p2tr"]
+    bitcoind.cli("-named", "sendtoaddress", f"address={address}", "amount=0.1", "fee_rate=5")
+    bitcoind.mine(1)
+    wait_until(lambda: one.rpc("listfunds")["outputs"])
+    peer = other.rpc("getinfo")["id"]
+    one.rpc("connect", peer, "127.0.0.1", str(port))
+    one.rpc("fundchannel", peer, "1000000")
+    bitcoind.mine(6)
+    wait_until(lambda: is_normal(one) and is_normal(other))
+    for number in range(3):
+        one.rpc("pay", other.rpc("invoice", "10000000", f"pay {number}", "")["bolt11"])
+    wait_until(lambda: not one.rpc("listpeerchannels")["channels"][0]["htlcs"])
+
+
+def is_normal(node: Lightningd) -> bool:
+    state: str = node.rpc("listpeerchannels")["channels"][0]["state"]
+    return state == "CHANNELD_NORMAL"
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + READY_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # What must not be
