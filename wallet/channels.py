@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -157,7 +156,7 @@ def read(path: str, mode: str = "rw") -> Found:
                 if len(channels) == MAX_CHANNELS:
                     raise Refused(f"there are more than {MAX_CHANNELS}")
                 channels.append(_channel(tables, row))
-        except (sqlite3.Error, MemoryError) as error:
+        except confined.ERRORS as error:
             damage = f"its channels cannot be read to the end: {connection.reason(error)}"
         version = _number(tables.variable("data_version", "intval"), MAX_VERSION + 1)
     return Found(version, _hex(node_id), channels, damage)
@@ -206,7 +205,7 @@ class _Tables:
         """The first ``most`` of such rows; none if they cannot be read."""
         try:
             return list(itertools.islice(self.rows(table, names, key, value), most))
-        except (sqlite3.Error, MemoryError) as error:
+        except confined.ERRORS as error:
             self._connection.reason(error)
             return []
 

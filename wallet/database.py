@@ -230,7 +230,7 @@ class Replayer:
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
                 self._off = False
-        except (sqlite3.Error, sqlite3.Warning, MemoryError) as error:
+        except confined.ERRORS as error:
             reason = self._connection.reason(error)
             raise DoesNotReplay(
                 self.path, change.version, change.base, reason, statement

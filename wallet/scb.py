@@ -132,11 +132,13 @@ def features_of(bits: Sequence[int]) -> bytes:
 
 def address_in_words(wire: bytes) -> str | None:
     """An address on the wire as lightning-cli takes it; None if it is none."""
-    kind, body, port = wire[:1], wire[1:-2], int.from_bytes(wire[-2:], "big")
-    if kind == b"\5" and body[:1] == bytes((len(body) - 1,)):
+    body, port = wire[1:-2], int.from_bytes(wire[-2:], "big")
+    if not body or not port:
+        return None
+    if wire[0] == 5 and body[0] == len(body) - 1:
         name = body[1:].decode("latin-1")
-        return f"{name}:{port}" if _NAME.fullmatch(name) and port else None
-    if len(wire) < 3 or _LENGTHS.get(wire[0]) != len(body) or not port:
+        return f"{name}:{port}" if _NAME.fullmatch(name) else None
+    if _LENGTHS.get(wire[0]) != len(body):
         return None
     if wire[0] == 4:
         return f"{base64.b32encode(body).decode().lower()}.onion:{port}"
