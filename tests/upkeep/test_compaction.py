@@ -251,7 +251,7 @@ def stories(length: int) -> Iterator[str]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(unmeasured: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files without flushes and of few bytes, for a great many backups."""
     monkeypatch.setattr(durable, "flush", lambda fd: None)
     monkeypatch.setattr(durable, "sync_dir", lambda path: None)

@@ -220,10 +220,11 @@ def test_plugin_is_killed(
     a_node.check(tmp_path)
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_killed_at_random_moments(a_node: Node, tmp_path: Path) -> None:
     choice = random.Random(50)
     a_node.grow()
-    for _ in range(50):
+    for _ in range(20):
         victims = choice.choice(["plugin", "child", "both"])
         request = a_node.plugin.send("backup-compact", {})
         until = time.monotonic() + choice.uniform(0, 0.3)

@@ -240,6 +240,7 @@ def cut_everywhere(local: Local, kind: str, step: int = 1) -> int:
 KINDS = ("a change", "a rewind", "a migration")
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_at_every_byte(kind: str, local: Local) -> None:
     """From the first byte of the METADATA exchange to the last of the last ACK."""

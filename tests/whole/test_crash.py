@@ -25,7 +25,7 @@ MADE_UP: list[Call] = [
     support.change(5, "UPDATE items SET body = 'it''s -- /* odd */'"),
     support.change(6, "INSERT INTO items VALUES (60, x'00ff')"),
 ]
-ROUNDS = 50
+ROUNDS = 20
 
 
 def write(session: Session, calls: Sequence[Call]) -> None:
@@ -74,6 +74,7 @@ def unless_created(url: str) -> FileBackend:
     return backend
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(("trace", "crashes"), [("made up", 1), ("made up", 3), ("payer", 1)])
 def test_crash_between_hook_and_commit_at_every_change(
     trace: str, crashes: int, url: str, tmp_path: Path
@@ -159,6 +160,7 @@ def announce(plugin: support.PluginProcess, call: Call) -> None:
         raise Killed from error
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_plugin_killed_at_random(node_dir: Path, url: str, tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
