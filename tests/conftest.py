@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def unmeasured() -> Iterator[None]:
     measured.stop()
     yield
     measured.start()
+
+
+@pytest.fixture
+def fast_dir() -> Iterator[Path]:
+    """A directory in memory, for what flushes small files a great many times."""
+    with tempfile.TemporaryDirectory(prefix="backup-test-", dir=support.FAST) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture

@@ -77,10 +77,10 @@ def unless_created(url: str) -> FileBackend:
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(("trace", "crashes"), [("made up", 1), ("made up", 3), ("payer", 1)])
 def test_crash_between_hook_and_commit_at_every_change(
-    trace: str, crashes: int, url: str, tmp_path: Path
+    trace: str, crashes: int, fast_dir: Path
 ) -> None:
     calls = MADE_UP if trace == "made up" else PAYER
-    node = tmp_path / "node.sqlite3"
+    url, node = f"file://{fast_dir}/node.bkp", fast_dir / "node.sqlite3"
     for count in range(len(calls)):
         backend = unless_created(url)
         write(Session(backend, "/node"), calls[: count + 1])
