@@ -25,7 +25,7 @@ MADE_UP: list[Call] = [
     support.change(5, "UPDATE items SET body = 'it''s -- /* odd */'"),
     support.change(6, "INSERT INTO items VALUES (60, x'00ff')"),
 ]
-ROUNDS = 20
+ROUNDS = [20, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(0)])]
 
 
 def write(session: Session, calls: Sequence[Call]) -> None:
@@ -161,7 +161,8 @@ def announce(plugin: support.PluginProcess, call: Call) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_plugin_killed_at_random(node_dir: Path, url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_plugin_killed_at_random(rounds: int, node_dir: Path, url: str, tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -169,7 +170,7 @@ def test_plugin_killed_at_random(node_dir: Path, url: str, tmp_path: Path) -> No
     committed: list[Call] = []
     announced: list[Call] = []  # Since the last commit; none of them happened.
     reached = {"announced and stored": 0, "announced and lost": 0, "rewound": 0}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         with support.PluginProcess(node_dir) as plugin:
             plugin.manifest()
             # One kill in three comes while the backup opens.
@@ -201,7 +202,7 @@ def test_plugin_killed_at_random(node_dir: Path, url: str, tmp_path: Path) -> No
     node = tmp_path / "node.sqlite3"
     support.apply_calls(node, [*committed, last])
     check_restored(url, node)
-    assert len(committed) > ROUNDS
+    assert len(committed) > rounds
 
 
 def a_change(committed: Sequence[Call], rng: random.Random) -> Call:
