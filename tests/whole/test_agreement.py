@@ -898,6 +898,7 @@ EVENTS = {
 """What happens behind the change of that number: the first are OFF, its change, and ON."""
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("name", EVENTS)
 def test_recorded_node_while_its_server_changes(
     name: str, url: str, node_dir: Path, tmp_path: Path
