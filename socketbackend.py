@@ -31,7 +31,7 @@ from remote.fetching import fetched
 from remote.link import COMPACT_TIMEOUT_S, Link, Refused, Unreachable
 from remote.reading import Received, SocketReading
 from remote.sending import send_snapshot
-from replica import Look, Replica
+from replica import Look, Pause, Record, Replica
 
 CHECKS_BY_ITSELF = (
     "the server reads and checks all of its file each day and replays it each week, which nobody"
@@ -195,6 +195,12 @@ class SocketBackend(Replica):
         with contextlib.closing(link):
             self._details(found)
             yield self._received(link)
+
+    def follow(
+        self, after: Head | None
+    ) -> contextlib.AbstractContextManager[Iterator[Record | Pause]]:
+        """See Replica."""
+        raise ConfigError(f"{self.url} cannot be followed yet.")
 
     def _received(self, link: Link) -> Iterator[tuple[Head, bytes]]:
         try:
