@@ -23,6 +23,7 @@ from backend import (
 from errors import BackupBusy, BackupError, ConfigError, OtherOwner
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head
+from monitoring.fields import IN_STEP
 from protocol import NackCode
 from quorum import Part, Relation, Roster, compare, may_go_on, may_start
 from replica import Followable, Pause, Record, Replica
@@ -233,7 +234,7 @@ class MirrorBackend(Followable):
         status.url = self.url
         for heard in found:
             how = hearing.standing(heard, chosen)
-            if how != hearing.IN_STEP:
+            if how != IN_STEP:
                 status.warnings.append(f"{heard.url} is not in step: {how}")
         return status
 
