@@ -25,10 +25,10 @@ from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head
 from monitoring.fields import IN_STEP
 from protocol import NackCode
-from quorum import Part, Relation, Roster, compare, may_go_on, may_start
+from quorum import Part, Relation, Roster, may_go_on, may_start
 from replica import Followable, Pause, Record, Replica
 from several import following, hearing
-from several.catchup import CatchUp, continues, marks
+from several.catchup import CatchUp, continues, stand
 from several.hearing import Branched, Heard, Make, Silent, end_of, hear
 
 FIRST_START = 1
@@ -626,13 +626,12 @@ class MirrorBackend(Followable):
 
     def _bring(self, member: Member, catch_up: CatchUp, source: Replica) -> bool:
         """Bring it to what ``source`` has; False if that is no more than it has already."""
-        with source.records() as records:
-            relation, place = compare(end_of(member.backend.newest), marks(records))
-        if relation is Relation.APART:
+        standing = stand(end_of(member.backend.newest), source)
+        if standing.relation is Relation.APART:
             raise Branched(member.url, source.url)
-        if relation is Relation.EQUAL:
+        if standing.relation is Relation.EQUAL:
             return False
-        catch_up.bring(source, relation, place)
+        catch_up.bring(source, standing)
         return True
 
     def _follow(self, member: Member) -> None:

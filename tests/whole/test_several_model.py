@@ -29,7 +29,7 @@ from filelog import appender
 from filelog.layout2 import SECTOR, Head, start_of
 from mirrorbackend import MirrorBackend
 from quorum import Part, Roster, Rule
-from replica import Look, Record
+from replica import Look, Pause, Record
 from several import hearing
 from tests import support
 from tests.whole.test_model import MIGRATION, Model, Node, State, compact_in_process, state_of
@@ -78,6 +78,12 @@ class Flaky(FileDestination):
     def records(self) -> Iterator[Iterator[Record]]:
         self.place.check()
         with super().records() as records:
+            yield records
+
+    @contextlib.contextmanager
+    def follow(self, after: Head | None) -> Iterator[Iterator[Record | Pause]]:
+        self.place.check()
+        with super().follow(after) as records:
             yield records
 
     def add_record(self, head: Head, payload: bytes) -> None:
