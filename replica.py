@@ -142,7 +142,10 @@ class Replica(Followable):
             snapshot, first = _unpacked(records, f"{base}.sqlite3")
             self.close()
             # Of this owner, in no term: whoever is cut off here goes on from here.
-            kept = self.replace(snapshot, owner[:TAG_SIZE].ljust(len(NOBODY), b"\0"))
+            session = owner[:TAG_SIZE].ljust(len(NOBODY), b"\0")
+            # A snapshot that is older than what is there only begins what comes.
+            older = snapshot is not None and snapshot.version < self.version
+            kept = self.replace(snapshot, session, override=older)
             self.open(owner)
             last_owner = b""
 

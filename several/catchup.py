@@ -124,7 +124,7 @@ class CatchUp:
         """
         is_all = standing.after is None and self._target.takes_quickly
         if is_all or standing.relation in (Relation.FOLDED, Relation.ONE_MORE_FOR_GOOD):
-            return self._begin_anew(source)
+            return self.begin_anew(source)
         with source.follow(standing.after) as found:
             rest = _all_there_is(found)
             if standing.relation is Relation.ONE_MORE:
@@ -142,7 +142,7 @@ class CatchUp:
         head = rewind_behind(newest, session, newest.time_ns)
         self.add(head, b"")
 
-    def _begin_anew(self, source: Replica) -> None:
+    def begin_anew(self, source: Replica) -> None:
         """Replace it by all that ``source`` has; what it was is kept."""
         target = self._target
         with source.records() as records, self._lock:

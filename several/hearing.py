@@ -196,6 +196,16 @@ def choose(found: Sequence[Heard], allow_missing: bool = False) -> tuple[Heard, 
             heard.look, heard.error = None, unread.error
 
 
+def alike(found: Sequence[Heard], chosen: Heard) -> list[Heard]:
+    """``chosen``, and those that hold just the same by their newest record."""
+    same = [h for h in found if h is not chosen and h.look is not None]
+    return [chosen, *[h for h in same if _place(h.head) == _place(chosen.head)]]
+
+
+def _place(head: Head) -> tuple[bytes, bool]:
+    return head.chain, head.rewindable
+
+
 class Unreadable(Exception):
     """The destination of this number had to be read, and could not be."""
 
