@@ -226,6 +226,8 @@ def standing(heard: Heard, leader: Heard) -> str:
     if heard.look is None or leader.look is None:
         return f"unknown: {heard.error}"
     mine, theirs = end_of(heard.look.newest), end_of(leader.look.newest)
+    if heard.roster != leader.roster:
+        return NO_VOTE
     if (mine.chain, mine.rewindable) == (theirs.chain, theirs.rewindable):
         return IN_STEP
     with leader.replica.records() as records:
@@ -237,5 +239,6 @@ def standing(heard: Heard, leader: Heard) -> str:
     return str(relation.value)
 
 
+NO_VOTE = "none of the destinations, or not yet"
 Make = Callable[[str], Replica]
 """The destination of a URL, not open yet; ConfigError for a URL of no known form."""
