@@ -308,7 +308,8 @@ class MirrorBackend(Followable):
                 return error
         told = [f"{url}: {error.problem}" for url, error in errors]
         told += [
-            f"{m.url} is being copied to, or keeps another list than backup.lock."
+            f"{m.url} has no vote: it was being given the whole backup, or keeps another list of"
+            f" destinations than backup.lock (see `{CLI} status`, then `resync` or `attach`)."
             for m in self._members
             if m.heard and not m.votes
         ]

@@ -340,8 +340,14 @@ class SeveralLife:
             event.set()
 
     def compact(self) -> None:
-        if self.mirror is None:
+        # What dies while a server is given the whole backup leaves it without a vote, which may
+        # be one too few to start with: there it has to be resynced.
+        if self.mirror is None or self.server is not None:
             return
+        self.compact_files()
+
+    def compact_files(self) -> None:
+        assert self.mirror is not None
         for member in self.mirror._members:
             is_served = self.places[member.url].is_served
             if member.part is Part.IN_STEP and not is_served and self.random.random() < 0.5:
@@ -414,6 +420,8 @@ class SeveralLife:
         deadline_s = time.monotonic() + SETTLED_S
         while not all(member.part == "in step" for member in self.mirror.members()):
             assert time.monotonic() < deadline_s, self.mirror.members()
+            if self.server is not None:
+                self.compact_files()  # It cannot begin anew with nothing but changes.
             time.sleep(0.002)
         self.crash()
         for place in self.places.values():
