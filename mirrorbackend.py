@@ -20,7 +20,7 @@ from backend import (
     Status,
     log,
 )
-from errors import CLI, BackupBusy, BackupError, ConfigError, OtherOwner
+from errors import CLI, BackupBusy, BackupError, ConfigError, Damaged, OtherOwner
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head
 from monitoring.fields import IN_STEP
@@ -348,6 +348,8 @@ class MirrorBackend(Followable):
         """What ``member`` holds is not known after all."""
         with self._changed:
             member.heard = member.votes = False
+            if isinstance(error, Damaged) or getattr(error, "code", None) is NackCode.DAMAGED:
+                member.backend.unsound = str(error)
             self._lag(member, error)
 
     @staticmethod
