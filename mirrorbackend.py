@@ -490,13 +490,14 @@ class MirrorBackend(Followable):
                 try:
                     return self._serve(member)
                 except BackupError as error:
-                    was_in_step = member.part is Part.IN_STEP
-                    with changed:
-                        self._lag(member, error)
+                    failure = error
                 except Exception as error:
-                    was_in_step = False
-                    with changed:
-                        self._lag(member, BackupError(f"{member.url}: internal error: {error!r}."))
+                    failure = BackupError(f"{member.url}: internal error: {error!r}.")
+                with changed:
+                    if changed is not self._changed:
+                        return  # All ended, and may have begun again, meanwhile.
+                    was_in_step = member.part is Part.IN_STEP
+                    self._lag(member, failure)
                 pause_s = FIRST_PAUSE_S if was_in_step else min(2 * pause_s, LONGEST_PAUSE_S)
                 with changed:
                     changed.wait_for(lambda: self._is_closing(changed), pause_s)

@@ -14,8 +14,18 @@ from typing import NamedTuple
 import durable
 import scratch
 import space
-from backend import NOBODY, TAG_SIZE, Destination, Snapshot
-from filelog.layout2 import Head, Kind, owner_behind, without_vote
+from backend import Destination, Snapshot
+from filelog.layout2 import (
+    BEFORE_FIRST,
+    Head,
+    Kind,
+    owner_behind,
+    session_behind,
+    session_of,
+    start_of,
+    term_of,
+    without_vote,
+)
 from quorum import Roster
 
 Record = tuple[Head, bytes]
@@ -139,26 +149,30 @@ class Replica(Followable):
             Where the old backup is kept, None if it was empty.
         """
         with scratch.held(self.scratch_paths(None)) as base:
-            snapshot, first = _unpacked(records, f"{base}.sqlite3")
+            snapshot, begins, first = _unpacked(records, f"{base}.sqlite3")
             self.close()
-            # Of this owner, in no term: whoever is cut off here goes on from here.
-            session = owner[:TAG_SIZE].ljust(len(NOBODY), b"\0")
-            # A snapshot that is older than what is there only begins what comes.
-            older = snapshot is not None and snapshot.version < self.version
-            kept = self.replace(snapshot, session, override=older)
+            # Who is cut off here goes on from here, and has not forgotten of which start it heard.
+            session = session_of(owner, term_of(begins.session), start_of(self.newest.session))
+            # Until all is there it lacks some of what it had acknowledged, if that is newer.
+            lacks = snapshot is None or snapshot.version < self.version
+            kept = self.replace(snapshot, session, override=lacks)
             self.open(owner)
-            last_owner = b""
+            last_owner, changes = b"", False
 
             def passing() -> Iterator[Record]:
-                nonlocal last_owner
-                for record in itertools.chain([first] if first else [], records):
-                    if record[0].kind == Kind.OWNER:
-                        last_owner = record[1]
-                    # Until all is there it lacks what it had acknowledged.
-                    yield unvoting(record)
+                nonlocal last_owner, changes
+                for head, payload in itertools.chain([first] if first else [], records):
+                    if head.kind == Kind.OWNER:
+                        last_owner = payload
+                    changes = changes or head.kind != Kind.OWNER
+                    if not changes:
+                        # Not as it stands there: what was before a snapshot is not told.
+                        session = session_behind(begins, head, payload)
+                        head = owner_behind(self.newest, session, payload)
+                    yield unvoting((head, payload)) if lacks else (head, payload)
 
             self.add_records(passing(), threading.Lock())
-            if last_owner:
+            if last_owner and lacks:
                 newest = self.newest
                 self.add_record(owner_behind(newest, newest.session, last_owner), last_owner)
         return kept
@@ -180,8 +194,8 @@ def unvoting(record: Record) -> Record:
     return head._replace(length=len(payload)), payload
 
 
-def _unpacked(records: Iterator[Record], path: str) -> tuple[Snapshot | None, Record | None]:
-    """The snapshot of a log as the new file ``path``, and the first record behind it."""
+def _unpacked(records: Iterator[Record], path: str) -> tuple[Snapshot | None, Head, Record | None]:
+    """The snapshot of a log as the new file ``path``, its head, and the first record behind it."""
     last: Head | None = None
     following: Record | None = None
     with contextlib.closing(_Spool(path)) as spool:
@@ -191,7 +205,8 @@ def _unpacked(records: Iterator[Record], path: str) -> tuple[Snapshot | None, Re
                 break
             spool.add(payload)
             last = head
-    return (Snapshot(path, last.version, last.chain) if last else None), following
+    snapshot = Snapshot(path, last.version, last.chain) if last else None
+    return snapshot, last or BEFORE_FIRST, following
 
 
 class _Spool:

@@ -325,6 +325,19 @@ def session_of(owner: bytes, term: int, start: int) -> bytes:
     return owner[:TAG_SIZE] + term.to_bytes(4, "big") + start.to_bytes(4, "big")
 
 
+def session_behind(snapshot: Head, owner: Head, payload: bytes) -> bytes:
+    """The session of an owner record right behind a snapshot, which stands for later changes.
+
+    Args:
+        owner, payload: the record as it was.
+    """
+    roster = decode_roster(payload)
+    if roster is None or len(roster.urls) == 1:
+        return owner.session
+    term = max(term_of(owner.session), term_of(snapshot.session))
+    return session_of(owner.session, term, start_of(owner.session))
+
+
 class HeaderError(ValueError):
     """A file header that does not check; the text says why."""
 

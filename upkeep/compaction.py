@@ -339,7 +339,7 @@ def build(path: str, prefix: str) -> Message:
             writer.add_snapshot(scratch, last)
             if owners:
                 head, payload = owners[-1]
-                writer.add_owner(head.session, payload)
+                writer.add_owner(layout2.session_behind(last, head, payload), payload)
             return {**catch_up(reader, entries, writer, verifier), "sound": is_sound}
 
 

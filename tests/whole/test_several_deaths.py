@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import mirrorbackend
 from backend import Change, Session, new_owner, outcome
 from errors import BackupError, ConfigError
 from filelog import appender
-from filelog.layout2 import Head
+from filelog.layout2 import Head, Kind, change_behind, session_of, start_of, term_of
 from mirrorbackend import MirrorBackend
-from quorum import Roster
+from quorum import Relation, Roster
 from several import hearing, joining
+from several.catchup import CatchUp, stand
 from tests import support
-from tests.whole.test_several_model import Flaky, Place
+from tests.peers import ServerProcess
+from tests.whole.test_several_model import Failing, Flaky, FlakyServed, Place
 
 CALLS = support.first_changes(9)
 
@@ -277,3 +280,70 @@ def test_one_that_a_check_found_unsound_is_replaced(tmp_path: Path) -> None:
     kept = [path for path in several.places[1].path.parent.iterdir() if ".old-" in path.name]
     assert len(kept) == 1 and kept[0].read_bytes()[: 1 << 10] == was[: 1 << 10]
     assert several.restored([1, 2]) == 4
+
+
+def test_a_compaction_keeps_the_term(tmp_path: Path) -> None:
+    """Also where nothing is left behind the snapshot but whose the backup is."""
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1)
+    several.run(1, 2)
+    mirror = several.mirror()
+    with contextlib.closing(mirror):
+        mirror.open(several.owner)
+        session = Session(mirror, "DIR")
+        session.write(Change(3, None, CALLS[2][1]))
+        session.write(Change(3, None, ["PRAGMA foreign_keys = ON;"]))
+    before = several.make(several.places[0].url).look().newest
+    several.make(several.places[0].url).compact()
+    after = several.make(several.places[0].url).look().newest
+    assert (after.kind, after.chain) == (Kind.OWNER, before.chain)
+    assert term_of(after.session) == term_of(before.session)
+
+
+def test_a_server_that_begins_anew_is_never_without_what_it_acknowledged(tmp_path: Path) -> None:
+    """It is cut off in the middle: right behind the snapshot it has a vote again."""
+    several = Several(tmp_path, 2, 1)
+    several.up(0, 1)
+    several.run(1, 2)
+    served = several.places[1]
+    with ServerProcess(served.url) as server:
+        target = FlakyServed(Place(server.url, served.path))
+        served.up = False
+        source = several.make(several.places[0].url)
+        more = LogAdder(source, several.owner)
+        more.add(3, 4, 5)
+        source.compact()
+        more.add(6, 7)
+        with contextlib.closing(target):
+            target.open(several.owner)
+            standing = stand(hearing.end_of(target.newest), source)
+            assert standing.relation is Relation.FOLDED
+            start = start_of(target.newest.session)
+            target.place.fails = "after"
+            catch_up = CatchUp(target, threading.Lock(), several.owner, True)
+            with pytest.raises(BackupError):
+                catch_up.bring(source, standing)
+            target.place.up = True
+        with contextlib.closing(target):
+            target.open(several.owner)
+            assert start_of(target.newest.session) >= start
+            assert target.roster() == several.roster
+            CatchUp(target, threading.Lock(), several.owner, True).bring(
+                source, stand(hearing.end_of(target.newest), source)
+            )
+            assert target.newest.chain == source.look().newest.chain
+
+
+class LogAdder:
+    """Adds changes to one file behind the node's back, as a node of that file alone."""
+
+    def __init__(self, flaky: Failing, owner: bytes) -> None:
+        self.flaky, self.owner = flaky, owner
+
+    def add(self, *versions: int) -> None:
+        with contextlib.closing(self.flaky):
+            self.flaky.open(self.owner)
+            for version in versions:
+                change = Change(version, None, CALLS[version - 1][1])
+                head = change_behind(self.flaky.newest, change, session_of(self.owner, 9, 9), 1)
+                self.flaky.add_record(head, change.payload)
