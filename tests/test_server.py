@@ -615,7 +615,6 @@ def test_who_reads_no_answers_holds_nobody_up(url: str, backup: Path) -> None:
         with contextlib.suppress(ConnectionError):
             while selector.select(1):
                 flooder.sock.send(rewinds)
-        writer.sock.settimeout(30)
         write(writer, support.first_changes(3)[1:])
 
 
