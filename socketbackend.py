@@ -28,6 +28,7 @@ from quorum import Roster
 from remote.address import parse_socket_url
 from remote.delivery import Delivery
 from remote.fetching import fetched
+from remote.following import Following
 from remote.link import COMPACT_TIMEOUT_S, Link, Refused, Unreachable
 from remote.reading import Received, SocketReading
 from remote.sending import send_snapshot
@@ -196,11 +197,24 @@ class SocketBackend(Replica):
             self._details(found)
             yield self._received(link)
 
-    def follow(
-        self, after: Head | None
-    ) -> contextlib.AbstractContextManager[Iterator[Record | Pause]]:
+    @contextlib.contextmanager
+    def follow(self, after: Head | None) -> Iterator[Iterator[Record | Pause]]:
         """See Replica."""
-        raise ConfigError(f"{self.url} cannot be followed yet.")
+        link, found = self._once()
+        with contextlib.closing(link):
+            if found.details is None:
+                raise ConfigError(
+                    f"{self.url} is kept by a server of protocol 1, which cannot be followed.",
+                    "Update that server.",
+                )
+            yield self._followed(Following(link, after, self.url))
+
+    def _followed(self, following: Following) -> Iterator[Record | Pause]:
+        try:
+            for each in following.records():
+                yield Pause(self.url, following.last) if each is None else each
+        except OSError as error:
+            raise Unreachable(self._url.target, error) from error
 
     def _received(self, link: Link) -> Iterator[tuple[Head, bytes]]:
         try:

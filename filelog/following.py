@@ -35,18 +35,23 @@ class LogFollower:
     def __init__(self, path: str, last: Head | None) -> None:
         self.last = last
         self._path = path
+        self._began: bytes | None = None
+        """The id of the log that was read first."""
         self._look_s = 0.0
         """When to look next at what stands behind the last record."""
         self._broken_at: int | None = None
         """Where the last such look found damage: an append in flight looks like that, too."""
 
     def fresh(
-        self, may_go: Callable[[Head], bool] = lambda head: True
+        self,
+        may_go: Callable[[Head], bool] = lambda head: True,
+        begins: Callable[[LogReader], None] | None = None,
     ) -> Iterator[tuple[Head, bytes]]:
         """The records that are there now; with the file open, however long they take.
 
         Args:
             may_go: whether a record is given, or with all behind it left for a later call.
+            begins: called with the log before its records.
 
         Raises:
             PlaceGone: the log does not hold the last record any more.
@@ -58,6 +63,8 @@ class LogFollower:
             if reader.damage is not None:
                 raise reader.damage
             self._place(reader)
+            if begins is not None:
+                begins(reader)
             # One read of a few bytes: mostly there is nothing.
             if reader.pread(reader.position, len(MARKER)) == MARKER:
                 for head, payload in reader.whole():
@@ -91,6 +98,9 @@ class LogFollower:
     def _place(self, reader: LogReader) -> None:
         """Have ``reader`` begin behind the last record."""
         if self.last is None:
+            if self._began not in (None, reader.backup_id):
+                raise PlaceGone(self._path, 0)  # It was empty, and another took its place.
+            self._began = reader.backup_id
             return
         found = place_of(reader, self.last)
         if found is None:
