@@ -37,6 +37,10 @@ from errors import (
 from quorum import Roster
 from several import hearing
 from several.hearing import IN_STEP, Heard
+from standby import standing
+from standby import state as keeping
+from standby.state import State
+from wallet import node
 from wallet import restore as restoring
 
 NOT_CHECKED = "none at its end (--check reads all of it)"
@@ -50,21 +54,53 @@ NOT_CHECKED = "none at its end (--check reads all of it)"
 def status(urls: tuple[str, ...], lightning_dir: str | None, as_json: bool, check: bool) -> None:
     """Say what the backup at URL holds, by a look at its end. Works beside a running node.
 
-    With several URLs, or --lightning-dir for those of a node: how each of them stands.
+    With several URLs, or --lightning-dir for those of a node: how each of them stands. For the
+    directory of a standby: its version, how far behind it is, and its last proof.
 
     Exit code for cron: 0 sound, 1 unreadable or damaged, or too few of several destinations are
-    in step; 4 a warning, or not all of several are in step.
+    in step; 4 a warning, or not all of several are in step. Of a standby: 1 it could not take the
+    node's place as it should.
 
     \b
     Example:
         backup-cli status file:///mnt/disk2/node.bkp
         backup-cli status --lightning-dir ~/.lightning/bitcoin
     """
+    if lightning_dir is not None and not urls:
+        directory = node.network_dir(lightning_dir)
+        if (standby := keeping.read(directory)) is not None:
+            return _status_of_standby(directory, standby, as_json)
     chosen = chosen_urls(urls, lightning_dir)
     if len(chosen) == 1:
         _status_of_one(chosen[0], as_json, check)
     else:
         _status_of_several(chosen, as_json, check)
+
+
+def _status_of_standby(directory: str, state: State, as_json: bool) -> None:
+    found = standing.look(directory, state, destinations.backend_for)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        behind = "not known"
+        if found.behind is not None and found.behind_s is not None:
+            behind = f"{found.behind} changes, {found.behind_s:.0f} s"
+        rows = [
+            *(("standby of", url) for url in found.urls),
+            ("version", found.version),
+            ("backup", found.backup_version or "not known"),
+            ("behind", behind),
+            ("follows", f"process {found.process}" if found.process else "no"),
+            ("last proven", utc(found.last_proven_ns) if found.last_proven_ns else "never"),
+        ]
+        click.echo("\n".join(f"{name + ':':16}{value}" for name, value in rows))
+    for warning in found.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    for error in found.errors:
+        click.echo(f"Error: {error}", err=True)
+    if found.errors:
+        sys.exit(1)
+    sys.exit(EXIT_WARNING if found.warnings else 0)
 
 
 def _status_of_several(urls: Sequence[str], as_json: bool, check: bool) -> None:

@@ -17,7 +17,6 @@ from backend import log
 from commands.serve import log_mode_option, log_to_stderr
 from commands.shared import directory_option, in_place_of_the_former, main, with_destinations
 from errors import CLI, PLUGIN, BackupExists, ConfigError
-from replica import Followable
 from standby import promoting
 from standby import state as keeping
 from standby.following import Standby
@@ -67,15 +66,9 @@ def standby(lightning_dir: str, check_every_s: float, log_mode: str, urls: tuple
     try:
         with keeping.held(directory), confined.ending_on_signals(lambda: None):
             state = _state(directory, urls, check_every_s)
-            Standby(directory, state, lambda: _followable(urls)).run()
+            Standby(directory, state, lambda: destinations.destination_for(urls)).run()
     except SystemExit:
         sys.exit(0)  # A signal: what is not committed comes again.
-
-
-def _followable(urls: tuple[str, ...]) -> Followable:
-    found = destinations.destination_for(urls)
-    assert isinstance(found, Followable)
-    return found
 
 
 def _require_no_database(directory: str) -> None:

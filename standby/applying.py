@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import durable
 import space
-from backend import Change
-from errors import BackupError, DatabaseError, DiskError
+from backend import NOTICE, Change, log
+from errors import BackupError, DatabaseError, DiskError, PlaceGone
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from filelog.reader import is_foreign_keys_off
@@ -60,6 +60,8 @@ class Applier:
         """The newest change, if it may be taken back."""
         self._off: Record | None = None
         """A PRAGMA foreign_keys = OFF whose change has not come."""
+        self._has_come = False
+        """A record came since ``begin``."""
         self._place: Head | None = None
         """What the database has everything up to, with what is not committed."""
         self._saved = state
@@ -73,6 +75,7 @@ class Applier:
     def begin(self) -> Head | None:
         """Go on from here with the records that follow what is returned; None: with all of them."""
         self._newest = self._off = None
+        self._has_come = False
         self._abandon()
         place = self.state.place
         if place is None:
@@ -101,9 +104,13 @@ class Applier:
     def _remedy(self) -> str:
         return keeping.remedy(self._directory)
 
-    def begin_again(self) -> None:
-        """What it has is not to be gone on from: the next ``begin`` is with all of the backup."""
-        self.state = dataclasses.replace(self.state, place=None)
+    def go_back(self, error: BackupError) -> None:
+        """Be ready for another ``begin`` after ``error``: with all of the backup if it must be."""
+        # What is gone may be the newest change only, which is not applied: then go on as before.
+        newest_gone = isinstance(error, PlaceGone) and self._has_come
+        if isinstance(error, (PlaceGone, Unfit)) and not newest_gone:
+            log.log(NOTICE, "Beginning again with all of the backup")
+            self.state = dataclasses.replace(self.state, place=None)
 
     def feed(self, head: Head, payload: bytes) -> None:
         """Take the next record.
@@ -113,6 +120,7 @@ class Applier:
             Unfit: it does not continue what came before.
             BackupError: the disk or the database failed.
         """
+        self._has_come = True
         if head.kind == Kind.SNAPSHOT:
             self._take_piece(head, payload)
         elif head.kind == Kind.REWIND:

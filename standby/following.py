@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from backend import NOTICE, log
-from errors import BackupError, PlaceGone
+from errors import BackupError
 from replica import Followable, Pause
 from standby import state as keeping
 from standby.applying import Applier, Foreign, Unfit
@@ -56,19 +56,13 @@ class Standby:
         except Foreign as error:
             self._note(error)
             raise
-        except (PlaceGone, Unfit) as error:
-            self._note(error)
-            log.log(NOTICE, "Beginning again with all of the backup")
-            self._prover.stop()
-            self._applier.begin_again()
-            self._wait()
         except BackupError as error:
             self._note(error)
-            self._wait()
-
-    def _wait(self) -> None:
-        time.sleep(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            self._applier.go_back(error)
+            if self._applier.state.place is None:
+                self._prover.stop()
+            time.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
     def _note(self, error: BackupError) -> None:
         """Tell the log, once, and ``status``."""

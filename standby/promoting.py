@@ -32,6 +32,8 @@ TRY_FOR_S = 60.0
 """How long a take-over is tried again because the node has written meanwhile."""
 END_S = 60.0
 """The longest wait for the standby's own process to end."""
+BRING_TRIES = 3
+"""From the place, from there again if the newest change went, and with all of the backup."""
 LOOK_S = 0.02
 
 
@@ -177,7 +179,8 @@ class Promotion:
 
     def _bring(self, applier: Applier, replica: Replica) -> Head | None:
         """Give ``applier`` all that is there now; the head of the newest record."""
-        for last in (False, True):
+        tries = BRING_TRIES
+        while True:
             try:
                 with replica.follow(applier.begin()) as records:
                     for found in records:
@@ -185,11 +188,11 @@ class Promotion:
                             applier.rest()
                             return found.newest
                         applier.feed(*found)
-            except (PlaceGone, Unfit):
-                if last:
+            except (PlaceGone, Unfit) as error:
+                tries -= 1
+                if not tries:
                     raise
-                applier.begin_again()
-        raise AssertionError("it returns or raises")
+                applier.go_back(error)
 
     def _complete(self, replica: Replica, owner: bytes) -> None:
         """Apply what is left, the newest change too; the database is a node's then."""
