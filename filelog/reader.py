@@ -193,7 +193,13 @@ class LogReader:
 
     def whole(self) -> Iterator[tuple[Head, bytes]]:
         """The records that are whole; what stands behind the last of them is not judged."""
-        while (record := self._record_at(self.position)) is not None and self._takes(*record):
+        while True:
+            record = self._record_at(self.position)
+            if record is None:
+                self._buffer = b""  # What came meanwhile is not in it.
+                record = self._record_at(self.position)
+            if record is None or not self._takes(*record):
+                return
             yield record
 
     def _takes(self, head: Head, payload: bytes) -> bool:
