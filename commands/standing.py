@@ -8,11 +8,14 @@ import logging
 import os
 import re
 import shlex
-import sys
+import signal
+from types import FrameType
 
 import click
 
 import destinations
+import durable
+import unwind
 from backend import log
 from commands.serve import log_mode_option, log_to_stderr
 from commands.shared import directory_option, in_place_of_the_former, main, with_destinations
@@ -63,12 +66,17 @@ def standby(lightning_dir: str, check_every_s: float, log_mode: str, urls: tuple
     _require_no_database(directory)
     destinations.destination_for(urls)  # Checks what was typed.
     log_to_stderr(log_mode, logging.INFO)
-    try:
-        with keeping.held(directory), confined.ending_on_signals(lambda: None):
-            state = _state(directory, urls, check_every_s)
-            Standby(directory, state, lambda: destinations.destination_for(urls)).run()
-    except SystemExit:
-        sys.exit(0)  # A signal: what is not committed comes again.
+    with keeping.held(directory), confined.ending_on_signals(lambda: None):
+        state = _state(directory, urls, check_every_s)
+        for number in unwind.SIGNALS:
+            signal.signal(number, _end)
+        Standby(directory, state, lambda: destinations.destination_for(urls)).run()
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """End at once: a standby can be killed at any moment, and what is not committed comes again."""
+    os.write(2, f"Stopped by {signal.Signals(number).name}.\n".encode())
+    os._exit(0)
 
 
 def _require_no_database(directory: str) -> None:
@@ -113,10 +121,11 @@ def promote(lightning_dir: str) -> None:
         backup-cli promote --lightning-dir ~/.lightning/bitcoin
     """
     directory = node.network_dir(lightning_dir)
+    if keeping.read(directory) is None:
+        return _report_former(directory)
     with promoting.alone(directory), node.stopped(directory, _database(directory)):
         state = keeping.read(directory)
-        if state is None:
-            return _report_former(directory)
+        assert state is not None, "only promote removes it, and was alone"
         promotion = promoting.Promotion(directory, state, destinations.backend_for)
         with confined.ending_on_signals(lambda: None):
             promotion.take_over()
@@ -163,7 +172,8 @@ def _write_lock_file(directory: str, state: State) -> None:
     lock_file = with_destinations(lock_file, state.urls, state.acks, state.epoch)
     with contextlib.suppress(ConfigError):
         if node.read_lock_file(directory).owner == state.owner:
-            return  # It was killed after that.
+            # It was killed after that.
+            return durable.discard(f"{os.path.join(directory, node.LOCK_NAME)}.new")
     with in_place_of_the_former(directory) as kept:
         node.write_lock_file(directory, lock_file, kept)
     if kept is not None:

@@ -38,17 +38,13 @@ class Standby:
         self._is_in_step = False
 
     def run(self) -> None:
-        """Follow until a signal ends the process.
+        """Follow until the process ends.
 
         Raises:
             Foreign: the backup has become another one.
         """
-        try:
-            while True:
-                self._try()
-        finally:
-            self._prover.stop()
-            self._applier.close()
+        while True:
+            self._try()
 
     def _try(self) -> None:
         try:

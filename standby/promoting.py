@@ -17,9 +17,9 @@ from backend import TAG_SIZE, new_owner
 from errors import CLI, BackupError, BackupExists, ConfigError, DiskError, OtherOwner, PlaceGone
 from filelog import layout2
 from filelog.layout2 import Head, Kind
-from protocol import NackCode
+from protocol import OVERRIDE, NackCode
 from quorum import Roster, Rule
-from remote.link import Refused
+from remote.link import Diverged, Refused
 from replica import Pause, Replica
 from several import hearing
 from several.hearing import Heard, Make, Silent
@@ -30,6 +30,7 @@ from wallet import database, node, restore
 
 TRY_FOR_S = 60.0
 """How long a take-over is tried again because the node has written meanwhile."""
+AGAIN = (NackCode.OTHER_HISTORY, NackCode.TAKEN_OVER)
 END_S = 60.0
 """The longest wait for the standby's own process to end."""
 BRING_TRIES = 3
@@ -261,9 +262,10 @@ def _seize(heard: Heard, owner: bytes, taken: bool, several: bool) -> None:
     while True:
         try:
             return _seize_once(heard, owner, taken, several)
-        except Refused as error:
-            # The node has written between the look and the take-over.
-            if error.code is not NackCode.OTHER_HISTORY or time.monotonic() > until_s:
+        except (Refused, Diverged) as error:
+            # The answer was lost; or the node has written since the look, and the server is of an
+            # earlier release.
+            if error.code not in AGAIN or time.monotonic() > until_s:
                 raise
 
 
@@ -281,4 +283,6 @@ def _seize_once(heard: Heard, owner: bytes, taken: bool, several: bool) -> None:
         term = layout2.term_of(newest.session)
         session = layout2.session_of(owner, term) if several else owner
         payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
-        replica.add_record(layout2.owner_behind(newest, session, payload), payload)
+        head = layout2.owner_behind(newest, session, payload)
+        # A node that writes all the time would always be quicker: what it wrote is read later.
+        replica.add_record(head._replace(flags=head.flags | OVERRIDE), payload)

@@ -148,7 +148,7 @@ def write(directory: str, state: State) -> None:
 
 def remove(directory: str) -> None:
     """There is no standby in ``directory`` any more."""
-    for name in (path_in(directory), f"{path_in(directory)}.writer"):
+    for name in (f"{path_in(directory)}.writer", path_in(directory)):
         durable.remove(name)
 
 
