@@ -23,6 +23,7 @@ from backend import (
 from errors import BackupBusy, BackupError, ConfigError, OtherOwner
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head
+from monitoring.fields import IN_STEP
 from protocol import NackCode
 from quorum import Part, Relation, Roster, compare, may_go_on, may_start
 from replica import Followable, Pause, Record, Replica
@@ -233,7 +234,7 @@ class MirrorBackend(Followable):
         status.url = self.url
         for heard in found:
             how = hearing.standing(heard, chosen)
-            if how != hearing.IN_STEP:
+            if how != IN_STEP:
                 status.warnings.append(f"{heard.url} is not in step: {how}")
         return status
 
@@ -284,9 +285,8 @@ class MirrorBackend(Followable):
         deadline_s: float | None = None
         with self._changed:
             while True:
-                for member in self._members:
-                    if member.error is not None and _is_taken(member.error):
-                        raise member.error
+                if (taken := self._taken(self._rule.to_start)) is not None:
+                    raise taken
                 heard = sum(member.heard for member in self._members)
                 silent = sum(not m.heard and not m.failed for m in self._members)
                 now = time.monotonic()
@@ -299,6 +299,12 @@ class MirrorBackend(Followable):
                 if deadline_s is None and (verdict is False or heard >= self._rule.to_start):
                     deadline_s = now + PATIENCE_S
                 self._changed.wait(deadline_s and deadline_s - now)
+
+    def _taken(self, needed: int) -> BackupError | None:
+        """Why ``needed`` of them will never take what this node writes: another took them over."""
+        errors = [m.error for m in self._members if m.error is not None and _is_taken(m.error)]
+        # One that was away when another node was shut out is still that one's: it may lag.
+        return errors[0] if len(self._members) - len(errors) < needed else None
 
     def _too_few(self, heard: int) -> BackupError:
         errors = [(m.url, m.error) for m in self._members if not m.heard and m.error is not None]
@@ -405,9 +411,12 @@ class MirrorBackend(Followable):
         return sum(
             not self._has(member, number) and (member.part is Part.IN_STEP or not late)
             for member in self._members
+            if member.error is None or not _is_taken(member.error)
         )
 
     def _not_stored(self, stored: int) -> BackupError:
+        if (taken := self._taken(self._rule.k)) is not None:
+            return taken
         told = " ".join(f"{m.url}: {m.error.problem}" for m in self._members if m.error is not None)
         return Silent(
             f"{stored} of {self._rule.n} destinations have stored the change, and {self._rule.k}"

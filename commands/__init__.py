@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import unwind
-from commands import create, look, recover, serve, standing
+from commands import create, look, recover, serve, standing, watch
 from commands.shared import main
 
-__all__ = ["create", "look", "main", "recover", "run", "serve", "standing"]
+__all__ = ["create", "look", "main", "recover", "run", "serve", "standing", "watch"]
 
 
 def run() -> None:
