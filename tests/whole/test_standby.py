@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+import mirrorbackend
 from backend import new_owner
 from commands.standing import promote
 from filebackend import FileBackend
@@ -285,3 +287,69 @@ def test_old_and_new_node_race(seed: int, tmp_path: Path, second: Path, url: str
 @pytest.mark.parametrize("seed", range(5, 200))
 def test_old_and_new_node_race_on(seed: int, tmp_path: Path, second: Path, url: str) -> None:
     Race(tmp_path, second, url).run(random.Random(seed))
+
+
+# Several destinations
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[list[ServerProcess]]:
+    """Three servers, each with an empty backup."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for number in range(3):
+            (tmp_path / f"disk{number}").mkdir()
+            FileBackend(f"file://{tmp_path}/disk{number}/node.bkp").create(None)
+            server = ServerProcess(f"file://{tmp_path}/disk{number}/node.bkp")
+            found.append(stack.enter_context(server))
+        yield found
+
+
+def test_several_are_taken_over_with_one_away(
+    node_dir: Path, second: Path, three: list[ServerProcess], tmp_path: Path
+) -> None:
+    """Two of three are enough, while the old node writes; one is not."""
+    urls = [f"{server.url}?retry_for=2" for server in three]
+    run_cli("init", "--lightning-dir", node_dir, "--acks", "2", *urls)
+    with PluginProcess(node_dir) as plugin, StandbyProcess(second, *urls) as standby:
+        write(plugin, CALLS[:10])
+        standby.wait_for_version(9)
+        three[2].kill()
+        write(plugin, CALLS[10:15])
+        promote.main(["--lightning-dir", str(second)], standalone_mode=False)
+        began_s = time.monotonic()
+        with pytest.raises(Refused, match=TOOK_OVER):
+            write(plugin, CALLS[15:17])
+        assert time.monotonic() - began_s < mirrorbackend.RETRY_FOR_S / 2
+        found = database.version_of(str(second / "lightningd.sqlite3"))
+    assert found == 15
+    expected = node_database(tmp_path / "expected.sqlite3", found)
+    assert database.compare(str(expected), str(second / "lightningd.sqlite3")) == []
+    lock = json.loads((second / "backup.lock").read_text())
+    assert (lock["backend_urls"], lock["acks"], lock["epoch"]) == (urls, 2, 2)
+    # The third one comes back, still the old node's: it is nobody's majority.
+    with ServerProcess(f"file://{tmp_path}/disk2/node.bkp", three[2].port):
+        with PluginProcess(node_dir) as plugin, pytest.raises(Refused, match=TOOK_OVER):
+            plugin.write(*CALLS[15])
+        with PluginProcess(second) as plugin:
+            write(plugin, CALLS[15:20])
+
+
+def test_too_few_of_several_are_not_taken_over(
+    node_dir: Path, second: Path, tmp_path: Path
+) -> None:
+    urls = [f"file://{tmp_path}/disk{number}/node.bkp" for number in range(3)]
+    for number in range(3):
+        (tmp_path / f"disk{number}").mkdir()
+    run_cli("init", "--lightning-dir", node_dir, "--acks", "2", *urls)
+    with PluginProcess(node_dir) as plugin, StandbyProcess(second, *urls) as standby:
+        write(plugin, CALLS[:10])
+        standby.wait_for_version(9)
+    for number in range(2):
+        (tmp_path / f"disk{number}").rename(tmp_path / f"away{number}")
+    done = run_cli("promote", "--lightning-dir", second, check=1)
+    assert "1 of the backup's destinations can be taken over, and 2 are needed" in done.stderr
+    for number in range(2):
+        (tmp_path / f"away{number}").rename(tmp_path / f"disk{number}")
+    with PluginProcess(node_dir) as plugin:
+        plugin.write(*CALLS[10])
