@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import unwind
-from commands import channels, create, look, recover, serve, watch
+from commands import channels, create, look, recover, serve, standing, watch
 from commands.shared import main
 
-__all__ = ["channels", "create", "look", "main", "recover", "run", "serve", "watch"]
+__all__ = ["channels", "create", "look", "main", "recover", "run", "serve", "standing", "watch"]
 
 
 def run() -> None:

@@ -16,7 +16,7 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"backup-cli": "backup-cli", "demo": "demo", "packaging": "cln_backup"},
     {"commands": "commands"},
     {"plugin": "backup healing pylnclient", "server": "server"},
-    {"destinations": "destinations", "serving": "serving"},
+    {"destinations": "destinations", "serving": "serving", "standby": "standby"},
     {"upkeep": "upkeep"},
     {"file": "filebackend", "socket": "socketbackend", "mirror": "mirrorbackend several"},
     {"remote": "remote"},
