@@ -111,7 +111,7 @@ class Promotion:
         if self._roster is None or len(self.state.urls) == 1:
             return {}
         rule = rule_of(self._roster, len(self.state.urls))
-        return {"acks": rule.k, "epoch": self._roster.epoch + 1}
+        return {"acks": rule.k, "epoch": self._roster.epoch}
 
     def _require_no_database(self) -> None:
         for name in (self._target, *(self._target + each for each in database.SIDE_FILES)):
