@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 import threading
 from collections.abc import Sequence
 
 from backend import Destination, Progress
-from errors import ConfigError
+from errors import CLI_PATH, ConfigError
 from filebackend import FileBackend
 from mirrorbackend import MirrorBackend
 from quorum import Roster
@@ -41,10 +43,25 @@ def backend_for(url: str) -> Replica:
         return FileDestination(url)
     if url.startswith("socket:"):
         return SocketBackend(url)
+    if url.startswith(("postgresql:", "postgres:")):
+        return _in_postgres(url)
     raise ConfigError(
         f"{url!r} is no backup URL.",
-        "The forms are file:///path/to/file, socket:unix:/path/to/socket and socket:host:port.",
+        "The forms are file:///path/to/file, socket:unix:/path/to/socket, socket:host:port and"
+        " postgresql://user@host1,host2/dbname.",
     )
+
+
+def _in_postgres(url: str) -> Replica:
+    """The Destination of a ``postgresql:`` URL; nobody else needs the packages for that."""
+    try:
+        from upkeep.inpostgres import PostgresDestination
+    except ImportError as error:
+        raise ConfigError(
+            f"A backup in PostgreSQL needs the package psycopg: {error}.",
+            f"Run `make -C {shlex.quote(os.path.dirname(CLI_PATH))} install POSTGRES=1`.",
+        ) from error
+    return PostgresDestination(url)
 
 
 class FileDestination(FileBackend, Replica):

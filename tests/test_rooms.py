@@ -18,7 +18,12 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"plugin": "backup healing pylnclient", "server": "server"},
     {"destinations": "destinations", "serving": "serving"},
     {"upkeep": "upkeep"},
-    {"file": "filebackend", "socket": "socketbackend", "mirror": "mirrorbackend several"},
+    {
+        "file": "filebackend",
+        "socket": "socketbackend",
+        "postgres": "postgresbackend postgres",
+        "mirror": "mirrorbackend several",
+    },
     {"remote": "remote"},
     {"wire": "protocol stream unixsocket"},
     {"replica": "replica"},
@@ -35,7 +40,13 @@ EXCEPTIONS = {
     ("demo", "tests.support"): "it plays lightningd as the tests do",
 }
 """Importing and imported module: why it may be."""
-ONLY_IN = {"sqlite3": "wallet", "click": "commands", "socks": "remote", "pyln": "plugin"}
+ONLY_IN = {
+    "sqlite3": "wallet",
+    "click": "commands",
+    "socks": "remote",
+    "pyln": "plugin",
+    "psycopg": "postgres",
+}
 """What is foreign, and the one room that knows it."""
 BY_STRING = {
     "environment": "the packages that a program needs, to tell what is missing",
