@@ -29,7 +29,7 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"replica": "replica"},
     {"filelog": "filelog", "wallet": "wallet"},
     {"ground": "backend durable scratch space"},
-    {"bottom": "decisions quorum errors environment unwind"},
+    {"bottom": "decisions quorum clusterchecks errors environment unwind"},
 )
 """From the top down: the rooms of each level, and the modules and packages in each.
 
