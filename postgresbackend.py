@@ -101,7 +101,7 @@ class PostgresBackend(Replica):
         with self._once(self._cluster.reader) as link:
             state = self._state(link)
             payload = look.owner_payload(link, state.number)
-            facts = checks.ask(link)
+            _, wrong = checks.ask(link, self._cluster.url.standbys)
             server = link.server
         newest = state.newest
         found = Status(
@@ -121,7 +121,6 @@ class PostgresBackend(Replica):
         if roster is not None:
             found.destinations, found.acks = list(roster.urls), roster.acks
             found.epoch = roster.epoch
-        wrong = checks.problems(facts, self._cluster.url.standbys)
         found.warnings += [f"The node's changes would not be taken: {text}." for text in wrong]
         if check:
             found.checked = True

@@ -92,14 +92,13 @@ class Cluster:
         wrong: list[str] = []
         for host, link in self._links(timeout_s, wrong):
             try:
-                facts = checks.ask(link)
-                found = checks.problems(facts, self.url.standbys)
+                server, found = checks.ask(link, self.url.standbys)
                 if not found:
-                    link.names = facts.names if self.url.standbys else None
+                    link.names = server.names if self.url.standbys else None
                     self._say_single()
                     return link
                 wrong.append(f"{host.name}: {'; '.join(found)}")
-            except Failed as error:
+            except (Failed, Denied) as error:
                 wrong.append(f"{host.name}: {error}")
             link.close()
         raise Failed(", and ".join(wrong))
@@ -110,12 +109,12 @@ class Cluster:
         spare: Link | None = None
         for host, link in self._links(timeout_s, wrong):
             try:
-                facts = checks.ask(link)
-            except Failed as error:
+                server, _ = checks.ask(link, 0)
+            except (Failed, Denied) as error:
                 wrong.append(f"{host.name}: {error}")
                 link.close()
                 continue
-            if not facts.is_standby:
+            if not server.is_standby:
                 if spare is not None:
                     spare.close()
                 return link

@@ -169,7 +169,11 @@ class Records:
         self._url = backup_url
         self._link: Link | None = None
         self.last: Head | None = None
-        self.state = self._asked(lambda link: look(link, cluster.url.backup, url=backup_url))
+        try:
+            self.state = self._asked(lambda link: look(link, cluster.url.backup, url=backup_url))
+        except BaseException:
+            self.close()
+            raise
 
     def _asked(self, ask: Callable[[Link], T]) -> T:
         """What ``ask`` returns, on another connection if one is lost meanwhile."""
@@ -319,6 +323,7 @@ class PostgresReading(Reading):
         last_ns = last.time_ns if records.last else None
         ending = Ending(last.version, last_ns, damage=damage, notes=self._rewinds.notes())
         end = records.position
+        records.close()
         yield Step(ending, end, max(end, records.state.size) if damage else end)
 
     def _steps(self) -> Iterator[Step]:
