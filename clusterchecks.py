@@ -78,6 +78,27 @@ class Fallback(NamedTuple):
     slots: Sequence[Slot]
 
 
+class Found(NamedTuple):
+    """What was found of the cluster of somebody's database.
+
+    Attributes:
+        where: user, host, port and database, without a password.
+        version: of the server, as it says it.
+        synchronous_commit: what its commits wait for.
+        problems: why a commit is not on two machines; none if it is.
+        warnings: what may become a problem.
+    """
+
+    where: str
+    version: str
+    server: Server
+    synchronous_commit: str
+    standbys: list[Standby]
+    fallback: Fallback
+    problems: list[str]
+    warnings: list[str]
+
+
 def demanded(names: str) -> int:
     """How many standbys a commit waits for by this value of synchronous_standby_names."""
     if not names.strip():

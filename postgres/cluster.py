@@ -142,16 +142,20 @@ class Cluster:
             yield host, link
 
     def _settle(self, link: Link) -> None:
-        # Never the server's default: that may be off, or wait for no standby.
-        chosen = str(self._options.get("options") or "")
-        applied = "synchronous_commit=remote_apply" in chosen.replace(" ", "")
-        settings = {**_SETTINGS, "synchronous_commit": "remote_apply" if applied else "on"}
+        settings = {**_SETTINGS, "synchronous_commit": self._synchronous_commit()}
         if link.server >= 140000:
             settings["idle_session_timeout"] = "0"
         calls = ", ".join(
             f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()
         )
         link.run(f"SELECT {calls}")
+
+    def _synchronous_commit(self) -> str:
+        """Never the server's default: that may be off, or wait for no standby."""
+        if not self.url.standbys:
+            return "local"  # A primary whose standby was lost goes on with that.
+        chosen = str(self._options.get("options") or "").replace(" ", "")
+        return "remote_apply" if "synchronous_commit=remote_apply" in chosen else "on"
 
     def _say_single(self) -> None:
         if not self.url.standbys and not self._said_single:
