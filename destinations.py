@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shlex
 import threading
 from collections.abc import Sequence
 
 from backend import Destination, Progress
-from errors import CLI_PATH, ConfigError
+from errors import ConfigError, NoPsycopg
 from filebackend import FileBackend
 from mirrorbackend import MirrorBackend
 from quorum import Roster
@@ -57,10 +55,7 @@ def _in_postgres(url: str) -> Replica:
     try:
         from upkeep.inpostgres import PostgresDestination
     except ImportError as error:
-        raise ConfigError(
-            f"A backup in PostgreSQL needs the package psycopg: {error}.",
-            f"Run `make -C {shlex.quote(os.path.dirname(CLI_PATH))} install POSTGRES=1`.",
-        ) from error
+        raise NoPsycopg(error) from error
     return PostgresDestination(url)
 
 
