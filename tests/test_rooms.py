@@ -21,7 +21,7 @@ LEVELS: tuple[dict[str, str], ...] = (
     {
         "file": "filebackend",
         "socket": "socketbackend",
-        "postgres": "postgres",
+        "postgres": "postgresbackend postgres",
         "mirror": "mirrorbackend several",
     },
     {"remote": "remote"},

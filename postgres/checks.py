@@ -1,0 +1,33 @@
+"""What a server says of itself: whether it keeps what it acknowledges."""
+
+from __future__ import annotations
+
+from clusterchecks import Server, problems
+from postgres.link import NAMES, Link
+
+_SERVER = f"""
+SELECT current_user::text, pg_catalog.pg_is_in_recovery(),
+  current_setting('transaction_read_only') = 'on', current_setting('fsync') = 'on',
+  current_setting('full_page_writes') = 'on', {NAMES},
+  pg_catalog.pg_has_role(current_user, 'pg_read_all_stats', 'USAGE'),
+  (SELECT count(*) FROM pg_catalog.pg_stat_replication WHERE state = 'streaming'
+   AND sync_state IN ('sync', 'quorum')),
+  (SELECT count(*) FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n
+   ON n.oid = c.relnamespace WHERE nspname = 'cln_backup' AND relpersistence = 'u')"""
+
+
+def ask(link: Link, standbys: int) -> tuple[Server, list[str]]:
+    """The server at the other end, and why it may not acknowledge changes, in words.
+
+    Args:
+        standbys: how many of them are to have a change.
+
+    Raises:
+        Failed, Denied.
+    """
+    *values, unlogged = link.run(_SERVER)[0]
+    server = Server._make(values)
+    found = problems(server, standbys)
+    if unlogged and not server.is_standby:
+        found.append("a table in cln_backup is UNLOGGED: a crash empties it")
+    return server, found
