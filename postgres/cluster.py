@@ -22,6 +22,7 @@ _SETTINGS = {
     "lock_timeout": f"{LOCK_TIMEOUT_S}s",
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
+    "plan_cache_mode": "force_generic_plan",
 }
 
 

@@ -30,6 +30,7 @@ KEEPALIVE: Mapping[str, str | int] = {
     "tcp_user_timeout": 20000,
 }
 """A machine that is gone is noticed while it is waited for."""
+NAMES_STATEMENT = "names"
 NAMES = "pg_catalog.current_setting('synchronous_standby_names')"
 _HARMLESS = (b"NOTICE", b"DEBUG", b"INFO", b"LOG")
 _TRANSIENT = ("08", "25", "40", "53", "55", "57", "58", "XX", "F0")
@@ -67,7 +68,6 @@ class Link:
 
     Attributes:
         names: what synchronous_standby_names has to be at each commit, None: anything.
-        prepared: the statement that ``change`` executes is known to the server.
 
     Raises:
         Failed: nobody answers, or not as wanted.
@@ -85,7 +85,7 @@ class Link:
         self._pg = self._connection.pgconn
         self._poll = select.poll()
         self.names: str | None = None
-        self.prepared = False
+        self._knows_names = False
 
     def _hear(self, notice: psycopg.errors.Diagnostic) -> None:
         severity = (notice.severity_nonlocalized or notice.severity or "").encode()
@@ -137,6 +137,9 @@ class Link:
         Raises:
             NotConfirmed: it may be committed on that server alone.
         """
+        if not self._knows_names:
+            self.prepare(NAMES_STATEMENT, f"SELECT {NAMES}", ())
+            self._knows_names = True
         deadline = time.monotonic() + timeout_s
         self._warning, pg = "", self._pg
         with _Broken():
@@ -147,7 +150,7 @@ class Link:
             else:
                 pg.send_query_params(sql.encode(), values, oids, formats, result_format=1)
             pg.pipeline_sync()
-            pg.send_query_params(f"SELECT {NAMES}".encode(), None, result_format=1)
+            pg.send_query_prepared(NAMES_STATEMENT.encode(), None, result_format=1)
             pg.pipeline_sync()
             rows = self._last(self._results(deadline, synced=True))
             names = self._last(self._results(deadline, synced=True))[0][0]
