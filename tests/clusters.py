@@ -123,6 +123,8 @@ class Cluster:
         self.name = name
         self.data = directory / name / "data"
         self.log = directory / name / "log"
+        self.settings = [self.data / "postgresql.auto.conf", directory / name / "own.conf"]
+        """The files of what is its own."""
         self.sockets = directory / "run"
         self.port = int((directory / name / "port").read_text())
         self.host = "127.0.0.1"
@@ -313,7 +315,7 @@ class Pair:
 
     def _state(self) -> object:
         return self.primary.name, [
-            (cluster.pids()[:1], (cluster.data / "postgresql.auto.conf").read_text())
+            (cluster.pids()[:1], *(path.read_text() for path in cluster.settings))
             for cluster in self.clusters.values()
         ]
 

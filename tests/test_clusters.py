@@ -6,10 +6,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests import support
+from tests import cutclusters, support
 from tests.clusters import Cluster, Pair, is_running, until
 
 psycopg = pytest.importorskip("psycopg")
@@ -100,3 +101,24 @@ def test_it_ends_with_who_made_it(pair: Pair) -> None:
     directory, *pids = done.stdout.decode().split()
     until(lambda: not Path(directory).exists(), "it is removed")
     assert not any(is_running(int(pid)) for pid in pids)
+
+
+@pytest.mark.parametrize("kind", [cutclusters.proxy, cutclusters.namespace])
+def test_cut_apart_and_together_again(kind: Any, pair: Pair) -> None:
+    if kind is cutclusters.namespace and (reason := cutclusters.no_namespaces()):
+        pytest.skip(reason)
+    url = table(pair)
+    with kind(pair) as wire:
+        insert(url, 1)
+        wire.cut()
+        waiting = threading.Thread(target=insert, args=(url, 2))
+        waiting.start()
+        pair.await_waiting()
+        # Clients still reach both.
+        with psycopg.connect(pair.url(pair.standby, dbname=database(url))) as connection:
+            assert connection.execute("SELECT n FROM t").fetchall() == [(1,)]
+        assert waiting.is_alive()
+        wire.mend()
+        waiting.join(support.ANSWER_S)
+        pair.await_streaming()
+        assert rows(pair.standby, url) == [1, 2]
