@@ -18,6 +18,7 @@ def main(url: str, path: str) -> None:
     Path(path).unlink(missing_ok=True)
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("PRAGMA synchronous = OFF")
+    database.execute("PRAGMA foreign_keys = ON")
     last: bytes | None = None
 
     def execute(payload: bytes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import psycopg
 from psycopg import pq
@@ -39,7 +39,6 @@ and set again let it go on. The process: behind a pooler the next statement may 
 _HARMLESS = (b"NOTICE", b"DEBUG", b"INFO", b"LOG")
 _TRANSIENT = ("08", "25", "40", "53", "55", "57", "58", "XX", "F0")
 """Classes of SQLSTATE after which another try, or another host, may do. 25 is read-only."""
-_INTS = {20: ">q", 21: ">h", 23: ">i", 26: ">I"}
 _OIDS = {bool: 16, bytes: 17, int: 20, str: 25}
 _FAILED = (pq.ExecStatus.FATAL_ERROR, pq.ExecStatus.BAD_RESPONSE, pq.ExecStatus.PIPELINE_ABORTED)
 
@@ -116,10 +115,19 @@ class Link:
         Raises:
             Failed, Denied.
         """
-        deadline = time.monotonic() + timeout_s
+        self.ask(sql, *params)
+        return self.answer(timeout_s)
+
+    def ask(self, sql: str, *params: Value) -> None:
+        """Send a statement; ``answer`` has what it brings, and must be the next call."""
         with _Broken():
             self._pg.send_query_params(sql.encode(), *_sent(params), result_format=1)
-            return self._last(self._results(deadline))
+            self._pg.flush()
+
+    def answer(self, timeout_s: float = QUERY_TIMEOUT_S) -> list[Row]:
+        """The rows of the statement that was sent: see ``run``."""
+        with _Broken():
+            return self._last(self._results(time.monotonic() + timeout_s))
 
     def prepare(self, name: str, sql: str, oids: Sequence[int]) -> None:
         """Let the server know ``sql`` by ``name``, for ``confirmed``."""
@@ -247,17 +255,26 @@ def _encoded(value: Value) -> bytes | None:
 
 
 def _rows(result: pq.abc.PGresult) -> list[Row]:
-    kinds = [result.ftype(column) for column in range(result.nfields)]
+    get, columns = result.get_value, range(result.nfields)
+    kinds = [_DECODERS.get(result.ftype(column), bytes.decode) for column in columns]
     return [
-        tuple(_decoded(kind, result.get_value(row, column)) for column, kind in enumerate(kinds))
+        tuple(
+            [
+                None if (data := get(row, column)) is None else decode(data)
+                for column, decode in enumerate(kinds)
+            ]
+        )
         for row in range(result.ntuples)
     ]
 
 
-def _decoded(kind: int, data: bytes | None) -> Value:
-    if data is None or kind == _OIDS[bytes]:
-        return data
-    if kind in _INTS:
-        found: int = struct.unpack(_INTS[kind], data)[0]
-        return found
-    return data == b"\1" if kind == _OIDS[bool] else data.decode()
+def _signed(data: bytes) -> int:
+    return int.from_bytes(data, "big", signed=True)
+
+
+_DECODERS: Mapping[int, Callable[[bytes], Value]] = {
+    **dict.fromkeys((20, 21, 23), _signed),
+    _OIDS[bool]: lambda data: data == b"\1",
+    _OIDS[bytes]: bytes,
+}
+"""By the type of a column; all others are text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -193,6 +194,25 @@ class Records:
     def _rows(self, sql: str, *params: Value) -> list[Row]:
         return self._asked(lambda link: link.run(sql, *params))
 
+    def _page(self, sequence: int) -> Callable[[], list[Row]]:
+        """Ask for the records behind ``sequence``: what is called for them."""
+        asked, link = (_PAGE, self.state.number, sequence), self._link
+        if link is None:
+            return lambda: self._rows(*asked)
+        try:
+            link.ask(*asked)
+        except Failed:
+            self.close()
+
+        def rows() -> list[Row]:
+            if link is self._link:
+                with contextlib.suppress(Failed):
+                    return link.answer()
+                self.close()
+            return self._rows(*asked)
+
+        return rows
+
     @property
     def position(self) -> int:
         """Bytes up to the last record seen, as a file has them."""
@@ -209,7 +229,11 @@ class Records:
         log_start = layout2.log_start_of(state.snapshot_size)
         yield from self._snapshot()
         sequence = state.first
-        while rows := self._rows(_PAGE, state.number, sequence):
+        page = self._page(sequence)
+        while rows := page():
+            last = rows[-1][0]
+            assert isinstance(last, int)
+            page = self._page(last)  # On its way while this one is taken apart.
             for row in rows:
                 head, _, _ = head_of(row[:-1], state.backup_id, True)
                 if head.sequence != sequence + 1:
@@ -250,6 +274,7 @@ class Records:
 
     def _missing(self, reason: str) -> NoReturn:
         """Why a row is not there: a compaction, or damage."""
+        self.close()  # A page may be on its way.
         number = self.state.number
         now = self._asked(lambda link: look(link, "", number, self._url))
         if (now.snapshot, now.first) != (self.state.snapshot, self.state.first):
