@@ -18,13 +18,18 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"plugin": "backup healing pylnclient", "server": "server"},
     {"destinations": "destinations", "serving": "serving", "standby": "standby"},
     {"upkeep": "upkeep"},
-    {"file": "filebackend", "socket": "socketbackend", "mirror": "mirrorbackend several"},
+    {
+        "file": "filebackend",
+        "socket": "socketbackend",
+        "postgres": "postgresbackend postgres",
+        "mirror": "mirrorbackend several",
+    },
     {"remote": "remote"},
     {"wire": "protocol stream unixsocket"},
     {"replica": "replica"},
     {"filelog": "filelog", "monitoring": "monitoring", "wallet": "wallet"},
     {"ground": "backend durable scratch space"},
-    {"bottom": "decisions quorum errors environment unwind"},
+    {"bottom": "decisions quorum clusterchecks errors environment unwind"},
 )
 """From the top down: the rooms of each level, and the modules and packages in each.
 
@@ -35,7 +40,13 @@ EXCEPTIONS = {
     ("demo", "tests.support"): "it plays lightningd as the tests do",
 }
 """Importing and imported module: why it may be."""
-ONLY_IN = {"sqlite3": "wallet", "click": "commands", "socks": "remote", "pyln": "plugin"}
+ONLY_IN = {
+    "sqlite3": "wallet",
+    "click": "commands",
+    "socks": "remote",
+    "pyln": "plugin",
+    "psycopg": "postgres",
+}
 """What is foreign, and the one room that knows it."""
 BY_STRING = {
     "environment": "the packages that a program needs, to tell what is missing",
