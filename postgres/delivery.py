@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from backend import NOBODY, TAG_SIZE, log, new_session, taken_over
+from backend import NOBODY, TAG_SIZE, log, new_session, taken_over, too_large
 from decisions import may_write
 from errors import BackupError, OtherOwner
 from filelog.layout2 import CHANGES_STEP, OVERHEAD, Head
@@ -23,6 +23,8 @@ LONGEST_TRY_S = 30.0
 ENDING_S = 10.0
 """What a server may take to end an old connection of ours."""
 LOOK_AGAIN_S = 0.02
+MAX_PAYLOAD = 1 << 29
+"""Bytes. PostgreSQL has a limit of 1 GiB for a row on its way."""
 STATEMENT = "change"
 UNIQUE = "23505"
 
@@ -105,6 +107,11 @@ class Delivery:
         if self._refusal is not None:
             raise self._refusal
         assert self.known is not None, "open comes first"
+        if len(payload) > MAX_PAYLOAD:
+            raise too_large(
+                f"The change to version {head.version} has {len(payload)} bytes; a cluster takes"
+                f" {MAX_PAYLOAD}."
+            )
         patience, before = Patience(self._cluster.url), self.known
         stored = _with_record(before, head)
         try:
