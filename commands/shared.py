@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from backend import (
     log,
 )
 from errors import (
+    CLI,
     BackupError,
     ConfigError,
     DiskError,
@@ -235,6 +237,28 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]
             bar.update(done - bar.pos)
 
         yield advance
+
+
+def warn_old_state(backup: str) -> None:
+    """Say that what was delivered is an old state, and what it is good for.
+
+    Args:
+        backup: the database, or the URL of the backup.
+    """
+    click.echo(
+        "WARNING: this database is an OLD state. Never start the node on it: its peers may take"
+        " the channels' whole funds. Start a new node with the same hsm_secret and"
+        " emergency.recover, and run `lightning-cli emergencyrecover`; use this database only"
+        " to look things up.",
+        err=True,
+    )
+    shown = shlex.quote(backup)
+    click.echo(
+        f"To see its channels: {CLI} channels {shown}\n"
+        "For what `lightning-cli recoverchannel` takes, so that the new node asks its peers to"
+        f" close them: {CLI} channels --static {shown}",
+        err=True,
+    )
 
 
 def readable(size: float | None) -> str:
