@@ -49,7 +49,7 @@ def salvage(images: tuple[str, ...], outdir: str, map_path: str | None, as_json:
     good = None if map_path is None else mapfile.read(map_path)
     directory = _made(outdir)
     with contextlib.closing(Images([os.path.expanduser(i) for i in images], good)) as searched:
-        found = _salvaged(searched, directory)
+        found = salvaged(searched, directory)
         said = [*report.lines(found, searched)]
         _keep_report(directory, said)
         if as_json:
@@ -85,7 +85,8 @@ def _made(outdir: str) -> str:
     return directory
 
 
-def _salvaged(images: Images, directory: str) -> Report:
+def salvaged(images: Images, directory: str) -> Report:
+    """Search ``images`` and deliver into ``directory`` what they hold."""
     index = Index(directory, images.described())
     done = False
     try:

@@ -93,6 +93,13 @@ class Images:
                 break
         return bytes(data)
 
+    def read_padded(self, place: int, size: int, within: int) -> bytes:
+        """``size`` bytes at ``place``, with zeros for what is not of the image of ``within``."""
+        image = self._images[bisect.bisect(self._starts, within) - 1]
+        low, high = max(place, image.start), min(place + size, image.start + image.size)
+        data = self.read(low, high - low) if low < high else b""
+        return bytes(low - place) + data.ljust(place + size - low, b"\0")
+
     def _pread(self, image: Image, begin: int, end: int) -> bytes:
         try:
             data = os.pread(image.fd, end - begin, begin)

@@ -59,11 +59,10 @@ def _join_payload(images: Images, index: Index, effort: Effort, broken: Piece) -
     )
     for place in {piece.place for piece in following if _may_follow(head, piece.head)}:
         tail = place - size
-        if tail < 0 or not effort.allow(2 * size):
+        if not effort.allow(2 * size):
             continue
-        first, second = images.read(broken.place, size), images.read(tail, size)
-        if len(first) != size or len(second) != size:
-            continue
+        first = images.read_padded(broken.place, size, broken.place)
+        second = images.read_padded(tail, size, place)
         for split in _cuts(head, first, second, broken.place, place):
             index.set_joined(broken.id, split, tail + split)
             return
@@ -168,13 +167,14 @@ def _join_head(images: Images, index: Index, effort: Effort, before: Piece, afte
         place = before.tail + (before.head.end - before.head.offset - before.split)
     cut = -place % SECTOR
     tail = after.place - size
-    if not 0 < cut < HEAD.size or size < OVERHEAD or tail < 0 or not effort.allow(2 * size):
+    if not 0 < cut < HEAD.size or size < OVERHEAD or not effort.allow(2 * size):
         return
-    raw = images.read(place, cut) + images.read(tail + cut, HEAD.size - cut)
+    second = images.read_padded(tail, size, after.place)
+    raw = images.read(place, cut) + second[cut : HEAD.size]
     head = layout2.decode_head(raw, before.head.end, before.head.backup_id)
     if head is None or head.end != after.head.offset:
         return
-    payload = images.read(tail + HEAD.size, head.length)
+    payload = second[HEAD.size : HEAD.size + head.length]
     if zlib.crc32(payload) != head.payload_crc:
         return
     chain = chain_after(head.chain_before, head.version, payload)
