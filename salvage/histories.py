@@ -72,7 +72,7 @@ def _roots(index: Index) -> Iterator[Root]:
     if index.children(EMPTY_CHAIN):
         yield Root(EMPTY_CHAIN, 0, array("q"))
     groups = index.ask(
-        "SELECT DISTINCT backup, sequence, version, chain FROM pieces WHERE kind = 1 AND whole"
+        "SELECT DISTINCT backup, sequence, version, chain FROM pieces WHERE kind = 1 AND whole = 1"
         f" AND offset = {layout2.FIRST_RECORD} LIMIT {MOST_SNAPSHOTS}"
     )
     for group in groups:
@@ -81,7 +81,7 @@ def _roots(index: Index) -> Iterator[Root]:
 
 def _snapshots(index: Index, group: tuple[object, ...]) -> Iterator[Root]:
     """The whole snapshot of a group of pieces, if it is whole and there is only one of it."""
-    where = "kind = 1 AND whole AND backup = ? AND sequence = ? AND version = ? AND chain = ?"
+    where = "kind = 1 AND whole = 1 AND backup = ? AND sequence = ? AND version = ? AND chain = ?"
     pieces: array[int] = array("q")
     last: Head | None = None
     content: set[tuple[int, int, int]] = set()
@@ -136,12 +136,11 @@ def _alive(index: Index, chain: bytes) -> list[bytes]:
 
 def _was_taken_back(index: Index, chain: bytes, alone: bool) -> bool:
     """Whether the change that leads to ``chain``, with none behind it, never was committed."""
-    query = (
-        "SELECT 1 FROM pieces r WHERE r.kind = 3 AND r.before = ? AND NOT EXISTS (SELECT 1"
-        " FROM pieces x WHERE x.chain = r.before AND x.kind = 2 AND x.backup = r.backup"
-        " AND x.sequence > r.sequence) LIMIT 1"
-    )
-    if index.ask(query, chain):
+    newest = "SELECT backup, max(sequence) FROM pieces WHERE kind = {} AND {} = ? GROUP BY backup"
+    rewinds = index.ask(newest.format(3, "before"), chain)
+    # Announced again after that, it may have been committed.
+    changes = dict(index.ask(newest.format(2, "chain"), chain)) if rewinds else {}
+    if any(sequence > changes.get(backup, -1) for backup, sequence in rewinds):
         return True
     own = None if alone else index.change_to(chain)
     return own is not None and _came_in_its_place(index, own)
@@ -206,8 +205,8 @@ def behind_holes(index: Index, most: int) -> tuple[list[Hole], int]:
         The ``most`` highest of them, the highest first, and how many there are.
     """
     lost = (
-        " FROM pieces WHERE kind = 2 AND whole AND before != zeroblob(16) AND NOT EXISTS"
-        " (SELECT 1 FROM pieces p WHERE p.chain = pieces.before AND p.whole AND p.kind < 3)"
+        " FROM pieces WHERE kind = 2 AND whole = 1 AND before != zeroblob(16) AND NOT EXISTS"
+        " (SELECT 1 FROM pieces p WHERE p.chain = pieces.before AND p.whole = 1 AND p.kind < 3)"
     )
     ((count,),) = index.ask(f"SELECT count(DISTINCT chain){lost}")
     starts = index.ask(

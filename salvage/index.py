@@ -173,14 +173,14 @@ class Index:
 
     def children(self, chain: bytes) -> list[bytes]:
         """The chains that one whole change behind ``chain`` leads to."""
-        query = "SELECT DISTINCT chain FROM pieces WHERE before = ? AND kind = 2 AND whole"
+        query = "SELECT DISTINCT chain FROM pieces WHERE before = ? AND kind = 2 AND whole = 1"
         return [found for (found,) in self._db.execute(query, (chain,))]
 
     def change_to(self, chain: bytes) -> Piece | None:
         """The last whole record of the change that leads to ``chain``."""
         # Taken back and sent again, it stands there twice: the later one counts, by its session.
         return self.piece(
-            f"chain = ? AND kind = {Kind.CHANGE} AND whole ORDER BY sequence DESC", chain
+            f"chain = ? AND kind = {Kind.CHANGE} AND whole = 1 ORDER BY sequence DESC", chain
         )
 
     def close(self, done: bool) -> None:

@@ -146,7 +146,7 @@ def _around_lost_heads(index: Index) -> Iterator[tuple[Piece, Piece]]:
     """Two records of a file between which one has no head."""
     last = 0
     while before := index.piece(
-        "whole AND layout = 2 AND id > ? AND NOT EXISTS (SELECT 1 FROM pieces b"
+        "whole = 1 AND layout = 2 AND id > ? AND NOT EXISTS (SELECT 1 FROM pieces b"
         " WHERE b.backup = pieces.backup AND b.offset = pieces.ends"
         " AND b.sequence BETWEEN pieces.sequence AND pieces.sequence + 1) ORDER BY id",
         last,
