@@ -180,7 +180,8 @@ class Index:
         """The last whole record of the change that leads to ``chain``."""
         # Taken back and sent again, it stands there twice: the later one counts, by its session.
         return self.piece(
-            f"chain = ? AND kind = {Kind.CHANGE} AND whole = 1 ORDER BY sequence DESC", chain
+            f"chain = ? AND kind = {Kind.CHANGE} AND whole = 1 ORDER BY layout DESC, sequence DESC",
+            chain,
         )
 
     def close(self, done: bool) -> None:

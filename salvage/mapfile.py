@@ -24,7 +24,9 @@ def read(path: str) -> list[tuple[int, int]]:
         raise DiskError(path, error, "read") from error
     lines = (line.partition("#")[0].split() for line in text[:MAX_SIZE].splitlines())
     try:
-        _state, *blocks = [words for words in lines if words]
+        (position, status, *_), *blocks = [words for words in lines if words]
+        if int(position, 0) < 0 or status not in STATUSES:
+            raise ValueError("no state")
         return _good(blocks)
     except ValueError as error:
         raise ConfigError(f"{path} is no map of ddrescue.", _AFTER) from error

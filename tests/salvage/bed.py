@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 import sqlite3
@@ -127,7 +128,7 @@ def _replay(records: Sequence[tuple[Head, bytes]], path: Path) -> None:
 
 def _after_a_stop(sessions: Sequence[Sequence[Call]]) -> int:
     """A session that goes on with all that the one before it announced."""
-    ends = [(calls[0][0] - 1, before[-1][0]) for before, calls in zip(sessions, sessions[1:])]
+    ends = [(calls[0][0] - 1, before[-1][0]) for before, calls in itertools.pairwise(sessions)]
     return next(n for n in range(4, len(sessions)) if len(set(ends[n - 1])) == 1)
 
 
@@ -187,7 +188,11 @@ def cut(rng: random.Random, content: bytes, extent: int) -> list[bytes]:
     found, at = [], 0
     while at < len(content):
         size = extent * rng.choice((1, 1, 2, 3, 8, 32))
-        found.append(content[at : at + size].ljust(-(-len(content[at : at + size]) // extent) * extent, b"\0"))
+        found.append(
+            content[at : at + size].ljust(
+                -(-len(content[at : at + size]) // extent) * extent, b"\0"
+            )
+        )
         at += size
     return found
 
