@@ -192,7 +192,7 @@ def _write(taken: _Taken, directory: str, progress: Progress) -> tuple[str, list
             if problems and taken.is_old:
                 raise BackupError(f"It is not sound: {problems[0]}")
             path = _name(taken, directory)
-            durable.publish(beside, path)
+            durable.replace(beside, path)  # A run that was ended may have left the same there.
         except OSError as error:
             raise DiskError(beside, error, "write") from error
     return path, problems
@@ -220,6 +220,5 @@ def _write_log(taken: _Taken, beside: str) -> None:
 
 
 def _name(taken: _Taken, directory: str) -> str:
-    """A free name; a run that was ended may have left the same history there."""
     base = f"v{taken.last.version}-{taken.last.chain.hex()[:12]}.bkp"
-    return durable.free_name(os.path.join(directory, base))
+    return os.path.join(directory, base)

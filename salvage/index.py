@@ -26,13 +26,11 @@ CREATE INDEX IF NOT EXISTS by_before ON pieces (before, kind, whole, chain);
 CREATE INDEX IF NOT EXISTS by_chain ON pieces (chain, kind, whole, sequence);
 CREATE INDEX IF NOT EXISTS by_offset ON pieces (backup, offset);
 CREATE INDEX IF NOT EXISTS by_sequence ON pieces (backup, sequence, offset);
-CREATE INDEX IF NOT EXISTS by_whole ON pieces (whole);
-CREATE INDEX IF NOT EXISTS by_kind ON pieces (kind);
+CREATE INDEX IF NOT EXISTS broken ON pieces (id) WHERE whole = 0;
+CREATE INDEX IF NOT EXISTS snapshots ON pieces (chain, offset) WHERE kind = 1;
 """
 _INSERT = f"INSERT INTO pieces VALUES (NULL{', ?' * 15})"
 _ROW = "id, place, payload, layout, whole, split, tail, head"
-MOST = 1 << 62
-"""Numbers from here on are in no record of ours, and SQLite's end at twice of it."""
 
 
 class Piece(NamedTuple):
@@ -62,10 +60,8 @@ def row(
 ) -> tuple[object, ...]:
     """What ``Index.add`` takes: ``raw`` is ``head`` as bytes."""
     at = place + HEAD.size if payload is None else payload
-    return (
-        *(place, at, layout, int(whole), 0, 0, raw, head.kind, head.backup_id, head.sequence),
-        *(head.offset, head.end, head.version, head.chain_before, head.chain),
-    )
+    found = place, at, layout, int(whole), 0, 0, raw, head.kind, head.backup_id, head.sequence
+    return (*found, head.offset, head.end, head.version, head.chain_before, head.chain)
 
 
 class Index:
@@ -195,6 +191,6 @@ class Index:
             durable.discard(self.path)
 
 
-def is_ours(head: Head) -> bool:
-    """Whether SQLite can hold its numbers."""
-    return max(head.sequence, head.offset, head.changes, head.time_ns) < MOST
+def is_ours(raw: bytes) -> bool:
+    """Whether SQLite can hold the numbers of a head."""
+    return not (raw[24] | raw[32] | raw[48] | raw[56]) & 0xC0

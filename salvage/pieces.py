@@ -145,8 +145,9 @@ def _power_of(size: int) -> int:
 def _around_lost_heads(index: Index) -> Iterator[tuple[Piece, Piece]]:
     """Two records of a file between which one has no head."""
     last = 0
-    while before := index.piece(
-        "whole = 1 AND layout = 2 AND id > ? AND NOT EXISTS (SELECT 1 FROM pieces b"
+    while before := index.piece(  # A head is cut where a sector ends soon behind the record.
+        f"whole = 1 AND layout = 2 AND id > ? AND (split OR (place + ends - offset) % {SECTOR}"
+        f" > {SECTOR - HEAD.size}) AND NOT EXISTS (SELECT 1 FROM pieces b"
         " WHERE b.backup = pieces.backup AND b.offset = pieces.ends"
         " AND b.sequence BETWEEN pieces.sequence AND pieces.sequence + 1) ORDER BY id",
         last,

@@ -71,11 +71,10 @@ def scan(images: Images, index: Index, effort: Effort, progress: Progress) -> No
 
 def _scan_window(images: Images, index: Index, effort: Effort, low: int, high: int) -> None:
     data = images.read(low, high - low + _OVERLAP)
-    data_before = images.read(max(low - _BEFORE, 0), _BEFORE) if low else b""
     with index.changing():
         index.add(_records(images, effort, data, low, high))
         index.add_olds(_headers(images, data, low, high))
-        index.add_olds(_snapshots(data_before + data, low - len(data_before), low, high))
+        index.add_olds(_snapshots(images, data, low, high))
         index.set_note("scanned", high)
 
 
@@ -87,7 +86,7 @@ def _records(
     while at >= 0:
         raw = data[at : at + HEAD.size]
         head = layout2.decode_head(raw, int.from_bytes(raw[32:40], "big"), None)
-        if head is not None and is_ours(head):
+        if head is not None and is_ours(raw):
             payload = view[at + HEAD.size : at + HEAD.size + head.length]
             whole = effort.allow(head.length) and _checks(images, head, low + at, payload)
             yield row(low + at, head, raw, whole)
@@ -96,6 +95,22 @@ def _records(
 
 def _checks(images: Images, head: Head, place: int, seen: memoryview) -> bool:
     """Whether the payload behind ``place`` is there; ``seen`` is all of it, or its beginning."""
+    if len(seen) == head.length:
+        if zlib.crc32(seen) != head.payload_crc:
+            return False
+        return head.kind != Kind.CHANGE or _chain(head, seen) == head.chain
+    return _checks_in_steps(images, head, place, seen)
+
+
+def _chain(head: Head, payload: memoryview) -> bytes:
+    before = head.chain_before + head.version.to_bytes(4, "big")
+    digest = hashlib.blake2b(before, digest_size=CHAIN_SIZE)
+    digest.update(payload)
+    return digest.digest()
+
+
+def _checks_in_steps(images: Images, head: Head, place: int, seen: memoryview) -> bool:
+    """``_checks``, however long the payload is."""
     crc = zlib.crc32(seen)
     chain = hashlib.blake2b(head.chain_before, digest_size=CHAIN_SIZE)
     chain.update(head.version.to_bytes(4, "big"))
@@ -132,12 +147,14 @@ def is_header(header: bytes) -> bool:
     return bool(in_order and (before <= version + 1))
 
 
-def _snapshots(data: bytes, at_zero: int, low: int, high: int) -> Iterator[tuple[int, bool, int]]:
-    """Entries of layout 1 with a whole SQLite file; ``data`` begins at ``at_zero``."""
+def _snapshots(images: Images, data: bytes, low: int, high: int) -> Iterator[tuple[int, bool, int]]:
+    """Entries of layout 1 with a whole SQLite file."""
     at = data.find(SQLITE)
-    while at >= 0 and at_zero + at < high:
-        if at >= _BEFORE and at_zero + at >= low:
-            length, version, kind = layout1.ENTRY.unpack_from(data, at - _BEFORE)
+    while 0 <= at < high - low:
+        place = low + at - _BEFORE
+        before = images.read(place, _BEFORE) if place >= 0 else b""
+        if len(before) == _BEFORE:
+            length, version, kind = layout1.ENTRY.unpack(before)
             if kind == layout1.SNAPSHOT and length >= SECTOR and not length % SECTOR:
-                yield at_zero + at - _BEFORE, False, version
+                yield place, False, version
         at = data.find(SQLITE, at + 1)
