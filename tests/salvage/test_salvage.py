@@ -525,3 +525,45 @@ def test_ext4(bed: Bed, tmp_path: Path, deleted: bool) -> None:
     beds.check(bed, report, tmp_path / "state.sqlite3")
     assert bed.version in versions(report)
     assert report.delivered[0].layout == 2, "of two copies the one with checksums"
+
+
+@contextlib.contextmanager
+def mounted(image: Path, directory: Path) -> Iterator[Path]:
+    """A new ext4 on the file ``image``, where this user may mount one."""
+    directory.mkdir()
+    for command in (
+        ["mkfs.ext4", "-q", "-b", "1024", str(image), "16M"],
+        ["mount", "-o", "loop", str(image), str(directory)],
+    ):
+        if not shutil.which(command[0]):
+            pytest.skip(f"there is no {command[0]}")
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{command[0]}: {done.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_deleted_from_a_fragmented_ext4(bed: Bed, tmp_path: Path) -> None:
+    """Several writers at once, as the blocks of the disk show; then all is deleted."""
+    image, rng = tmp_path / "disk.img", random.Random(4)
+    with mounted(image, tmp_path / "disk") as disk:
+        contents = {"whole": bed.files["whole"][:1100000], "copy": bed.files["copy"]}
+        contents["junk"] = rng.randbytes(1 << 20)
+        done = dict.fromkeys(contents, 0)
+        while left := [name for name in done if done[name] < len(contents[name])]:
+            name = rng.choice(left)
+            size = rng.randint(1, 60) * 1000
+            with (disk / name).open("ab") as file:
+                file.write(contents[name][done[name] : done[name] + size])
+                file.flush()
+                os.fsync(file.fileno())  # Or its blocks are chosen later, and in one.
+            done[name] += size
+        for name in contents:
+            (disk / name).unlink()
+    report = beds.run(tmp_path / "out", image)
+    beds.check(bed, report, tmp_path / "state.sqlite3")
+    assert bed.version in versions(report)
+    assert report.delivered[0].extent_count > 1
