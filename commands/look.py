@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import click
 
@@ -34,9 +34,13 @@ from errors import (
     BackupError,
     DoesNotReplay,
 )
+from monitoring import fields
+from monitoring.fields import Fields
+from monitoring.metrics import render
+from monitoring.metrics import write as write_metrics
 from quorum import Roster
 from several import hearing
-from several.hearing import IN_STEP, Heard
+from several.hearing import Heard
 from wallet import restore as restoring
 
 NOT_CHECKED = "none at its end (--check reads all of it)"
@@ -47,7 +51,19 @@ NOT_CHECKED = "none at its end (--check reads all of it)"
 @backup_of_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--check", is_flag=True, help="Read and check all of it, not only its end.")
-def status(urls: tuple[str, ...], lightning_dir: str | None, as_json: bool, check: bool) -> None:
+@click.option(
+    "--metrics",
+    metavar="FILE",
+    callback=expand,
+    help="Write the figures there, too, for node_exporter or Prometheus.",
+)
+def status(
+    urls: tuple[str, ...],
+    lightning_dir: str | None,
+    as_json: bool,
+    check: bool,
+    metrics: str | None,
+) -> None:
     """Say what the backup at URL holds, by a look at its end. Works beside a running node.
 
     With several URLs, or --lightning-dir for those of a node: how each of them stands.
@@ -61,61 +77,87 @@ def status(urls: tuple[str, ...], lightning_dir: str | None, as_json: bool, chec
         backup-cli status --lightning-dir ~/.lightning/bitcoin
     """
     chosen = chosen_urls(urls, lightning_dir)
-    if len(chosen) == 1:
-        _status_of_one(chosen[0], as_json, check)
-    else:
-        _status_of_several(chosen, as_json, check)
+    try:
+        found = look_at(chosen, check)
+    except BackupError as error:
+        shown = {"url": " ".join(chosen), "error": str(error)}
+        if as_json:
+            click.echo(json.dumps(shown))
+        if metrics is not None:
+            write_metrics(metrics, render(shown, error.exit_code, time.time()))
+        raise
+    click.echo(json.dumps(found.shown, indent=2) if as_json else found.text)
+    for warning in found.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    for problem in found.errors:
+        click.echo(f"Error: {problem}", err=True)
+    if metrics is not None:
+        write_metrics(metrics, render(found.shown, found.exit_code, time.time()))
+    sys.exit(found.exit_code)
 
 
-def _status_of_several(urls: Sequence[str], as_json: bool, check: bool) -> None:
+class Found(NamedTuple):
+    """What a look found: fields for programs, and the same for people."""
+
+    shown: Fields
+    text: str
+    warnings: list[str]
+    errors: list[str]
+    all_in_step: bool = True
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command."""
+        if self.errors:
+            return 1
+        is_warned = self.warnings or not self.all_in_step
+        return EXIT_WARNING if is_warned else 0
+
+
+def look_at(urls: Sequence[str], check: bool) -> Found:
+    """How the backup at ``urls`` stands.
+
+    Args:
+        check: read and check all of it, not only its end.
+
+    Raises:
+        BackupError: it cannot be looked at.
+    """
+    return _status_of_one(urls[0], check) if len(urls) == 1 else _status_of_several(urls, check)
+
+
+def _status_of_several(urls: Sequence[str], check: bool) -> Found:
     found = hearing.hear([destinations.backend_for(url) for url in urls])
     leader, doubt = hearing.choose(found, allow_missing=True)
     roster = hearing.newest_roster(found, None) or Roster(0, len(urls), tuple(urls))
     rows = [_row(heard, leader, check) for heard in found]
-    in_step = sum(row["standing"] == IN_STEP and not row["damage"] for row in rows)
     rule = roster.rule
-    about = {
-        "destinations": rows,
-        "acks": rule.k,
-        "in_step": in_step,
-        "survives_loss_of": max(0, in_step - 1),
-        "goes_on_without": max(0, in_step - rule.k),
-    }
-    if as_json:
-        shown = dataclasses.asdict(leader.replica.status()) | about
-        click.echo(json.dumps(shown, indent=2))
-    else:
-        click.echo("\n\n".join(map(_describe_row, rows)))
-        click.echo(
-            f"\n{in_words(rule)}. Now {in_step} are in step: it survives the loss of"
-            f" {about['survives_loss_of']}, and the node goes on without"
-            f" {about['goes_on_without']}."
-        )
-    for url in roster.urls:
-        if url not in urls:
-            click.echo(f"Warning: {url} is one of the destinations, too.", err=True)
+    shown = fields.of_several(leader.replica.status(), rows, rule.k)
+    in_step = shown["in_step"]
+    text = (
+        "\n\n".join(map(_describe_row, rows))
+        + f"\n\n{in_words(rule)}. Now {in_step} are in step: it survives the loss of"
+        f" {shown['survives_loss_of']}, and the node goes on without"
+        f" {shown['goes_on_without']}."
+    )
+    warnings = [f"{url} is one of the destinations, too." for url in roster.urls if url not in urls]
+    errors = []
     if doubt is not None or in_step < rule.k or any(row["damage"] for row in rows):
-        click.echo(f"Error: {doubt or 'Too few destinations are in step.'}", err=True)
-        sys.exit(1)
-    warned = in_step < rule.n or any(row["warnings"] for row in rows)
-    sys.exit(EXIT_WARNING if warned else 0)
+        errors.append(str(doubt or "Too few destinations are in step."))
+    is_well = in_step >= rule.n and not any(row["warnings"] for row in rows)
+    return Found(shown, text, warnings, errors, is_well)
 
 
-def _row(heard: Heard, leader: Heard, check: bool) -> dict[str, Any]:
+def _row(heard: Heard, leader: Heard, check: bool) -> Fields:
     """What is shown of one of several destinations."""
-    row: dict[str, Any] = {"url": heard.url, "standing": hearing.standing(heard, leader)}
     found = None
     with contextlib.suppress(BackupError):
         found = heard.replica.status(check)
-    row["version"] = found.version if found else None
-    row["last_change_ns"] = found.last_change_ns if found else None
-    row["damage"] = (found.damage or found.unsound) if found else None
-    row["warnings"] = found.warnings if found else []
-    row["error"] = str(heard.error) if heard.error else None
-    return row
+    error = str(heard.error) if heard.error else None
+    return fields.destination(heard.url, found, hearing.standing(heard, leader), error)
 
 
-def _describe_row(row: dict[str, Any]) -> str:
+def _describe_row(row: Fields) -> str:
     last = utc(row["last_change_ns"]) if row["last_change_ns"] else "none"
     lines = [("destination", row["url"]), ("version", row["version"]), ("last change", last)]
     lines += [("", row["standing"])]
@@ -124,25 +166,14 @@ def _describe_row(row: dict[str, Any]) -> str:
     return "\n".join(f"{name + ':' if name else '':16}{value}" for name, value in lines)
 
 
-def _status_of_one(url: str, as_json: bool, check: bool) -> None:
-    try:
-        backend = destinations.backend_for(url)
-        with backend.checking() if check else contextlib.nullcontext():
-            found = backend.status(check)
-    except BackupError as error:
-        if as_json:
-            click.echo(json.dumps({"url": url, "error": str(error)}))
-        raise
-    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else _describe(found))
-    for warning in found.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+def _status_of_one(url: str, check: bool) -> Found:
+    backend = destinations.backend_for(url)
+    with backend.checking() if check else contextlib.nullcontext():
+        found = backend.status(check)
+    errors = [found.damage] if found.damage else []
     if found.unsound and not found.damage:
-        click.echo(f"Error: The last check beside the node found: {found.unsound}", err=True)
-    if found.damage:
-        click.echo(f"Error: {found.damage}", err=True)
-    if found.damage or found.unsound:
-        sys.exit(1)
-    sys.exit(EXIT_WARNING if found.warnings else 0)
+        errors.append(f"The last check beside the node found: {found.unsound}")
+    return Found(fields.of_one(found), _describe(found), found.warnings, errors)
 
 
 @main.command()
@@ -181,7 +212,11 @@ def verify(
         raise BackupError(f"{len(failed)} of {len(chosen)} destinations could not be proven.")
     if len(chosen) > 1:
         # That each of them is sound does not make them the same.
-        _status_of_several(chosen, as_json=False, check=False)
+        found = _status_of_several(chosen, check=False)
+        click.echo(found.text)
+        for problem in found.errors:
+            click.echo(f"Error: {problem}", err=True)
+        sys.exit(found.exit_code)
 
 
 def _verify(url: str, against: str | None, scratch: str | None) -> None:

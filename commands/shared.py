@@ -253,12 +253,8 @@ def warn_old_state(backup: str) -> None:
         err=True,
     )
     shown = shlex.quote(backup)
-    click.echo(
-        f"To see its channels: {CLI} channels {shown}\n"
-        "For what `lightning-cli recoverchannel` takes, so that the new node asks its peers to"
-        f" close them: {CLI} channels --static {shown}",
-        err=True,
-    )
+    click.echo(f"The channels in it: {CLI} channels {shown}", err=True)
+    click.echo(f"For their peers to close them: {CLI} channels --static {shown}", err=True)
 
 
 def readable(size: float | None) -> str:

@@ -49,7 +49,16 @@ def app(tmp_path: Path) -> Path:
     directory.mkdir(parents=True)
     for path in [*support.ROOT.glob("*.py"), support.CLI]:
         shutil.copy(path, directory)
-    for room in ("commands", "filelog", "remote", "salvage", "several", "upkeep", "wallet"):
+    for room in (
+        "commands",
+        "filelog",
+        "monitoring",
+        "remote",
+        "salvage",
+        "several",
+        "upkeep",
+        "wallet",
+    ):
         shutil.copytree(support.ROOT / room, directory / room)
     return directory
 

@@ -33,7 +33,10 @@ PAGES = [
     *(ROOT / "docs" / f"{name}.md" for name in ("errors", "monitoring", "moving", "remote")),
     *(ROOT / "docs" / f"{name}.md" for name in ("restoring", "several", "switching", "healing")),
     *(ROOT / "docs" / f"{name}.md" for name in ("ssh-to-backup", "ssh-to-node", "onion", "vpn")),
-    *(ROOT / "docs" / f"{name}.md" for name in ("installing", "internals", "faults", "salvage")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("installing", "internals", "faults", "channels", "salvage")
+    ),
 ]
 BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 IDLE = ("lightningd", "lightning-cli", "make", "useradd", "systemctl")
