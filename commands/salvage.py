@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ import durable
 from commands.shared import EXIT_UNSOUND, expand, main, progress_bar, warn_old_state
 from errors import BackupError, ConfigError, DiskError
 from salvage import delivery, histories, mapfile, old, pieces, report, scan
+from salvage.delivery import Delivered
 from salvage.images import Images
 from salvage.index import NAME, Index
 from salvage.report import MOST_DELIVERED, MOST_HOLES, Report
@@ -46,6 +48,7 @@ def salvage(images: tuple[str, ...], outdir: str, map_path: str | None, as_json:
     """
     if map_path is not None and len(images) > 1:
         raise click.UsageError("--mapfile is of one IMAGE.")
+    _require_other_disk(images, outdir)
     good = None if map_path is None else mapfile.read(map_path)
     directory = _made(outdir)
     with contextlib.closing(Images([os.path.expanduser(i) for i in images], good)) as searched:
@@ -68,6 +71,19 @@ def salvage(images: tuple[str, ...], outdir: str, map_path: str | None, as_json:
     )
     warn_old_state("file://" + files[0])
     sys.exit(EXIT_UNSOUND)
+
+
+def _require_other_disk(images: tuple[str, ...], outdir: str) -> None:
+    """Refuse to write to a device that is searched: its deleted files are in its free blocks."""
+    parent = os.path.dirname(os.path.realpath(outdir))
+    for path in images:
+        with contextlib.suppress(OSError):  # Who opens them says why.
+            found = os.stat(path)
+            if stat.S_ISBLK(found.st_mode) and found.st_rdev == os.stat(parent).st_dev:
+                raise ConfigError(
+                    f"{outdir} would be on {path}, which is searched.",
+                    "Name a directory on another disk.",
+                )
 
 
 def _made(outdir: str) -> str:
@@ -104,7 +120,7 @@ def salvaged(images: Images, directory: str) -> Report:
 
 def _delivered(images: Images, index: Index, effort: scan.Effort, directory: str) -> Report:
     all_of_them = histories.find(index)
-    delivered = []
+    delivered: list[Delivered] = []
     for history in all_of_them[:MOST_DELIVERED]:
         with progress_bar(f"Version {history.tip.version}", 0) as advance:
             delivered.append(delivery.deliver(images, index, history, directory, advance))
@@ -118,7 +134,7 @@ def _delivered(images: Images, index: Index, effort: scan.Effort, directory: str
         not_tried=[history.tip.version for history in all_of_them[MOST_DELIVERED:]],
         holes=holes,
         hole_count=hole_count,
-        limits=[*_limits(images, effort)],
+        limits=[*_limits(images, effort), *_not_reached(images, index, delivered)],
     )
 
 
@@ -130,6 +146,16 @@ def _limits(images: Images, effort: scan.Effort) -> Iterator[str]:
         )
     for path, offset in images.unreadable:
         yield f"{path}: the block at offset {offset} could not be read."
+
+
+def _not_reached(images: Images, index: Index, delivered: list[Delivered]) -> Iterator[str]:
+    version, place = index.highest_old()
+    if version > max((found.version for found in delivered if found.path), default=0):
+        path, offset = images.where(place)
+        yield (
+            f"{path}: at offset {offset} a file of layout 1 begins whose header names version"
+            f" {version}, which was not reached."
+        )
 
 
 def _keep_report(directory: str, said: list[str]) -> None:

@@ -80,31 +80,47 @@ def _roots(index: Index) -> Iterator[Root]:
 
 
 def _snapshots(index: Index, group: tuple[object, ...]) -> Iterator[Root]:
-    """The whole snapshot of a group of pieces, if it is whole and there is only one of it."""
+    """The whole snapshot of a group of pieces, if it is whole."""
     where = "kind = 1 AND whole = 1 AND backup = ? AND sequence = ? AND version = ? AND chain = ?"
-    pieces: array[int] = array("q")
+    order = "ORDER BY offset, place"
+    found = _assembled(index.pieces(f"{where} {order}", *group))
+    if found is not None:
+        yield found
+        return
+    # Two snapshots may name the same. Which piece is whose is only known of one in one extent.
+    starts = index.pieces(f"{where} AND offset = {layout2.FIRST_RECORD} {order} LIMIT 100", *group)
+    for start in list(starts):
+        here = f"{where} AND place - offset = ? AND place >= ? {order}"
+        apart = start.place - start.head.offset
+        found = _assembled(index.pieces(here, *group, apart, start.place))
+        if found is not None:
+            yield found
+            return
+
+
+def _assembled(pieces: Iterator[Piece]) -> Root | None:
+    """The snapshot of these pieces, which are in order, if it is whole and there is only one."""
+    ids: array[int] = array("q")
     last: Head | None = None
-    content: set[tuple[int, int, int]] = set()
-    for piece in index.pieces(f"{where} ORDER BY offset, place", *group):
+    for piece in pieces:
         head = piece.head
-        key = head.offset, head.length, head.payload_crc
         if last is not None and head.offset == last.offset:
-            if key in content and _is_of(head, last):
-                continue  # Another copy of it.
-            return  # Two snapshots that name the same: which piece is whose cannot be told.
+            if _content(head) != _content(last):
+                return None
+            continue  # Another copy of it.
         if last is not None and (head.offset != last.end or last.flags & layout2.FINAL):
-            return
-        if last is not None and not _is_of(head, last):
-            return
-        content = {key}
-        pieces.append(piece.id)
+            return None
+        if last is not None and _content(head)[:2] != _content(last)[:2]:
+            return None
+        ids.append(piece.id)
         last = head
-    if last is not None and last.flags & layout2.FINAL:
-        yield Root(last.chain, last.version, pieces)
+    if last is None or not last.flags & layout2.FINAL:
+        return None
+    return Root(last.chain, last.version, ids)
 
 
-def _is_of(head: Head, other: Head) -> bool:
-    return (head.time_ns, head.session) == (other.time_ns, other.session)
+def _content(head: Head) -> tuple[object, ...]:
+    return head.time_ns, head.session, head.flags, head.length, head.payload_crc
 
 
 def _tips(

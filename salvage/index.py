@@ -14,6 +14,8 @@ from errors import ConfigError, DiskError
 from filelog.layout2 import HEAD, Head, Kind
 
 NAME = "salvage.index"
+MOST_CHILDREN = 1000
+"""Changes looked at behind one state. A node makes two at most; empty are all at the beginning."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS olds (place INTEGER PRIMARY KEY, is_header INTEGER, version INTEGER);
@@ -148,6 +150,12 @@ class Index:
             "UPDATE pieces SET split = ?, tail = ? WHERE id = last_insert_rowid()", (split, tail)
         )
 
+    def highest_old(self) -> tuple[int, int]:
+        """The highest version that a header of layout 1 names, and its place; zeros if none."""
+        query = "SELECT version, place FROM olds WHERE is_header ORDER BY version DESC LIMIT 1"
+        found = self._db.execute(query).fetchone()
+        return (0, 0) if found is None else (found[0], found[1])
+
     def pieces(self, where: str, *values: object) -> Iterator[Piece]:
         """The records for which ``where`` holds, which may end in an order and a limit."""
         for found in self._db.execute(f"SELECT {_ROW} FROM pieces WHERE {where}", values):
@@ -169,8 +177,10 @@ class Index:
 
     def children(self, chain: bytes) -> list[bytes]:
         """The chains that one whole change behind ``chain`` leads to."""
-        query = "SELECT DISTINCT chain FROM pieces WHERE before = ? AND kind = 2 AND whole = 1"
-        return [found for (found,) in self._db.execute(query, (chain,))]
+        query = (
+            "SELECT DISTINCT chain FROM pieces WHERE before = ? AND kind = 2 AND whole = 1 LIMIT ?"
+        )
+        return [found for (found,) in self._db.execute(query, (chain, MOST_CHILDREN))]
 
     def change_to(self, chain: bytes) -> Piece | None:
         """The last whole record of the change that leads to ``chain``."""

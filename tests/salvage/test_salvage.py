@@ -26,8 +26,9 @@ from filelog.writer import write_log
 from salvage import mapfile, pieces, scan
 from salvage.images import Images
 from salvage.index import NAME, Index
-from salvage.report import Report
+from salvage.report import Report, as_json
 from tests.layout1_files import entry, header
+from tests.monitoring.test_json import check, contract
 from tests.salvage import bed as beds
 from tests.salvage.bed import Bed
 from tests.support import add_session, change, first_changes, make_backup, records_of, run_cli
@@ -157,6 +158,9 @@ def test_nothing_behind_a_hole_is_applied(bed: Bed, tmp_path: Path) -> None:
     report = found(bed, tmp_path, bytes(content))
     (reached,) = versions(report)
     (hole,) = report.holes
+    with contextlib.closing(Images([str(tmp_path / "disk.img")])) as images:
+        (shown,) = as_json(report, images)["behind_holes"]
+    check(shown, contract("`backup-cli salvage --json`", 2))
     assert reached < hole.first <= hole.last == bed.version
 
 
@@ -256,6 +260,33 @@ def test_layout_1_with_a_snapshot_that_is_not_sound(bed: Bed, tmp_path: Path) ->
     content[20000:60000] = bytes(40000)
     report = found(bed, tmp_path, bytes(content))
     assert not versions(report) and report.delivered[0].failure
+
+
+def test_header_of_layout_1_that_is_ahead(bed: Bed, tmp_path: Path) -> None:
+    content = header(bed.version + 5, 1 << 20) + bed.earlier["earlier"][512:]
+    report = found(bed, tmp_path, b"x" * 512, content, bytes(9999))
+    assert versions(report) == [bed.version]
+    assert f"names version {bed.version + 5}, which was not reached" in report.limits[0]
+
+
+def test_layout_1_with_an_end_of_zeros_or_half_an_entry(bed: Bed, tmp_path: Path) -> None:
+    content = bed.earlier["earlier"]
+    half = entry(bed.version + 1, b"UPDATE vars", length=100)
+    assert versions(found(bed, tmp_path, content + half)) == [bed.version]
+    shutil.rmtree(tmp_path / "out")
+    assert versions(found(bed, tmp_path, content + bytes(4096) + content)) == [bed.version]
+
+
+def test_two_snapshots_that_name_the_same(bed: Bed, tmp_path: Path) -> None:
+    """Their pieces are not mixed: each is taken whole, where it is in one extent."""
+    first, head = bed.files["again"], layout2.FIRST_RECORD
+    record = layout2.decode_head(first[head : head + HEAD.size], head, None)
+    assert record is not None
+    payload = bytearray(first[head + HEAD.size :][: record.length])
+    payload[92] ^= 1  # Which of its releases has written it: SQLite does not look at that.
+    other = first[:head] + layout2.encode(record, bytes(payload)) + first[record.end :]
+    report = found(bed, tmp_path, first, other)
+    assert versions(report) == [bed.version]
 
 
 # A map of ddrescue
@@ -485,7 +516,11 @@ def test_command(bed: Bed, tmp_path: Path) -> None:
     run_cli("verify", f"file://{path}")
     assert "not empty" in run_cli("salvage", image, outdir, check=1).stderr
     done = run_cli("salvage", "--json", image, tmp_path / "out2", check=3)
-    (history,) = json.loads(done.stdout)["histories"]
+    shown = json.loads(done.stdout)
+    section = "`backup-cli salvage --json`"
+    check(shown, contract(section))
+    (history,) = shown["histories"]
+    check(history, contract(section, 1))
     assert (history["version"], history["layout"]) == (bed.version, 2)
 
 
