@@ -469,11 +469,15 @@ def test_a_full_disk_is_told_and_nothing_of_it_stays(
     pair.primary.sql("ALTER TABLE cln_backup.records SET TABLESPACE small", dbname=dbname)
     calls: list[Call] = []
     with opened(of_more(pair, url, pair.primary, standbys="0", retry_for="1")) as backend:
-        with pytest.raises(BackupError, match="No space left on device"):
+
+        def fill() -> None:
             for version in range(1, 12):
                 call = support.change(version, "-- " + "x" * 500_000)
                 add(backend, call)
                 calls.append(call)
+
+        with pytest.raises(BackupError, match="No space left on device"):
+            fill()
         assert 0 < len(calls) < 11
         with pytest.raises(BackupError, match="No space left on device"):
             add(backend, CHANGES[len(calls)])
