@@ -283,9 +283,8 @@ class MirrorBackend(Followable):
         deadline_s: float | None = None
         with self._changed:
             while True:
-                for member in self._members:
-                    if member.error is not None and _is_taken(member.error):
-                        raise member.error
+                if (taken := self._taken(self._rule.to_start)) is not None:
+                    raise taken
                 heard = sum(member.heard for member in self._members)
                 voting = sum(member.heard and member.votes for member in self._members)
                 silent = sum(not m.heard and not m.failed for m in self._members)
@@ -300,6 +299,12 @@ class MirrorBackend(Followable):
                 if deadline_s is None and enough is not None:
                     deadline_s = now + PATIENCE_S
                 self._changed.wait(deadline_s and deadline_s - now)
+
+    def _taken(self, needed: int) -> BackupError | None:
+        """Why ``needed`` of them will never take what this node writes: another took them over."""
+        errors = [m.error for m in self._members if m.error is not None and _is_taken(m.error)]
+        # One that was away when another node was shut out is still that one's: it may lag.
+        return errors[0] if len(self._members) - len(errors) < needed else None
 
     def _too_few(self, voting: int, heard: int) -> BackupError:
         errors = [(m.url, m.error) for m in self._members if not m.heard and m.error is not None]
@@ -440,9 +445,12 @@ class MirrorBackend(Followable):
         return sum(
             not self._has(member, number) and (member.part is Part.IN_STEP or not late)
             for member in self._members
+            if member.error is None or not _is_taken(member.error)
         )
 
     def _not_stored(self, stored: int) -> BackupError:
+        if (taken := self._taken(self._rule.k)) is not None:
+            return taken
         told = " ".join(f"{m.url}: {m.error.problem}" for m in self._members if m.error is not None)
         return Silent(
             f"{stored} of {self._rule.n} destinations have stored the change, and {self._rule.k}"
