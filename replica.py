@@ -150,9 +150,9 @@ class Replica(Followable):
         """
         with scratch.held(self.scratch_paths(None)) as base:
             snapshot, begins, first = _unpacked(records, f"{base}.sqlite3")
-            self.close()
             # Who is cut off here goes on from here, and has not forgotten of which start it heard.
             session = session_of(owner, term_of(begins.session), start_of(self.newest.session))
+            self.close()
             # Until all is there it lacks some of what it had acknowledged, if that is newer.
             lacks = snapshot is None or snapshot.version < self.version
             kept = self.replace(snapshot, session, override=lacks)
