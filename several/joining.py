@@ -71,7 +71,9 @@ def plan(urls: Sequence[str], acks: int, former: Roster | None, make: Make) -> P
     for heard in chosen:
         if heard.error is not None and not _is_absent(heard):
             raise heard.error
-    _check_distinct(chosen)
+    ids = _check_distinct(chosen)
+    # One that only has another name now is not dropped.
+    found = [h for h in found if h in chosen or h.look is None or h.look.backup_id not in ids]
     before = newest_roster(found, former)
     if before is not None and (doubt := missing(found, before)) is not None:
         raise doubt
@@ -97,7 +99,8 @@ def plan(urls: Sequence[str], acks: int, former: Roster | None, make: Make) -> P
     )
 
 
-def _check_distinct(chosen: Sequence[Heard]) -> None:
+def _check_distinct(chosen: Sequence[Heard]) -> set[bytes]:
+    """Their ids; ConfigError if two of them are one destination."""
     by_id: dict[bytes, str] = {}
     for heard in chosen:
         if heard.look is None:
@@ -109,6 +112,7 @@ def _check_distinct(chosen: Sequence[Heard]) -> None:
                 " other's file.",
                 "Name one of them once. Remove a copy: an empty destination gets all there is.",
             )
+    return set(by_id)
 
 
 def _is_absent(heard: Heard) -> bool:

@@ -347,3 +347,17 @@ class LogAdder:
                 change = Change(version, None, CALLS[version - 1][1])
                 head = change_behind(self.flaky.newest, change, session_of(self.owner, 9, 9), 1)
                 self.flaky.add_record(head, change.payload)
+
+
+def test_one_that_only_has_another_name_is_not_dropped(tmp_path: Path) -> None:
+    several = Several(tmp_path, 2, 1)
+    several.up(0, 1)
+    several.run(1, 2)
+    urls = [place.url for place in several.places]
+    renamed = Place(urls[0].replace("/0/", "/./0/"))
+    several.places[0] = several.by_url[renamed.url] = renamed
+    rewritten(several, [renamed.url, urls[1]], 1)
+    assert several.restored([0, 1]) == 2
+    several.up(0, 1)
+    several.run(3)
+    assert several.restored([0, 1]) == 3
