@@ -220,10 +220,11 @@ def test_another_destination_when_one_falls_behind(
         destination_for(theirs, 2).create(None, b"owner".ljust(16, b"."))
         with writing(theirs, 2) as node:
             add(node, 1, 5)
+            until(lambda: all(member.version == 5 for member in node.members()))
             with followed([server.url, *disks], 2) as follower:
                 until(lambda: follower.held and follower.held[-1][0].version == 5)
-                assert follower.sources in ([], [server.url])
                 until(lambda: follower.sources)
+                assert follower.sources == [server.url]
                 proxy.close()
                 add(node, 6, 9)
                 until(lambda: follower.held[-1][0].version == 9)
