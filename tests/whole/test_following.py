@@ -192,16 +192,17 @@ def test_another_destination_when_one_fails(tmp_path: Path) -> None:
             until(lambda: follower.held and follower.held[-1][0].version == 5)
             until(lambda: follower.sources)
             first = follower.sources[-1]
-            (tmp_path / "away").mkdir()
             disk = Path(first.removeprefix("file://")).parent
-            disk.rename(tmp_path / "away" / disk.name)
+            disk.rename(tmp_path / "away")
             add(node, 6, 9)
             until(lambda: follower.held[-1][0].version == 9)
             until(lambda: follower.sources[-1] != first)
+            (tmp_path / "away").rename(disk)
+            until(lambda: all(member.version == 9 for member in node.members()))
         assert follower.begun == 1
         assert [version for version, _ in follower.changes()] == list(range(1, 10))
-    second = Path(follower.sources[-1].removeprefix("file://")).parent
-    second.rename(tmp_path / "away" / second.name)
+    for number in (0, 1):
+        (tmp_path / f"disk{number}").rename(tmp_path / f"away{number}")
     with (
         destination_for(urls, 2).follow(follower.held[-1][0]) as records,
         pytest.raises(Silent),
