@@ -20,7 +20,7 @@ from filelog.layout2 import Head
 from filelog.layout2 import Kind as RecordKind
 from replica import Followable, Pause, Record
 from socketbackend import SocketBackend
-from tests import support
+from tests import clusters, support
 from tests.peers import ServerProcess
 from tests.support import ROOT, Call
 
@@ -77,6 +77,12 @@ def mirror_of(*kinds: Kind) -> Kind:
     return mirror_destination
 
 
+def in_postgres(pair: clusters.Pair) -> Connect:
+    """A cluster with an empty database."""
+    url = pair.url(dbname=pair.database())
+    return lambda: backend_for(url)
+
+
 DESTINATIONS: dict[str, Kind] = {
     "file": file_destination,
     "socket": socket_destination,
@@ -87,9 +93,23 @@ DESTINATIONS: dict[str, Kind] = {
 }
 
 
-@pytest.fixture(params=DESTINATIONS)
+FILE_AND_POSTGRES = "file, postgres"
+
+
+@pytest.fixture(
+    params=[
+        *DESTINATIONS,
+        "postgres",
+        pytest.param(FILE_AND_POSTGRES, marks=pytest.mark.soak),
+    ]
+)
 def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Connect]:
     """A destination without a backup, once for each kind."""
+    if request.param in ("postgres", FILE_AND_POSTGRES):
+        alone = in_postgres(request.getfixturevalue("pair"))
+        urls = [f"file://{tmp_path}/node.bkp", alone().url]
+        yield alone if request.param == "postgres" else lambda: destination_for(urls, None, 1)
+        return
     (tmp_path / "destination").mkdir()
     with DESTINATIONS[request.param](tmp_path / "destination") as destination:
         yield destination
@@ -393,8 +413,9 @@ def test_one_writer_at_a_time(connect: Connect, tmp_path: Path) -> None:
     connect().create(None)
     with opened(connect) as backend:
         add(backend, change(1))
-        if isinstance(backend, SocketBackend):
-            connect().open()  # A mere look: the first accepted write takes over.
+        if isinstance(backend, SocketBackend) or backend.url.startswith("postgresql:"):
+            with opened(connect):
+                pass  # A mere look: the first accepted write takes over.
         else:
             with pytest.raises(BackupError) as caught:
                 connect().open()
