@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from backend import NOBODY, TAG_SIZE, log, new_session, taken_over
+from backend import NOBODY, TAG_SIZE, log, new_session, taken_over, too_large
 from decisions import may_write
 from errors import BackupError, OtherOwner
 from filelog.layout2 import CHANGES_STEP, OVERHEAD, Head
@@ -23,6 +23,8 @@ LONGEST_TRY_S = 30.0
 ENDING_S = 10.0
 """What a server may take to end an old connection of ours."""
 LOOK_AGAIN_S = 0.02
+MAX_PAYLOAD = 1 << 29
+"""Bytes. PostgreSQL has a limit of 1 GiB for a row on its way."""
 STATEMENT = "change"
 UNIQUE = "23505"
 
@@ -48,6 +50,8 @@ class Delivery:
         self._link: Link | None = None
         self._owner: bytes | None = None
         self._refusal: BackupError | None = None
+        self._lost = Failed()
+        """Why the way was lost the last time."""
         self.known: State | None = None
         self.session = NOBODY
         self.reconnects = 0
@@ -105,8 +109,13 @@ class Delivery:
         if self._refusal is not None:
             raise self._refusal
         assert self.known is not None, "open comes first"
+        if len(payload) > MAX_PAYLOAD:
+            raise too_large(
+                f"The change to version {head.version} has {len(payload)} bytes; a cluster takes"
+                f" {MAX_PAYLOAD}."
+            )
         patience, before = Patience(self._cluster.url), self.known
-        stored = _with_record(before, head)
+        stored, losses = _with_record(before, head), 0
         try:
             while not self._sent(stored, payload, before, patience):
                 now = self._connect(patience)
@@ -117,10 +126,25 @@ class Delivery:
                 if fate is Fate.STORED:
                     stored = now
                     break
+                losses += 1
+                self._pause_after(losses, patience)
             self._note(stored)
         except BackupError as error:
             self._refusal = error
             raise
+
+    def _pause_after(self, losses: int, patience: Patience) -> None:
+        """Wait before a record that was lost ``losses`` times is sent again."""
+        if losses == 1:
+            return
+        pause_s = patience.pause()
+        if pause_s is None:
+            raise BackupError(
+                f"The PostgreSQL cluster answers, but {losses} times it did not store a change:"
+                f" {self._lost}.",
+                "Look at the primary's log, and at the room on its disk.",
+            )
+        time.sleep(pause_s)
 
     def _sent(self, stored: State, payload: bytes, before: State, patience: Patience) -> bool:
         """Send the newest record of ``stored``; False if what became of it has to be asked."""
@@ -152,6 +176,7 @@ class Delivery:
         return False
 
     def _lose(self, error: Failed) -> None:
+        self._lost = error
         log.warning(f"Lost the PostgreSQL server of backup {self._cluster.url.backup}: {error}")
         self.close()
         self.reconnects += 1

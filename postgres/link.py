@@ -147,12 +147,21 @@ class Link:
             prepared: ``sql`` is the name of a statement.
 
         Raises:
-            NotConfirmed: it may be committed on that server alone.
+            NotConfirmed: it may be committed on that server alone. After an error the connection
+                is closed.
         """
         if not self._knows_watched:
             self.prepare(WATCHED_STATEMENT, WATCHED, ())
             self._knows_watched = True
-        deadline = time.monotonic() + timeout_s
+        try:
+            return self._confirmed(sql, params, time.monotonic() + timeout_s, prepared)
+        except BaseException:
+            self.close()  # What else it has to say is not waited for.
+            raise
+
+    def _confirmed(
+        self, sql: str, params: Sequence[Value], deadline: float, prepared: bool
+    ) -> list[Row]:
         self._warning, pg = "", self._pg
         with _Broken():
             pg.enter_pipeline_mode()

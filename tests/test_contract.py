@@ -90,11 +90,22 @@ DESTINATIONS: dict[str, Kind] = {
 }
 
 
-@pytest.fixture(params=[*DESTINATIONS, "postgres"])
+FILE_AND_POSTGRES = "file, postgres"
+
+
+@pytest.fixture(
+    params=[
+        *DESTINATIONS,
+        "postgres",
+        pytest.param(FILE_AND_POSTGRES, marks=pytest.mark.soak),
+    ]
+)
 def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Connect]:
     """A destination without a backup, once for each kind."""
-    if request.param == "postgres":
-        yield in_postgres(request.getfixturevalue("pair"))
+    if request.param in ("postgres", FILE_AND_POSTGRES):
+        alone = in_postgres(request.getfixturevalue("pair"))
+        urls = [f"file://{tmp_path}/node.bkp", alone().url]
+        yield alone if request.param == "postgres" else lambda: destination_for(urls, None, 1)
         return
     (tmp_path / "destination").mkdir()
     with DESTINATIONS[request.param](tmp_path / "destination") as destination:
@@ -362,7 +373,7 @@ def test_one_writer_at_a_time(connect: Connect, tmp_path: Path) -> None:
     connect().create(None)
     with opened(connect) as backend:
         add(backend, change(1))
-        if isinstance(backend, SocketBackend) or "postgresql:" in backend.url:
+        if isinstance(backend, SocketBackend) or backend.url.startswith("postgresql:"):
             with opened(connect):
                 pass  # A mere look: the first accepted write takes over.
         else:

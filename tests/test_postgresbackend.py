@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import pwd
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -437,3 +439,42 @@ def test_a_lost_commit_that_a_restarted_primary_shows_is_not_believed(pair: Pair
         pair.standby.start()
         assert writer.ended().acknowledged, writer.error
     assert stored(url) == CHANGES[:2]
+
+
+@pytest.fixture
+def small_disk_of(pair: Pair) -> Iterator[Path]:
+    """A disk of 4 MiB for the primary, where this user may mount one; there is no standby."""
+    path = pair.directory / "small"
+    path.mkdir()
+    user = pwd.getpwuid(pair.primary.data.stat().st_uid)
+    options = f"size=4m,uid={user.pw_uid},gid={user.pw_gid},mode=700"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode != 0:
+        path.rmdir()
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+    pair.standby.stop()
+    pair.primary.configure("synchronous_standby_names", "")
+    yield path
+    pair.primary.kill()
+    subprocess.run(["umount", str(path)], check=True)
+    path.rmdir()
+
+
+def test_a_full_disk_is_told_and_nothing_of_it_stays(
+    pair: Pair, url: str, small_disk_of: Path
+) -> None:
+    dbname = url.partition("?")[0].rpartition("/")[2]
+    pair.primary.sql(f"CREATE TABLESPACE small LOCATION '{small_disk_of}'")
+    pair.primary.sql("ALTER TABLE cln_backup.records SET TABLESPACE small", dbname=dbname)
+    calls: list[Call] = []
+    with opened(of_more(pair, url, pair.primary, standbys="0", retry_for="1")) as backend:
+        with pytest.raises(BackupError, match="No space left on device"):
+            for version in range(1, 12):
+                call = support.change(version, "-- " + "x" * 500_000)
+                add(backend, call)
+                calls.append(call)
+        assert 0 < len(calls) < 11
+        with pytest.raises(BackupError, match="No space left on device"):
+            add(backend, CHANGES[len(calls)])
+    assert stored(of_more(pair, url, pair.primary)) == calls

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from backend import Change
-from destinations import backend_for
+from destinations import backend_for, destination_for
 from errors import BackupError
-from tests import support
+from tests import clusters, support
 from tests.clusters import Pair, until
 from tests.cutproxy import DOWN, UP, CutProxy
 from tests.support import Call
@@ -253,6 +257,23 @@ def test_primary_and_standby_that_do_not_see_each_other(pair: Pair, url: str) ->
     assert calls_of(url) == node.acknowledged
 
 
+def test_one_of_several_comes_back_and_catches_up(pair: Pair, url: str, tmp_path: Path) -> None:
+    urls = [f"file://{tmp_path}/node.bkp", url]
+    backend = destination_for(urls, 1)
+    backend.create(None)
+    calls = support.first_changes(12)
+    with contextlib.closing(backend):
+        backend.open()
+        for version, statements in calls[:4]:
+            backend.add_change(Change(version, None, statements))
+        pair.primary.stop("immediate")
+        for version, statements in calls[4:]:
+            backend.add_change(Change(version, None, statements))
+        pair.primary.start()
+        until(lambda: all(each.version == 12 for each in backend.members()), "all have it")
+    assert calls_of(url) == support.stored(urls[0]) == calls
+
+
 # A compaction, and what is large
 
 
@@ -327,3 +348,38 @@ def test_a_killed_compaction_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
     assert backend_for(url).compact()["after"]["version_count"] == 2
     assert len(calls_of(url)) == 1
+
+
+@pytest.mark.soak
+def test_4_gib_of_snapshot_take_no_memory(tmp_path: Path) -> None:
+    place = Path("/var/tmp") / f"clusters-{os.getpid()}"
+    if reason := clusters.missing():
+        pytest.skip(reason)
+    if shutil.disk_usage(place.parent).free < 40 << 30:
+        pytest.skip("two clusters, their logs and the archive need 40 GiB in /var/tmp")
+    with clusters.Pair(place) as pair:
+        create_and_read(pair.url(dbname=pair.database()), tmp_path, 4 << 30)
+
+
+def create_and_read(url: str, tmp_path: Path, size: int) -> None:
+    """A snapshot of more than ``size`` bytes goes there and comes back in flat memory."""
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(size + 1)
+    work = (
+        "import resource, sys\n"
+        "from backend import Snapshot\n"
+        "from destinations import backend_for\n"
+        "backend_for(sys.argv[1]).create(Snapshot(sys.argv[2], 7))\n"
+        "taken = sum(len(getattr(s.found, 'snapshot', None) or b'')"
+        " for s in backend_for(sys.argv[1]).read())\n"
+        "print(taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", work, url, str(tmp_path / "large")],
+        env={**os.environ, "PYTHONPATH": str(support.ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    taken, peak_kib = map(int, done.stdout.split())
+    assert taken == size + 1 and peak_kib < 128 << 10
