@@ -158,6 +158,7 @@ def test_plugin_killed_before_its_change_is_committed(node_dir: Path, url: str, 
         again.manifest()
         number = again.send("db_write", {"data_version": 2, "writes": calls[1][1]})
         until(lambda: set(pair.primary.sql(blocked)) - set(first), "the next one waits")
+        assert not set(pair.primary.sql(blocked)) & set(first), "the one before is ended"
         blocker.rollback()
         assert again.answer(number) == {"result": "continue"}
     assert calls_of(url) == calls
