@@ -12,7 +12,7 @@ PYTHON ?= python3
 MINUTES ?= 10
 VENV := .venv/bin
 
-.PHONY: install demo test test-all lint bench soak clean
+.PHONY: install demo test test-all lint bench report soak clean
 
 install: .venv/installed $(if $(POSTGRES),.venv/installed-postgres)
 
@@ -36,10 +36,14 @@ test-all:
 lint: .venv/installed-dev
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
-	$(VENV)/mypy *.py backup-cli cln_backup commands filelog postgres remote serving several upkeep wallet tests bench
+	$(VENV)/mypy *.py backup-cli cln_backup commands filelog monitoring postgres remote serving several upkeep wallet tests bench
 
 bench: .venv/installed-dev
 	$(VENV)/python -m bench
+
+report: .venv/installed-dev
+	$(VENV)/python -m pip install --quiet -r requirements-report.txt
+	$(VENV)/python -m bench --report docs/speed.svg
 
 soak: .venv/installed-dev
 	SOAK_MINUTES=$(MINUTES) $(VENV)/python -m pytest -q -m soak

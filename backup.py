@@ -12,7 +12,6 @@ import environment
 
 environment.ensure("pyln.client")
 
-import dataclasses  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -43,6 +42,7 @@ from errors import (  # noqa: E402
     OutOfDate,
 )
 from healing import Healer  # noqa: E402
+from monitoring import fields, metrics  # noqa: E402
 from pylnclient import serve_db_write  # noqa: E402
 from upkeep import compaction  # noqa: E402
 from wallet import node  # noqa: E402
@@ -60,6 +60,7 @@ ALONE_FOR_S = 0.5
 POLL_S = 0.05
 KEPT_DURATIONS = 10_000
 """Hook times of which backup-status gives the median."""
+METRICS_EVERY_S = 60.0
 
 
 class LogHandler(logging.Handler):
@@ -131,10 +132,11 @@ class Hook:
     def statistics(self) -> dict[str, object]:
         """How the hook has done since the plugin started; times in milliseconds."""
         durations_s = list(self.durations_s)
-        median_s = statistics.median(durations_s) if durations_s else 0.0
+        median_s, p99_s = _percentiles(durations_s)
         return {
             "changes_this_session": self.calls,
             "median_hook_ms": round(1000 * median_s, 3),
+            "p99_hook_ms": round(1000 * p99_s, 3),
             "worst_hook_ms": round(1000 * self.worst_s, 3),
             "reconnects": self.backend.reconnects if self.backend else 0,
             "last_error": str(self._refusal) if self._refusal else None,
@@ -172,6 +174,11 @@ class Hook:
         # Not earlier: a check of what is healed just now would be for nothing.
         backend.keep_house(self.lock, least)
         self.backend, self._session, self._healer = backend, session, healer
+        if lock_file.metrics is not None:
+            writes = threading.Thread(
+                target=keep_metrics, args=(self, lock_file.metrics), daemon=True
+            )
+            writes.start()
 
     def _announce_waits(self) -> None:
         notice_s = FIRST_NOTICE_S
@@ -183,6 +190,14 @@ class Hook:
             elif time.monotonic() - since >= notice_s:
                 log.warning(f"waiting for {self._medium} for {time.monotonic() - since:.0f} s")
                 notice_s *= 2
+
+
+def _percentiles(values: list[float]) -> tuple[float, float]:
+    """What 50 and 99 percent of ``values`` do not exceed."""
+    if len(values) < 2:
+        return sum(values), sum(values)
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return cuts[49], cuts[98]
 
 
 def _open_patiently(backend: Backend, owner: bytes) -> None:
@@ -207,19 +222,39 @@ def compact(hook: Hook, request: Request) -> dict[str, Any]:
     return hook.backend.compact(lambda done, of: request.progress(done, of))
 
 
-def status(hook: Hook) -> dict[str, Any]:
+def status(hook: Hook) -> fields.Fields:
     """What ``lightning-cli backup-status`` returns."""
+    return look(hook)[0]
+
+
+def look(hook: Hook) -> tuple[fields.Fields, int]:
+    """What ``backup-cli status`` finds, with its exit code, and what the hook knows besides."""
     if hook.backend is None:
-        return hook.statistics()
+        return hook.statistics(), 0
     # Reading the whole log in this process would make the hook wait for its turn.
     command = [sys.executable, CLI_PATH, "status", "--json", "--lightning-dir", os.getcwd()]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     try:
-        found: dict[str, Any] = json.loads(done.stdout)
+        found: fields.Fields = json.loads(done.stdout)
     except ValueError as error:
         raise BackupError(f"{CLI} status failed: {done.stderr}") from error
-    members = [dataclasses.asdict(each) for each in hook.backend.members()]
-    return found | hook.statistics() | ({"destinations": members} if members else {})
+    found = fields.with_members(found, hook.backend.members())
+    return found | hook.statistics(), done.returncode
+
+
+def keep_metrics(hook: Hook, path: str) -> None:
+    """Write the figures to the file ``path`` each minute, for as long as this runs."""
+    told = ""
+    while True:
+        try:
+            found, exit_code = look(hook)
+            metrics.write(path, metrics.render(found, exit_code, time.time()))
+            told = ""
+        except BackupError as error:
+            if str(error) != told:
+                told = str(error)
+                log.warning(told)
+        time.sleep(METRICS_EVERY_S)
 
 
 def answer_later(request: Request, work: Callable[[], dict[str, Any]]) -> None:

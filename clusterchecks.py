@@ -78,7 +78,7 @@ class Fallback(NamedTuple):
     slots: Sequence[Slot]
 
 
-class Found(NamedTuple):
+class WalletCluster(NamedTuple):
     """What was found of the cluster of somebody's database.
 
     Attributes:

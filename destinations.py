@@ -6,24 +6,24 @@ import contextlib
 import threading
 from collections.abc import Sequence
 
-from backend import Destination, Progress
+from backend import Progress
 from errors import ConfigError, NoPsycopg
 from filebackend import FileBackend
 from mirrorbackend import MirrorBackend
 from quorum import Roster
-from replica import Replica
+from replica import Followable, Replica
 from socketbackend import SocketBackend
 from upkeep import upgrade
 from upkeep.compaction import Compactor, Housekeeper
 from wallet.node import LockFile
 
 
-def destination_of(lock_file: LockFile) -> Destination:
+def destination_of(lock_file: LockFile) -> Followable:
     """The Destination that backup.lock names, not open yet."""
     return destination_for(lock_file.urls, lock_file.acks, lock_file.epoch)
 
 
-def destination_for(urls: Sequence[str], acks: int | None = None, epoch: int = 1) -> Destination:
+def destination_for(urls: Sequence[str], acks: int | None = None, epoch: int = 1) -> Followable:
     """The Destination of one URL or of several, not open yet.
 
     Args:

@@ -10,6 +10,7 @@
     ├── UnsupportedLayout      a file of another layout
     ├── OtherOwner             another node may write to the backup, and this one may not
     ├── Damaged                stored bytes do not check
+    ├── PlaceGone              the backup does not hold the record that was to be gone on from
     ├── Unsound                a check found that a backup does not hold
     ├── CheckRunning           another process checks the backup
     ├── DiskError              the operating system could not store or read
@@ -192,6 +193,22 @@ class Damaged(BackupError):
             f"With the node's own database intact, stop the node and run `{CLI} resync"
             " --lightning-dir DIR`. If it is lost, run"
             f" `{CLI} restore --allow-damaged URL DEST`.",
+        )
+
+
+class PlaceGone(BackupError):
+    """The backup at ``where`` does not hold the record from which somebody wants to go on.
+
+    Args:
+        version: data_version of that record.
+    """
+
+    def __init__(self, where: str, version: int) -> None:
+        self.where = where
+        super().__init__(
+            f"What stood at version {version} is not in the log of {where} any more: a compaction"
+            " or a resync took it away.",
+            "Begin again with all of the backup.",
         )
 
 

@@ -24,13 +24,13 @@ from backend import (
     new_session,
 )
 from errors import CLI, BackupError, BackupExists, ConfigError, Damaged, DiskError
-from filelog import adoption, appender, former, layout1, layout2, look, proof
+from filelog import adoption, appender, following, former, layout1, layout2, look, proof
 from filelog.appender import LogAppender
 from filelog.layout2 import BEFORE_FIRST, Head, Kind, TailKind
 from filelog.reader import FileReading, LogReader, is_foreign_keys_off
 from filelog.writer import FLUSH_STEP, SMALL_FLUSH_STEP, copy_log, write_log
 from quorum import Roster
-from replica import Look
+from replica import Look, Pause
 
 
 def parse_file_url(url: str) -> str:
@@ -454,6 +454,13 @@ class FileBackend(Backend):
         """See replica.Replica."""
         with contextlib.closing(LogReader(self.path)) as reader:
             yield _sound(reader)
+
+    @contextlib.contextmanager
+    def follow(self, after: Head | None) -> Iterator[Iterator[tuple[Head, bytes] | Pause]]:
+        """See replica.Replica."""
+        follower = following.LogFollower(self.path, after)
+        with contextlib.closing(follower.records()) as records:
+            yield (Pause(self.url, follower.last) if each is None else each for each in records)
 
     def read(self) -> Reading:
         """See Backend."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from backend import (
     NOBODY,
     Change,
-    Destination,
     MemberStatus,
     Progress,
     Reading,
@@ -24,10 +23,11 @@ from backend import (
 from errors import BackupBusy, BackupError, ConfigError, OtherOwner
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head
+from monitoring.fields import IN_STEP
 from protocol import NackCode
 from quorum import Part, Relation, Roster, compare, may_go_on, may_start
-from replica import Record, Replica
-from several import hearing
+from replica import Followable, Pause, Record, Replica
+from several import following, hearing
 from several.catchup import CatchUp, continues, marks
 from several.hearing import Branched, Heard, Make, Silent, end_of, hear
 
@@ -82,7 +82,7 @@ class Member:
         )
 
 
-class MirrorBackend(Destination):
+class MirrorBackend(Followable):
     """Several destinations as one.
 
     Args:
@@ -220,6 +220,12 @@ class MirrorBackend(Destination):
         chosen, self.doubt = hearing.choose(self.hear(), self.allow_missing)
         return chosen.replica.read()
 
+    @contextlib.contextmanager
+    def follow(self, after: Head | None) -> Iterator[Iterator[Record | Pause]]:
+        """See Followable: those of one that has all there is, and of another if that fails."""
+        with contextlib.closing(following.follow(self.hear, after)) as records:
+            yield records
+
     def status(self, check: bool = False) -> Status:
         """See Backend: of the one that has all there is, with warnings of the others."""
         found = self.hear()
@@ -228,7 +234,7 @@ class MirrorBackend(Destination):
         status.url = self.url
         for heard in found:
             how = hearing.standing(heard, chosen)
-            if how != hearing.IN_STEP:
+            if how != IN_STEP:
                 status.warnings.append(f"{heard.url} is not in step: {how}")
         return status
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from backend import NOBODY, Change, Reading, Snapshot, Status, outcome
-from errors import BackupError, BackupExists, BackupMissing
+from errors import BackupError, BackupExists, BackupMissing, ConfigError
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from postgres import building, checks, look, schema
@@ -17,7 +17,7 @@ from postgres.delivery import Delivery
 from postgres.link import Denied, Failed, Link
 from postgres.look import PostgresReading, Records, State
 from quorum import Roster
-from replica import Look, Record, Replica
+from replica import Look, Pause, Record, Replica
 
 TRY_S = 10.0
 """What a command waits for a host to answer; it does not try again."""
@@ -157,6 +157,15 @@ class PostgresBackend(Replica):
         """See Replica."""
         with self.passing() as found:
             yield iter(found)
+
+    @contextlib.contextmanager
+    def follow(self, after: Head | None) -> Iterator[Iterator[Record | Pause]]:
+        """See Replica. Refused: ConfigError."""
+        raise ConfigError(
+            f"{self.url} is in PostgreSQL, and cannot be followed.",
+            "Follow another destination: a file, or a server.",
+        )
+        yield
 
     def passing(self) -> contextlib.closing[Records]:
         """All of its records, with what is known of them; see Records."""

@@ -45,7 +45,10 @@ another's, the server answers NACK. From then on, in place of CHANGE, SNAPSHOT a
       14  HELD      client  chain 16 bytes of a snapshot whose connection broke    HELD
                     server  bytes u64 of it that are there; 0: none; all ones: all, and they are
                             being looked at
-      06  ACK       server  version u32, chain 16 bytes, that are now stored
+      15  FOLLOW    client  none, or the last record it has, as a head of file layout 2   see below
+    16  FOLLOWING  server  as COMING, then the head behind which it goes on, if one was named
+    17  PAUSE     server  none
+    06  ACK       server  version u32, chain 16 bytes, that are now stored
       07  NACK      server  version u32 of the backup, code u16, text in UTF-8
       08  METADATA  server  as in protocol 1 with protocol = 2, then: backup id 16 bytes,
                             sequence u64, chain before 16, chain 16, session 16,
@@ -82,6 +85,13 @@ NACK where the log is damaged. With a place only what stands behind that record 
 that ends at that offset of the log, with that sequence and chain. If none does, as after a
 compaction, the answer is NACK with code 16, and the client begins anew.
 
+FOLLOW is answered by FOLLOWING, the records behind the one that is named, or all, and then those
+that come, once they are on stable storage: it has no end, and the client may send nothing but
+ACK. With PAUSE the server says that all there is was sent, and goes on saying so every 10 s. The
+record is found by its sequence and chain, so also behind a compaction; in a log of another backup
+id by chain. If it is not there, or a snapshot takes the log's place, the answer is NACK with
+code 16; where the log is damaged, NACK with code 7.
+
 A client appends only onto the chain it knows; once another session has written, every record
 of the session before gets a NACK, and so does a record whose session does not begin like the
 backup's owner. An owner is taken from any client, if its chains are the backup's.
@@ -110,6 +120,7 @@ from backend import (
     chain_after,
 )
 from errors import BackupError, printable
+from filelog import layout2
 from filelog.layout2 import MAX_LENGTH, Head, Kind
 
 NEWEST = 2
@@ -124,6 +135,8 @@ ACK = struct.Struct("!I16s")
 COMING = struct.Struct("!QQ16s")
 PLACE = struct.Struct("!QQ16s")
 HELD = struct.Struct("!Q")
+KEEP_S = 10.0
+"""How often a server that has nothing to send says PAUSE to who follows."""
 ALL_HELD = 2**64 - 1
 """In a HELD: all of the snapshot came, and the server is at work on it."""
 PACKING_LEVEL = 4
@@ -178,6 +191,9 @@ class PacketType(enum.IntEnum):
     STATUS = 18
     STATUS_RES = 19
     HELD = 20
+    FOLLOW = 21
+    FOLLOWING = 22
+    PAUSE = 23
 
 
 _TYPES = {int(kind): kind for kind in PacketType}
@@ -193,6 +209,7 @@ TO_SERVER: Mapping[int, int] = {
     PacketType.RECORD: _MAX_CHANGE_PACKET,
     PacketType.HELD: CHAIN_SIZE,
     PacketType.STATUS: 0,
+    PacketType.FOLLOW: layout2.HEAD.size,
 }
 """What a server accepts: packet type to the greatest length."""
 TO_CLIENT: Mapping[int, int] = {
@@ -207,6 +224,8 @@ TO_CLIENT: Mapping[int, int] = {
     PacketType.COMING: COMING.size,
     PacketType.HELD: HELD.size,
     PacketType.STATUS_RES: MAX_STATUS_SIZE,
+    PacketType.FOLLOWING: COMING.size + layout2.HEAD.size,
+    PacketType.PAUSE: 0,
 }
 """What a client accepts: packet type to the greatest length."""
 
@@ -461,6 +480,34 @@ def decode_restore(payload: bytes) -> Place | None:
     if len(payload) != PLACE.size:
         raise ProtocolError(f"RESTORE of {len(payload)} bytes in place of {PLACE.size}.")
     return Place._make(PLACE.unpack(payload))
+
+
+def encode_follow(last: Head | None) -> bytes:
+    """The FOLLOW packet for what comes behind ``last``; None: for all."""
+    return encode(PacketType.FOLLOW, _optional_head(last))
+
+
+def _optional_head(head: Head | None) -> bytes:
+    return b"" if head is None else layout2.HEAD.pack(*head)
+
+
+def decode_follow(payload: bytes) -> Head | None:
+    """The record that a FOLLOW names."""
+    if not payload:
+        return None
+    if len(payload) != layout2.HEAD.size:
+        raise ProtocolError(f"A head of {len(payload)} bytes in place of {layout2.HEAD.size}.")
+    return Head._make(layout2.HEAD.unpack(payload))
+
+
+def encode_following(coming: Coming, last: Head | None) -> bytes:
+    """The FOLLOWING packet of a log, of which comes what stands behind ``last``."""
+    return encode(PacketType.FOLLOWING, COMING.pack(*coming) + _optional_head(last))
+
+
+def decode_following(payload: bytes) -> tuple[Coming, Head | None]:
+    """The content of a FOLLOWING packet."""
+    return decode_coming(payload[: COMING.size]), decode_follow(payload[COMING.size :])
 
 
 def encode_status(status: Status) -> bytes:

@@ -8,6 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import durable
 import scratch
@@ -35,7 +36,55 @@ class Look:
     version_count: int
 
 
-class Replica(Destination):
+class Pause(NamedTuple):
+    """All that was there was given.
+
+    Attributes:
+        url: of the destination that is followed.
+        newest: the newest record that is known of, as last given; None: there is none.
+    """
+
+    url: str
+    newest: Head | None
+
+
+class Followable(Destination):
+    """A Destination whose records can be followed as they come."""
+
+    @abstractmethod
+    def follow(
+        self, after: Head | None
+    ) -> contextlib.AbstractContextManager[Iterator[Record | Pause]]:
+        """The records behind ``after``, as ``records`` gives them, and then those that come.
+
+        Needs no open, and changes nothing. It never ends by itself. Whenever all that is there was
+        given it gives a Pause, and then one every second or so, until more comes.
+
+        Only what is durable comes, but for one thing: of a file that is read beside its writer
+        the newest record may not be flushed yet. Then it was not acknowledged, and after a
+        loss of power it may be gone, or another stand there; whoever applies a change when the
+        next record but a rewind came, which no writer begins before the flush, applies none of
+        those. If that record is gone, PlaceGone is raised: try again behind the one before it.
+
+        An owner may come that was given before, and after a change of destinations a record that
+        is of the same history as ``after`` goes for it. Its sequence is that of the log it is
+        read from.
+
+        Args:
+            after: the last record that the caller has, None: begin with the snapshot. It is
+                found by sequence and chain, its offset is but a hint; in a log of another backup
+                id, as that of another of several destinations, by chain. A compaction may have
+                moved it, or folded it into a snapshot that stands for just that.
+
+        Raises:
+            PlaceGone: by the iterator: that record is not there any more. Follow from None.
+            BackupError: by either: damage, or the destination does not answer, or is of a layout
+                or a protocol that cannot be followed. After what passes, such as a server that is
+                started again, follow from the last record.
+        """
+
+
+class Replica(Followable):
     """A Destination that can be one of several."""
 
     @abstractmethod

@@ -28,10 +28,11 @@ from quorum import Roster
 from remote.address import parse_socket_url
 from remote.delivery import Delivery
 from remote.fetching import fetched
+from remote.following import Following
 from remote.link import COMPACT_TIMEOUT_S, Link, Refused, Unreachable
 from remote.reading import Received, SocketReading
 from remote.sending import send_snapshot
-from replica import Look, Replica
+from replica import Look, Pause, Record, Replica
 
 CHECKS_BY_ITSELF = (
     "the server reads and checks all of its file each day and replays it each week, which nobody"
@@ -195,6 +196,25 @@ class SocketBackend(Replica):
         with contextlib.closing(link):
             self._details(found)
             yield self._received(link)
+
+    @contextlib.contextmanager
+    def follow(self, after: Head | None) -> Iterator[Iterator[Record | Pause]]:
+        """See Replica."""
+        link, found = self._once()
+        with contextlib.closing(link):
+            if found.details is None:
+                raise ConfigError(
+                    f"{self.url} is kept by a server of protocol 1, which cannot be followed.",
+                    "Update that server.",
+                )
+            yield self._followed(Following(link, after, self.url))
+
+    def _followed(self, following: Following) -> Iterator[Record | Pause]:
+        try:
+            for each in following.records():
+                yield Pause(self.url, following.last) if each is None else each
+        except OSError as error:
+            raise Unreachable(self._url.target, error) from error
 
     def _received(self, link: Link) -> Iterator[tuple[Head, bytes]]:
         try:

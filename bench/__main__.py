@@ -14,7 +14,7 @@ from bench.common import DATA, TRACE_FILE, Options, Row
 
 BENCHES = (
     *("hook", "restoring", "snapshot", "upload", "start", "compaction"),
-    *("wire", "remote", "readers", "several", "postgres"),
+    *("wire", "remote", "readers", "several", "following", "postgres"),
 )
 """Modules of this package, each with ``run(options) -> list[Row]``."""
 
@@ -37,6 +37,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--changes", type=int, default=200_000, help="in the long log")
     parser.add_argument("--rounds", type=int, default=5, help="how often a pair is measured")
     parser.add_argument("--dir", help="a directory on the disk to measure (default: temporary)")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="measure for a picture (SVG, PNG), and draw it"
+    )
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in BENCHES:
@@ -73,10 +76,20 @@ def main() -> None:
             rounds=chosen.rounds,
             scratch=Path(scratch),
         )
+        if chosen.report is not None:
+            return draw(options, chosen.report)
         for name in chosen.names or BENCHES:
             print(f"bench {name} ...", file=sys.stderr, flush=True)
             rows += importlib.import_module(f"bench.{name}").run(options)
     print(table(rows))
+
+
+def draw(options: Options, target: Path) -> None:
+    try:
+        report = importlib.import_module("bench.report")
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is not installed: `make report` does that, and draws.")
+    report.draw(options, target)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import unwind
-from commands import create, look, recover, serve
+from commands import channels, create, look, recover, serve, watch
 from commands.shared import main
 
-__all__ = ["create", "look", "main", "recover", "run", "serve"]
+__all__ = ["channels", "create", "look", "main", "recover", "run", "serve", "watch"]
 
 
 def run() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -17,7 +17,7 @@ from backend import (
     Status,
     utc,
 )
-from clusterchecks import Found, demanded
+from clusterchecks import WalletCluster, demanded
 from commands.shared import (
     EXIT_WARNING,
     at_hand,
@@ -38,9 +38,13 @@ from errors import (
     DoesNotReplay,
     NoPsycopg,
 )
+from monitoring import fields
+from monitoring.fields import Fields
+from monitoring.metrics import render
+from monitoring.metrics import write as write_metrics
 from quorum import Roster
 from several import hearing
-from several.hearing import IN_STEP, Heard
+from several.hearing import Heard
 from wallet import restore as restoring
 
 NOT_CHECKED = "none at its end (--check reads all of it)"
@@ -52,6 +56,12 @@ NOT_CHECKED = "none at its end (--check reads all of it)"
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--check", is_flag=True, help="Read and check all of it, not only its end.")
 @click.option(
+    "--metrics",
+    metavar="FILE",
+    callback=expand,
+    help="Write the figures there, too, for node_exporter or Prometheus.",
+)
+@click.option(
     "--wallet",
     metavar="postgres://...",
     help="In place of a backup: a wallet on PostgreSQL, as lightningd's --wallet names it.",
@@ -61,6 +71,7 @@ def status(
     lightning_dir: str | None,
     as_json: bool,
     check: bool,
+    metrics: str | None,
     wallet: str | None,
 ) -> None:
     """Say what the backup at URL holds, by a look at its end. Works beside a running node.
@@ -78,66 +89,92 @@ def status(
         backup-cli status --wallet postgres://lightning@localhost/lightning
     """
     if wallet is not None:
-        if urls or lightning_dir is not None or check:
+        if urls or lightning_dir is not None or check or metrics is not None:
             raise click.UsageError("Give --wallet alone, or with --json.")
         _status_of_wallet(wallet, as_json)
         return
     chosen = chosen_urls(urls, lightning_dir)
-    if len(chosen) == 1:
-        _status_of_one(chosen[0], as_json, check)
-    else:
-        _status_of_several(chosen, as_json, check)
+    try:
+        found = look_at(chosen, check)
+    except BackupError as error:
+        shown = {"url": " ".join(chosen), "error": str(error)}
+        if as_json:
+            click.echo(json.dumps(shown))
+        if metrics is not None:
+            write_metrics(metrics, render(shown, error.exit_code, time.time()))
+        raise
+    click.echo(json.dumps(found.shown, indent=2) if as_json else found.text)
+    for warning in found.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    for problem in found.errors:
+        click.echo(f"Error: {problem}", err=True)
+    if metrics is not None:
+        write_metrics(metrics, render(found.shown, found.exit_code, time.time()))
+    sys.exit(found.exit_code)
 
 
-def _status_of_several(urls: Sequence[str], as_json: bool, check: bool) -> None:
+class Found(NamedTuple):
+    """What a look found: fields for programs, and the same for people."""
+
+    shown: Fields
+    text: str
+    warnings: list[str]
+    errors: list[str]
+    all_in_step: bool = True
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command."""
+        if self.errors:
+            return 1
+        is_warned = self.warnings or not self.all_in_step
+        return EXIT_WARNING if is_warned else 0
+
+
+def look_at(urls: Sequence[str], check: bool) -> Found:
+    """How the backup at ``urls`` stands.
+
+    Args:
+        check: read and check all of it, not only its end.
+
+    Raises:
+        BackupError: it cannot be looked at.
+    """
+    return _status_of_one(urls[0], check) if len(urls) == 1 else _status_of_several(urls, check)
+
+
+def _status_of_several(urls: Sequence[str], check: bool) -> Found:
     found = hearing.hear([destinations.backend_for(url) for url in urls])
     leader, doubt = hearing.choose(found, allow_missing=True)
     roster = hearing.newest_roster(found, None) or Roster(0, len(urls), tuple(urls))
     rows = [_row(heard, leader, check) for heard in found]
-    in_step = sum(row["standing"] == IN_STEP and not row["damage"] for row in rows)
     rule = roster.rule
-    about = {
-        "destinations": rows,
-        "acks": rule.k,
-        "in_step": in_step,
-        "survives_loss_of": max(0, in_step - 1),
-        "goes_on_without": max(0, in_step - rule.k),
-    }
-    if as_json:
-        shown = dataclasses.asdict(leader.replica.status()) | about
-        click.echo(json.dumps(shown, indent=2))
-    else:
-        click.echo("\n\n".join(map(_describe_row, rows)))
-        click.echo(
-            f"\n{in_words(rule)}. Now {in_step} are in step: it survives the loss of"
-            f" {about['survives_loss_of']}, and the node goes on without"
-            f" {about['goes_on_without']}."
-        )
-    for url in roster.urls:
-        if url not in urls:
-            click.echo(f"Warning: {url} is one of the destinations, too.", err=True)
+    shown = fields.of_several(leader.replica.status(), rows, rule.k)
+    in_step = shown["in_step"]
+    text = (
+        "\n\n".join(map(_describe_row, rows))
+        + f"\n\n{in_words(rule)}. Now {in_step} are in step: it survives the loss of"
+        f" {shown['survives_loss_of']}, and the node goes on without"
+        f" {shown['goes_on_without']}."
+    )
+    warnings = [f"{url} is one of the destinations, too." for url in roster.urls if url not in urls]
+    errors = []
     if doubt is not None or in_step < rule.k or any(row["damage"] for row in rows):
-        click.echo(f"Error: {doubt or 'Too few destinations are in step.'}", err=True)
-        sys.exit(1)
-    warned = in_step < rule.n or any(row["warnings"] for row in rows)
-    sys.exit(EXIT_WARNING if warned else 0)
+        errors.append(str(doubt or "Too few destinations are in step."))
+    is_well = in_step >= rule.n and not any(row["warnings"] for row in rows)
+    return Found(shown, text, warnings, errors, is_well)
 
 
-def _row(heard: Heard, leader: Heard, check: bool) -> dict[str, Any]:
+def _row(heard: Heard, leader: Heard, check: bool) -> Fields:
     """What is shown of one of several destinations."""
-    row: dict[str, Any] = {"url": heard.url, "standing": hearing.standing(heard, leader)}
     found = None
     with contextlib.suppress(BackupError):
         found = heard.replica.status(check)
-    row["version"] = found.version if found else None
-    row["last_change_ns"] = found.last_change_ns if found else None
-    row["damage"] = (found.damage or found.unsound) if found else None
-    row["warnings"] = found.warnings if found else []
-    row["error"] = str(heard.error) if heard.error else None
-    return row
+    error = str(heard.error) if heard.error else None
+    return fields.destination(heard.url, found, hearing.standing(heard, leader), error)
 
 
-def _describe_row(row: dict[str, Any]) -> str:
+def _describe_row(row: Fields) -> str:
     last = utc(row["last_change_ns"]) if row["last_change_ns"] else "none"
     lines = [("destination", row["url"]), ("version", row["version"]), ("last change", last)]
     lines += [("", row["standing"])]
@@ -146,25 +183,14 @@ def _describe_row(row: dict[str, Any]) -> str:
     return "\n".join(f"{name + ':' if name else '':16}{value}" for name, value in lines)
 
 
-def _status_of_one(url: str, as_json: bool, check: bool) -> None:
-    try:
-        backend = destinations.backend_for(url)
-        with backend.checking() if check else contextlib.nullcontext():
-            found = backend.status(check)
-    except BackupError as error:
-        if as_json:
-            click.echo(json.dumps({"url": url, "error": str(error)}))
-        raise
-    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else _describe(found))
-    for warning in found.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+def _status_of_one(url: str, check: bool) -> Found:
+    backend = destinations.backend_for(url)
+    with backend.checking() if check else contextlib.nullcontext():
+        found = backend.status(check)
+    errors = [found.damage] if found.damage else []
     if found.unsound and not found.damage:
-        click.echo(f"Error: The last check beside the node found: {found.unsound}", err=True)
-    if found.damage:
-        click.echo(f"Error: {found.damage}", err=True)
-    if found.damage or found.unsound:
-        sys.exit(1)
-    sys.exit(EXIT_WARNING if found.warnings else 0)
+        errors.append(f"The last check beside the node found: {found.unsound}")
+    return Found(fields.of_one(found), _describe(found), found.warnings, errors)
 
 
 def _status_of_wallet(url: str, as_json: bool) -> None:
@@ -199,7 +225,7 @@ def _plain(found: Any) -> Any:
     return [_plain(each) for each in found] if isinstance(found, list) else found
 
 
-def _describe_wallet(found: Found) -> str:
+def _describe_wallet(found: WalletCluster) -> str:
     server, fallback = found.server, found.fallback
     rows = [
         ("wallet", found.where),
@@ -259,7 +285,11 @@ def verify(
         raise BackupError(f"{len(failed)} of {len(chosen)} destinations could not be proven.")
     if len(chosen) > 1:
         # That each of them is sound does not make them the same.
-        _status_of_several(chosen, as_json=False, check=False)
+        found = _status_of_several(chosen, check=False)
+        click.echo(found.text)
+        for problem in found.errors:
+            click.echo(f"Error: {problem}", err=True)
+        sys.exit(found.exit_code)
 
 
 def _verify(url: str, against: str | None, scratch: str | None) -> None:

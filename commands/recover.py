@@ -93,7 +93,7 @@ def restore(
         incomplete = BackupError(f"What came after version {up_to} is left out, as you asked.")
     incomplete = ending.damage or incomplete
     if incomplete is not None:
-        _warn_incomplete(incomplete)
+        _warn_incomplete(incomplete, result.path)
         _warn_problems(result.problems)
         sys.exit(EXIT_UNSOUND)
     click.echo(
@@ -142,7 +142,7 @@ def _warn_problems(problems: Sequence[str]) -> None:
         )
 
 
-def _warn_incomplete(damage: BackupError) -> None:
+def _warn_incomplete(damage: BackupError, path: str) -> None:
     click.echo(f"WARNING: {damage.problem}", err=True)
     click.echo(
         "WARNING: this database is an OLD state. Never start the node on it: its peers may take"
@@ -151,3 +151,6 @@ def _warn_incomplete(damage: BackupError) -> None:
         " to look things up.",
         err=True,
     )
+    shown = shlex.quote(path)
+    click.echo(f"The channels in it: {CLI} channels {shown}", err=True)
+    click.echo(f"For their peers to close them: {CLI} channels --static {shown}", err=True)

@@ -183,22 +183,60 @@ class LogReader:
 
     def __iter__(self) -> Iterator[tuple[Head, bytes]]:
         while (record := self._next()) is not None:
-            head, payload = record
-            # Without the file header each record is taken at its own word.
-            log_start = self.log_start or layout2.log_start_by(head)
-            problem = layout2.follows(self.last, head, log_start)
-            if head.kind == Kind.CHANGE and not problem:
-                chain = chain_after(head.chain_before, head.version, payload)
-                problem = "" if chain == head.chain else "its content does not match its chain"
-            if problem:
-                self.damage = self.as_damage(head.offset, problem)
+            if not self._takes(*record):
                 return
-            self.backup_id, self.last, self.position = head.backup_id, head, head.end
             yield record
         if self.tail.kind is TailKind.DAMAGED:
             self.damage = self.as_damage(self.tail.offset, self.tail.reason)
         elif self.position < (self.log_start or 0):
             self.damage = self.as_damage(self.position, "the rest of the snapshot is missing")
+
+    def whole(self) -> Iterator[tuple[Head, bytes]]:
+        """The records that are whole; what stands behind the last of them is not judged."""
+        while True:
+            record = self._record_at(self.position)
+            if record is None:
+                self._buffer = b""  # What came meanwhile is not in it.
+                record = self._record_at(self.position)
+            if record is None or not self._takes(*record):
+                return
+            yield record
+
+    def _takes(self, head: Head, payload: bytes) -> bool:
+        """Go on behind this record, if it continues the one before; else ``damage`` is set."""
+        # Without the file header each record is taken at its own word.
+        log_start = self.log_start or layout2.log_start_by(head)
+        problem = layout2.follows(self.last, head, log_start)
+        if head.kind == Kind.CHANGE and not problem:
+            chain = chain_after(head.chain_before, head.version, payload)
+            problem = "" if chain == head.chain else "its content does not match its chain"
+        if problem:
+            self.damage = self.as_damage(head.offset, problem)
+            return False
+        self.backup_id, self.last, self.position = head.backup_id, head, head.end
+        return True
+
+    def judge(self) -> Tail:
+        """What stands at ``position`` now, where no whole record does."""
+        self.allocated = self._size()
+        tail = layout2.judge_tail(
+            self.pread, self.position, self.allocated, self.backup_id, self.rules
+        )
+        if self.position < (self.log_start or 0) and tail.kind is not TailKind.DAMAGED:
+            reason = "the rest of the snapshot is missing"
+            tail = Tail(TailKind.DAMAGED, self.position, reason)
+        return tail
+
+    def heads(self) -> Iterator[Head]:
+        """The heads of the records from ``position`` on, without a look at their payloads."""
+        at = self.position
+        while True:
+            data = self._peek(at, layout2.HEAD.size)
+            head = layout2.decode_head(data, at, self.backup_id)
+            if head is None:
+                return
+            yield head
+            at = head.end
 
     def _next(self) -> tuple[Head, bytes] | None:
         """The record at ``position``; None at the end, where ``tail`` is then set."""

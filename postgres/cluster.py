@@ -13,9 +13,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from backend import log
 from errors import BackupError, ConfigError
 from postgres import checks, url
-from postgres.link import Denied, Failed, Link
+from postgres.link import WATCHED, Denied, Failed, Link
 
 LOCK_TIMEOUT_S = 30
+REPLAY_S = 10.0
+"""What a standby may take to replay what it has."""
 _SETTINGS = {
     "statement_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
@@ -93,9 +95,10 @@ class Cluster:
         wrong: list[str] = []
         for host, link in self._links(timeout_s, wrong):
             try:
-                server, found = checks.ask(link, self.url.standbys)
+                watched = link.run(WATCHED)[0]
+                _, found = checks.ask(link, self.url.standbys)
                 if not found:
-                    link.names = server.names if self.url.standbys else None
+                    link.watched = watched if self.url.standbys else None
                     self._say_single()
                     return link
                 wrong.append(f"{host.name}: {'; '.join(found)}")
@@ -105,27 +108,66 @@ class Cluster:
         raise Failed(", and ".join(wrong))
 
     def reader(self, timeout_s: float) -> Link:
-        """A connection to the primary, or to a standby if that does not answer; Failed."""
+        """A connection to a host that shows all that was acknowledged.
+
+        A primary that has its standbys is one. Without such a one all hosts are asked: of a
+        record as many have it as a change waits for, and one of those has to be among them.
+
+        Raises:
+            Failed: there is none, or it cannot be told which.
+        """
         wrong: list[str] = []
-        spare: Link | None = None
-        for host, link in self._links(timeout_s, wrong):
-            try:
-                server, _ = checks.ask(link, 0)
-            except (Failed, Denied) as error:
-                wrong.append(f"{host.name}: {error}")
-                link.close()
-                continue
-            if not server.is_standby:
-                if spare is not None:
-                    spare.close()
-                return link
-            if spare is None:
-                spare = link
-            else:
-                link.close()
-        if spare is None:
+        heard: list[tuple[Host, Link, bool]] = []
+        chosen: Link | None = None
+        try:
+            for host, link in self._links(timeout_s, wrong):
+                try:
+                    server, problems = checks.ask(link, self.url.standbys)
+                except (Failed, Denied) as error:
+                    wrong.append(f"{host.name}: {error}")
+                    link.close()
+                    continue
+                if self.url.standbys and not problems:
+                    chosen = link
+                    return chosen
+                heard.append((host, link, server.is_standby))
+            chosen = self._most_advanced(heard, wrong, timeout_s)
+            return chosen
+        finally:
+            for _, link, _ in heard:
+                if link is not chosen:
+                    link.close()
+
+    def _most_advanced(
+        self, heard: list[tuple[Host, Link, bool]], wrong: list[str], timeout_s: float
+    ) -> Link:
+        """The one of all that were ``heard``, and are a standby or not, that shows the most."""
+        primaries = [(host, link) for host, link, is_standby in heard if not is_standby]
+        if len(primaries) > 1:
+            names = " and ".join(host.name for host, _ in primaries)
+            raise Failed(f"{names} both take changes: let the URL name the right one alone")
+        found = [(0, link) for _, link in primaries]
+        for host, link, is_standby in heard:
+            if is_standby and not primaries:
+                try:
+                    place = checks.replayed(link, min(timeout_s, REPLAY_S))
+                except (Failed, Denied) as error:
+                    wrong.append(f"{host.name}: {error}")
+                    continue
+                if place is None:
+                    wrong.append(
+                        f"{host.name}: the standby has not replayed all that it has, or the role"
+                        " may not see that (GRANT pg_monitor)"
+                    )
+                else:
+                    found.append((place, link))
+        hosts, standbys = len(self.hosts), self.url.standbys
+        enough = hosts - standbys if standbys else 1
+        if (len(heard) if primaries else len(found)) < max(1, enough):
+            if enough > 1:
+                wrong.append(f"{enough} of the {hosts} hosts have to answer: others may have more")
             raise Failed(", and ".join(wrong))
-        return spare
+        return max(found, key=lambda one: one[0])[1]
 
     def _links(self, timeout_s: float, wrong: list[str]) -> Iterator[tuple[Host, Link]]:
         for host in self.hosts:

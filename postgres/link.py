@@ -30,8 +30,12 @@ KEEPALIVE: Mapping[str, str | int] = {
     "tcp_user_timeout": 20000,
 }
 """A machine that is gone is noticed while it is waited for."""
-NAMES_STATEMENT = "names"
+WATCHED_STATEMENT = "watched"
 NAMES = "pg_catalog.current_setting('synchronous_standby_names')"
+WATCHED = f"""SELECT {NAMES}, pg_catalog.pg_conf_load_time()::text,
+    pg_catalog.current_setting('synchronous_commit'), pg_catalog.pg_backend_pid()"""
+"""What stays the same while a commit waits as it has to. The time as well: names that are emptied
+and set again let it go on. The process: behind a pooler the next statement may meet another."""
 _HARMLESS = (b"NOTICE", b"DEBUG", b"INFO", b"LOG")
 _TRANSIENT = ("08", "25", "40", "53", "55", "57", "58", "XX", "F0")
 """Classes of SQLSTATE after which another try, or another host, may do. 25 is read-only."""
@@ -66,7 +70,7 @@ class Link:
         options: libpq's parameters.
 
     Attributes:
-        names: what synchronous_standby_names has to be at each commit, None: anything.
+        watched: what WATCHED has to be behind each commit, None: anything.
 
     Raises:
         Failed: nobody answers, or not as wanted.
@@ -83,8 +87,8 @@ class Link:
         self._connection.add_notice_handler(self._hear)
         self._pg = self._connection.pgconn
         self._poll = select.poll()
-        self.names: str | None = None
-        self._knows_names = False
+        self.watched: Row | None = None
+        self._knows_watched = False
 
     def _hear(self, notice: psycopg.errors.Diagnostic) -> None:
         severity = (notice.severity_nonlocalized or notice.severity or "").encode()
@@ -136,8 +140,8 @@ class Link:
     ) -> list[Row]:
         """``run`` of a statement that commits: on return all its standbys have it.
 
-        What synchronous_standby_names is gets asked behind the commit, in the same round trip:
-        when it is emptied, whoever waits for a standby goes on without a word.
+        Whether the settings are those of before is asked behind the commit, in the same round
+        trip: when the names are emptied, whoever waits for a standby goes on without a word.
 
         Args:
             prepared: ``sql`` is the name of a statement.
@@ -146,9 +150,9 @@ class Link:
             NotConfirmed: it may be committed on that server alone. After an error the connection
                 is closed.
         """
-        if not self._knows_names:
-            self.prepare(NAMES_STATEMENT, f"SELECT {NAMES}", ())
-            self._knows_names = True
+        if not self._knows_watched:
+            self.prepare(WATCHED_STATEMENT, WATCHED, ())
+            self._knows_watched = True
         try:
             return self._confirmed(sql, params, time.monotonic() + timeout_s, prepared)
         except BaseException:
@@ -167,16 +171,17 @@ class Link:
             else:
                 pg.send_query_params(sql.encode(), values, oids, formats, result_format=1)
             pg.pipeline_sync()
-            pg.send_query_prepared(NAMES_STATEMENT.encode(), None, result_format=1)
+            pg.send_query_prepared(WATCHED_STATEMENT.encode(), None, result_format=1)
             pg.pipeline_sync()
             rows = self._last(self._results(deadline, synced=True))
-            names = self._last(self._results(deadline, synced=True))[0][0]
+            now = self._last(self._results(deadline, synced=True))[0]
             pg.exit_pipeline_mode()
         if self._warning:
             raise NotConfirmed(f"it committed with a warning: {self._warning}")
-        if self.names is not None and names != self.names:
+        if self.watched is not None and now != self.watched:
             raise NotConfirmed(
-                f"synchronous_standby_names was {self.names!r}, and became {names!r}"
+                "the server has loaded its settings anew, or another process of it answers"
+                f" (synchronous_standby_names was {self.watched[0]!r}, and is {now[0]!r})"
             )
         return rows
 

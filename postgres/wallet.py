@@ -6,7 +6,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import clusterchecks
-from clusterchecks import Fallback, Found, Server, Slot, Standby
+from clusterchecks import Fallback, Server, Slot, Standby, WalletCluster
 from errors import BackupError, ConfigError
 
 CONNECT_TIMEOUT_S = 10
@@ -33,7 +33,7 @@ FROM pg_catalog.pg_replication_slots
 WHERE slot_type = 'physical' AND NOT temporary AND restart_lsn IS NOT NULL ORDER BY slot_name"""
 
 
-def examine(url: str) -> Found:
+def examine(url: str) -> WalletCluster:
     """Look at the server that lightningd would write to with ``--wallet=url``.
 
     The connection is made from the same words, so what is set for its role or its database holds.
@@ -57,7 +57,7 @@ def examine(url: str) -> Found:
         ) from error
 
 
-def _ask(connection: psycopg.Connection) -> Found:
+def _ask(connection: psycopg.Connection) -> WalletCluster:
     row = connection.execute(_SERVER).fetchone()
     assert row is not None
     version, synchronous_commit, wal_level, archive_mode, failing = row[7:]
@@ -67,7 +67,7 @@ def _ask(connection: psycopg.Connection) -> Found:
     fallback = Fallback(wal_level, archive_mode, failing, slots)
     wrong, doubtful = clusterchecks.of_commit(synchronous_commit)
     info = connection.info
-    return Found(
+    return WalletCluster(
         f"{info.user}@{info.host}:{info.port}/{info.dbname}",
         version,
         server,

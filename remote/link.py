@@ -116,6 +116,7 @@ class Link:
         protocol: what was agreed on.
         packer: packs what is sent in protocol 2.
         still_s: how long nothing may move.
+        heard_s: when something came last, by the monotonic clock.
 
     Raises:
         OSError: the connection is lost, or an answer took too long.
@@ -130,6 +131,7 @@ class Link:
         self._unpacker = protocol.RecordUnpacker()
         self.protocol = 1
         self.still_s = ANSWER_TIMEOUT_S
+        self.heard_s = time.monotonic()
 
     def send(self, data: bytes) -> None:
         """Send ``data``, as long as it moves on."""
@@ -147,6 +149,7 @@ class Link:
             if not data:
                 raise ConnectionError("the server closed the connection")
             came += len(data)
+            self.heard_s = time.monotonic()
             self._events.extend(self._decoder.feed(data))
         return self._events.popleft()
 

@@ -51,9 +51,9 @@ class Received:
         while True:
             packet = self._link.answer()
             if packet.type is PacketType.RECORD:
-                yield self._checked(*self._link.record(packet))
+                yield self.checked(*self._link.record(packet))
             elif packet.type is PacketType.COMING:
-                self._begin(protocol.decode_coming(packet.payload))
+                self.begin(protocol.decode_coming(packet.payload))
             elif packet.type is PacketType.NACK:
                 raise Refused(protocol.decode_nack(packet.payload))
             elif packet.type is PacketType.DONE:
@@ -61,7 +61,8 @@ class Received:
             else:
                 raise ProtocolError(f"{packet.type.name} may not come in a restore.")
 
-    def _begin(self, coming: Coming) -> None:
+    def begin(self, coming: Coming) -> None:
+        """The server has said of which log the records come."""
         self.total = coming.size
         self.position = self.last.end if self.last is not None else layout2.FIRST_RECORD
         self._log_start = layout2.log_start_of(coming.snapshot_size)
@@ -71,7 +72,8 @@ class Received:
         if self._begins is not None:
             self._begins(coming)
 
-    def _checked(self, head: Head, payload: bytes) -> tuple[Head, bytes]:
+    def checked(self, head: Head, payload: bytes) -> tuple[Head, bytes]:
+        """The record that came next, as it follows the last; ProtocolError if it does not."""
         last = self.last or self._first
         if head.kind == Kind.SNAPSHOT:
             head = head._replace(offset=last.end, backup_id=last.backup_id)

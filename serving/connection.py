@@ -25,7 +25,15 @@ from serving.turns import Turns
 from stream import Stream
 from upkeep.compaction import Compactor
 
-READS = frozenset({PacketType.REQ_METADATA, PacketType.RESTORE, PacketType.STATUS, PacketType.ACK})
+READS = frozenset(
+    {
+        PacketType.REQ_METADATA,
+        PacketType.RESTORE,
+        PacketType.FOLLOW,
+        PacketType.STATUS,
+        PacketType.ACK,
+    }
+)
 """What a connection may send that is for reading only."""
 
 
@@ -72,10 +80,8 @@ class Connection:
         self._arrival = Arrival(self, self._keeper, host.room, host.shelf)
         parts = self, self._keeper, self._arrival, self._outgoing, host.memory
         # Both for as long as it lasts: the records of one direction are one stream.
-        self._spoken: dict[int, Protocol1 | Protocol2] = {
-            1: Protocol1(*parts),
-            2: Protocol2(*parts),
-        }
+        self._spoken_2 = Protocol2(*parts)
+        self._spoken: dict[int, Protocol1 | Protocol2] = {1: Protocol1(*parts), 2: self._spoken_2}
         self._speaks = self._spoken[1]
 
     def __str__(self) -> str:
@@ -114,6 +120,8 @@ class Connection:
                 self._introduce(event.payload)
             case PacketType.RESTORE:
                 self._restore(event.payload)
+            case PacketType.FOLLOW if self._speaks is self._spoken_2:
+                self._follow(event.payload)
             case PacketType.COMPACT:
                 self._compact()
             case PacketType.ACK if self._restored:
@@ -149,6 +157,13 @@ class Connection:
             self._speaks.restore(payload)
         self._take_place()
 
+    def _follow(self, payload: bytes) -> None:
+        log.info(f"{self}: follows the backup")
+        self._restored = True
+        self._host.places.enter(self, Place.FOLLOWER)
+        self._spoken_2.follow(payload)
+        self._take_place()
+
     def _refuse_part(self, part: SnapshotPart | Part) -> None:
         if part.last:
             self._refuse_to_write()
@@ -173,6 +188,7 @@ class Connection:
         with self._keeper.lock:
             answer = decide()
             self.answer(answer)
+        self._keeper.bell.ring()
         return answer
 
     def write(self, decide: Callable[[], Answer]) -> None:

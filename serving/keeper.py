@@ -20,6 +20,7 @@ from filelog.reader import LogReader
 from protocol import Details, Metadata, Nack, NackCode
 from serving import rules
 from serving.client import Answer, Client, Stored
+from serving.following import Bell
 from serving.rules import Act, Decision, Offer, Reason, State
 from serving.turns import Turns
 from upkeep.examine import Findings, examine
@@ -61,12 +62,16 @@ class Keeper:
     Args:
         backend: open for writing.
         allows_1: protocol 1 may write also after protocol 2 has.
+
+    Attributes:
+        bell: rung after what was written.
     """
 
     def __init__(self, backend: FileBackend, allows_1: bool = False) -> None:
         self._allows_1 = allows_1
         self.backend = backend
         self.lock = threading.Lock()
+        self.bell = Bell()
         self._writer: Client | None = None
         self._newest_writer = 0
         self._told = NOBODY, ""

@@ -74,6 +74,10 @@ class Outgoing:
             sent = self._stream.send_now(view)
             view, self._sent = view[sent:], self._sent + sent
 
+    def hear(self) -> None:
+        """Take the ACKs that came; ConnectionError if the client left."""
+        self._is_writable(0)
+
     def _is_writable(self, timeout_s: float) -> bool:
         """Whether the client takes more by then; it may send ACKs meanwhile."""
         readable, writable, _ = select.select([self._stream], [self._stream], [], timeout_s)

@@ -26,6 +26,7 @@ class Place(enum.Enum):
     NEW = "have said nothing yet", 16
     GUEST = "ask, or write what is nobody's", 16
     READER = "read the backup", 15
+    FOLLOWER = "follow the backup", 4
     OWNER = "claim the backup", 4
 
 

@@ -14,6 +14,7 @@ from filelog.reader import LogReader
 from protocol import Event, Nack, NackCode, PacketType, Part, Place, SnapshotPart
 from serving import rules
 from serving.client import Answer, Client, Dropped
+from serving.following import Follow
 from serving.keeper import Keeper
 from serving.memory import Memory, Payload
 from serving.outgoing import BLOCK_SIZE, Outgoing
@@ -160,6 +161,13 @@ class Protocol2:
             nack = Nack(backend.version, NackCode.DAMAGED, str(reader.damage))
             return self._outgoing.send_block(protocol.encode_nack(nack))
         self._outgoing.send_block(protocol.encode(PacketType.DONE))
+
+    def follow(self, payload: bytes) -> None:
+        """Send the log, or what stands behind the record that is named, and what comes."""
+        last = protocol.decode_follow(payload)
+        keeper = self._keeper
+        parts = keeper.backend, self._outgoing, self._packer, keeper.bell
+        Follow(self._client, *parts).run(last)
 
     def _send_records(self, reader: LogReader) -> None:
         log_start = reader.log_start or layout2.FIRST_RECORD

@@ -10,6 +10,7 @@ from backend import EMPTY_CHAIN
 from errors import CLI, BackupError
 from filelog import layout2
 from filelog.layout2 import Head, Kind
+from monitoring.fields import IN_STEP
 from quorum import BY_RECORDS, Branches, End, Relation, Roster, compare, lead
 from replica import Look, Replica
 from several.catchup import marks
@@ -188,6 +189,5 @@ def standing(heard: Heard, leader: Heard) -> str:
     return str(relation.value)
 
 
-IN_STEP = "in step"
 Make = Callable[[str], Replica]
 """The destination of a URL, not open yet; ConfigError for a URL of no known form."""

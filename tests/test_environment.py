@@ -49,7 +49,8 @@ def app(tmp_path: Path) -> Path:
     directory.mkdir(parents=True)
     for path in [*support.ROOT.glob("*.py"), support.CLI]:
         shutil.copy(path, directory)
-    for room in ("commands", "filelog", "postgres", "remote", "several", "upkeep", "wallet"):
+    rooms = ("commands", "filelog", "monitoring", "postgres", "remote", "several", "upkeep")
+    for room in (*rooms, "wallet"):
         shutil.copytree(support.ROOT / room, directory / room)
     return directory
 

@@ -213,7 +213,7 @@ def torn_aside(path: Path, offset: int) -> Path:
     return path.with_name(f"{path.name}.torn-{offset}")
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("impatient", "unmeasured")
 @pytest.mark.parametrize("kind", ["change", "rewind", "first"])
 def test_log_cut_at_every_byte_of_its_last_record(
     kind: str, url: str, caplog: pytest.LogCaptureFixture
@@ -331,7 +331,7 @@ def check_changed_byte(url: str, calls: list[Call], snapshot: bytes, where: obje
         assert version == 4, where
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("impatient", "unmeasured")
 @pytest.mark.parametrize("mask", [0xFF, 0x01])
 def test_every_byte_changed(mask: int, url: str, tmp_path: Path) -> None:
     calls, snapshot, end = small_log(url, tmp_path)

@@ -75,6 +75,7 @@ def check_golden(event: protocol.Event, entry: dict[str, Any]) -> None:
 
 def test_golden_packets_cover_every_type() -> None:
     second = {"RECORD", "COMING", "STATUS", "STATUS_RES", "HELD"}
+    second |= {"FOLLOW", "FOLLOWING", "PAUSE"}
     assert {entry["type"] for entry in GOLDEN} == set(PacketType.__members__) - second
 
 

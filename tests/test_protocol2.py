@@ -47,6 +47,7 @@ STREAM = [entry for entry in RECORDS if entry["deflate"] == "stream"]
 LIMITS = {"client": protocol.TO_SERVER, "server": protocol.TO_CLIENT}
 FIELDS = ("kind", "flags", "version", "sequence", "time_ns", "session", "chain_before", "chain")
 SESSION, CHAIN = bytes(range(16)), bytes(range(16, 32))
+CHAIN_AFTER = bytes(range(0xAF, 0x9F, -1))
 TIME_NS = 1_790_000_000_123_456_789
 
 
@@ -131,6 +132,7 @@ def content(packet: bytes) -> bytes:
 
 def test_golden_packets_cover_what_protocol_2_adds() -> None:
     types = {"REQ_METADATA", "METADATA", "ACK", "NACK", "RECORD", "COMING", "RESTORE", "HELD"}
+    types |= {"FOLLOW", "FOLLOWING", "PAUSE"}
     assert {entry["type"] for entry in GOLDEN} == types
     assert {entry["kind"] for entry in RECORDS} == set(Kind)
 
@@ -178,6 +180,24 @@ def test_golden_coming() -> None:
     expected = entry["size"], entry["snapshot_size"], bytes.fromhex(entry["backup_id"])
     assert protocol.decode_coming(the_packet(entry).payload) == expected
     assert protocol.encode(PacketType.COMING, protocol.COMING.pack(*expected)) == raw(entry)
+
+
+def test_golden_follow() -> None:
+    nothing, asked = [entry for entry in GOLDEN if entry["type"] == "FOLLOW"]
+    assert protocol.encode_follow(None) == raw(nothing)
+    last = protocol.decode_follow(the_packet(asked).payload)
+    assert last is not None and protocol.encode_follow(last) == raw(asked)
+    assert last[1:5] == (Kind.CHANGE, BUMPS, SESSION, 0x1_0000_0005)
+    assert (last.version, last.length, last.time_ns, last.chain) == (7, 41, TIME_NS, CHAIN_AFTER)
+    (answer,) = [entry for entry in GOLDEN if entry["type"] == "FOLLOWING"]
+    coming, place = protocol.decode_following(the_packet(answer).payload)
+    assert (coming, place) == (protocol.Coming(0x2_0000_0040, 3 << 20, SESSION), last)
+    assert protocol.encode_following(coming, place) == raw(answer)
+    (pause,) = [entry for entry in GOLDEN if entry["type"] == "PAUSE"]
+    assert protocol.encode(PacketType.PAUSE) == raw(pause)
+    for cut in (1, 31, 33, 155):
+        with pytest.raises(ProtocolError):
+            protocol.decode_following(raw(answer)[5 : 5 + cut])
 
 
 def test_golden_held() -> None:

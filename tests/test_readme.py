@@ -34,7 +34,7 @@ PAGES = [
     *(ROOT / "docs" / f"{name}.md" for name in ("restoring", "several", "switching", "healing")),
     *(ROOT / "docs" / f"{name}.md" for name in ("ssh-to-backup", "ssh-to-node", "onion", "vpn")),
     ROOT / "docs" / "postgres.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("installing", "internals", "faults")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("installing", "internals", "faults", "channels")),
 ]
 BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 IDLE = ("lightningd", "lightning-cli", "make", "useradd", "systemctl")

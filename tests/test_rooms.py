@@ -27,7 +27,7 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"remote": "remote"},
     {"wire": "protocol stream unixsocket"},
     {"replica": "replica"},
-    {"filelog": "filelog", "wallet": "wallet"},
+    {"filelog": "filelog", "monitoring": "monitoring", "wallet": "wallet"},
     {"ground": "backend durable scratch space"},
     {"bottom": "decisions quorum clusterchecks errors environment unwind"},
 )

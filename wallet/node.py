@@ -22,6 +22,7 @@ from errors import CLI, BackupExists, ConfigError, DiskError
 LOCK_NAME = "backup.lock"
 DATABASE_NAME = "lightningd.sqlite3"
 RPC_NAME = "lightning-rpc"
+ANSWER_S = 10.0
 PROC = "/proc"
 """Where the system tells of its processes; not on every one."""
 LISTENER_S = 1.0
@@ -36,15 +37,16 @@ NETWORKS = (
 class LockFile:
     """What backup.lock says: JSON ``{"backend_url": "<url>", "owner": "<32 hex digits>"}``.
 
-    A file of the earlier plugin has no owner. ``"compact"`` and ``"heal"`` may be added by hand;
-    what else is there stays. Several destinations are ``"backend_urls"``, ``"acks"`` and
-    ``"epoch"`` (see quorum.Roster); then ``"backend_url"`` is the first of them.
+    A file of the earlier plugin has no owner. ``"compact"``, ``"heal"`` and ``"metrics"`` may be
+    added by hand; what else is there stays. Several destinations are ``"backend_urls"``,
+    ``"acks"`` and ``"epoch"`` (see quorum.Roster); then ``"backend_url"`` is the first of them.
 
     Attributes:
         compact: see compaction.parse_least; None if not given.
         owner: what the backup knows this node by, 16 bytes.
         wallet: the node's database, if it is not in the directory: a path, relative to that.
         node_id: which node the backup is of, in hex; None if that was not known yet.
+        metrics: a file for the figures of monitoring.metrics, or None.
         heals: whether the plugin may bring the backup up to date by itself: ``"heal": "off"``.
         lost_state: when a start was last refused because the node seemed to have lost some
             state, in words, or None. It never heals from then on until `resync` or `attach`.
@@ -61,6 +63,7 @@ class LockFile:
     node_id: str | None = None
     heals: bool = True
     lost_state: str | None = None
+    metrics: str | None = None
     others: Mapping[str, object] = field(default_factory=dict)
     backend_urls: tuple[str, ...] = ()
     acks: int = 1
@@ -84,12 +87,18 @@ class LockFile:
             content["node_id"] = self.node_id
         if not self.heals:
             content["heal"] = "off"
+        if self.metrics is not None:
+            content["metrics"] = self.metrics
         if self.lost_state is not None:
             content["lost_state"] = self.lost_state
         if self.backend_urls:
             content["backend_urls"] = list(self.backend_urls)
             content["acks"], content["epoch"] = self.acks, self.epoch
         return json.dumps(content).encode()
+
+
+TEXTS = ("wallet", "node_id", "lost_state", "metrics")
+"""Keys of backup.lock whose value is a string."""
 
 
 def _parse_lock_file(content: Any) -> LockFile:
@@ -102,7 +111,7 @@ def _parse_lock_file(content: Any) -> LockFile:
     owner = bytes.fromhex(others.pop("owner", NOBODY.hex()))
     if len(owner) != len(NOBODY):
         raise ValueError("owner is not of 16 bytes")
-    texts = {name: others.pop(name, None) for name in ("wallet", "node_id", "lost_state")}
+    texts = {name: others.pop(name, None) for name in TEXTS}
     for name, text in texts.items():
         if text is not None and (not isinstance(text, str) or "\0" in text):
             raise TypeError(f"{name} is no string")
@@ -324,6 +333,25 @@ def _locked(path: str, directory: str) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def ask(directory: str, method: str) -> dict[str, Any] | None:
+    """What the lightningd that runs in ``directory`` answers to a method without parameters.
+
+    None: none does, or it refuses.
+    """
+    request = {"jsonrpc": "2.0", "id": f"backup-cli:{method}#1", "method": method, "params": {}}
+    answer, parse = "", json.JSONDecoder().raw_decode
+    with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError, ValueError):
+        client.settimeout(ANSWER_S)
+        client.connect(os.path.join(directory, RPC_NAME))
+        client.sendall(json.dumps(request).encode())
+        while data := client.recv(1 << 16):
+            answer += data.decode()
+            with contextlib.suppress(ValueError):
+                found = parse(answer)[0].get("result")
+                return found if isinstance(found, dict) else None
+    return None
 
 
 def _is_listening(path: str) -> bool:

@@ -239,7 +239,15 @@ def test_locks_of_files_that_are_gone_are_passed_over(
 
 def test_backup_lock_keeps_all_that_it_says(node_dir: Path) -> None:
     full = node.LockFile(
-        "file:///a", "1GiB", b"x" * 16, "db.sqlite3", "02" * 33, False, "once", {"later": [1]}
+        "file:///a",
+        "1GiB",
+        b"x" * 16,
+        "db.sqlite3",
+        "02" * 33,
+        False,
+        "once",
+        "/m.prom",
+        {"later": [1]},
     )
     for lock_file in (node.LockFile("file:///a"), full):
         (node_dir / "backup.lock").unlink(missing_ok=True)

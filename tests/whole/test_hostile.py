@@ -25,6 +25,8 @@ from tests.peers import ServerProcess
 from tests.serving.test_limits import OWNER, NewClient
 from tests.test_protocol import PACKETS, mutate
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 MIB = 1 << 20
 CLIENTS = 6
 PACKETS_EACH = 40
@@ -66,6 +68,7 @@ class Hostile(threading.Thread):
             self._record,
             self._bomb,
             self._restore,
+            self._follow,
         ]
 
     def run(self) -> None:
@@ -77,7 +80,7 @@ class Hostile(threading.Thread):
         owner = OWNER if self._chance.random() < 0.3 else None
         with NewClient(self._server, owner) as client:
             for _ in range(PACKETS_EACH):
-                weights = (1, 4, 4, 8, 0.05, 0.2)
+                weights = (1, 4, 4, 8, 0.05, 0.2, 0.2)
                 (kind,) = self._chance.choices(self._kinds, weights)
                 self.sent += 1
                 client.sock.sendall(kind(client))
@@ -133,6 +136,12 @@ class Hostile(threading.Thread):
 
     def _restore(self, client: NewClient) -> bytes:
         return protocol.encode(PacketType.RESTORE)
+
+    def _follow(self, client: NewClient) -> bytes:
+        wild = self._chance.randrange(1 << 64), self._chance.randrange(1 << 64)
+        head = client.head(b"", sequence=wild[0], offset=wild[1], session=bytes(16))
+        last = head._replace(backup_id=self._chance.randbytes(16), kind=self._chance.randrange(9))
+        return protocol.encode_follow(self._chance.choice((None, last)))
 
 
 NOT_KEPT = "from serving import spool; spool.KEPT_FOR_S = 0.1"

@@ -82,7 +82,7 @@ def test_a_life_from_init_to_restore(node_dir: Path, tmp_path: Path, served: Ser
     with PluginProcess(node_dir) as plugin:
         write(plugin, 3, 8)
         status = plugin.call("backup-status")
-        assert [row["part"] for row in status["destinations"]] == ["in step"] * 2
+        assert [row["standing"] for row in status["destinations"]] == ["in step"] * 2
         done = run_cli("status", "--json", "--lightning-dir", node_dir)
         assert rows(done.stdout) == [(8, "in step")] * 2
     assert versions(urls) == [8, 8]
@@ -119,7 +119,7 @@ def test_one_that_fails_is_left_behind_and_comes_back(
         done = run_cli("status", "--lightning-dir", node_dir, check=4)
         assert "cannot be reached" in done.stdout and "2 are in step" in done.stdout
         row = plugin.call("backup-status")["destinations"][2]
-        assert row["part"] == "lagging" and "cannot be reached" in row["last_error"]
+        assert row["standing"] == "lagging" and "cannot be reached" in row["last_error"]
         with ServerProcess(f"file://{tmp_path}/served/node.bkp", port=served.port):
             until(lambda: plugin.logged(f"{remote} is in step again"))
             write(plugin, 7, 7)
