@@ -467,14 +467,12 @@ def test_a_full_disk_is_told_and_nothing_of_it_stays(
     dbname = url.partition("?")[0].rpartition("/")[2]
     pair.primary.sql(f"CREATE TABLESPACE small LOCATION '{small_disk_of}'")
     pair.primary.sql("ALTER TABLE cln_backup.records SET TABLESPACE small", dbname=dbname)
-    calls: list[Call] = []
+    calls = [support.change(version, "-- " + "x" * 500_000) for version in range(1, 12)]
     with opened(of_more(pair, url, pair.primary, standbys="0", retry_for="1")) as backend:
         with pytest.raises(BackupError, match="No space left on device"):
-            for version in range(1, 12):
-                call = support.change(version, "-- " + "x" * 500_000)
-                add(backend, call)
-                calls.append(call)
-        assert 0 < len(calls) < 11
+            add(backend, *calls)
+        assert 0 < backend.version < 11
         with pytest.raises(BackupError, match="No space left on device"):
-            add(backend, CHANGES[len(calls)])
+            add(backend, CHANGES[backend.version])
+    del calls[backend.version :]
     assert stored(of_more(pair, url, pair.primary)) == calls
