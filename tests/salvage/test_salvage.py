@@ -22,7 +22,7 @@ from commands.salvage import salvaged
 from errors import BackupError, ConfigError
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, HEAD, OVERHEAD, Head, Kind
-from filelog.writer import write_log
+from filelog.writer import LogWriter, write_log
 from salvage import mapfile, pieces, scan
 from salvage.images import Images
 from salvage.index import NAME, Index
@@ -277,16 +277,24 @@ def test_layout_1_with_an_end_of_zeros_or_half_an_entry(bed: Bed, tmp_path: Path
     assert versions(found(bed, tmp_path, content + bytes(4096) + content)) == [bed.version]
 
 
-def test_two_snapshots_that_name_the_same(bed: Bed, tmp_path: Path) -> None:
-    """Their pieces are not mixed: each is taken whole, where it is in one extent."""
-    first, head = bed.files["again"], layout2.FIRST_RECORD
-    record = layout2.decode_head(first[head : head + HEAD.size], head, None)
-    assert record is not None
-    payload = bytearray(first[head + HEAD.size :][: record.length])
-    payload[92] ^= 1  # Which of its releases has written it: SQLite does not look at that.
-    other = first[:head] + layout2.encode(record, bytes(payload)) + first[record.end :]
-    report = found(bed, tmp_path, first, other)
-    assert versions(report) == [bed.version]
+def test_two_snapshots_that_name_the_same(tmp_path: Path) -> None:
+    """Their pieces are not mixed: one is taken that is whole in one extent."""
+    logs = []
+    for letter in "ab":
+        database, log = tmp_path / f"{letter}.sqlite3", tmp_path / f"{letter}.bkp"
+        run_sql(database, "CREATE TABLE vars (name, intval, blobval)")
+        run_sql(database, "INSERT INTO vars VALUES ('data_version', 7, ?)", letter * 1_500_000)
+        writer = LogWriter(str(log), b"the same".ljust(16), database.stat().st_size)
+        writer.add_snapshot(str(database), BEFORE_FIRST._replace(version=7, chain=b"x" * 16))
+        writer.finish()
+        writer.close()
+        logs.append(log.read_bytes())
+    image = tmp_path / "disk.img"
+    image.write_bytes(logs[0][1 << 19 :] + logs[1])
+    (delivered,) = beds.run(tmp_path / "out", image).delivered
+    assert delivered.path
+    records = records_of(Path(delivered.path))
+    assert b"".join(payload for _, payload in records) == (tmp_path / "b.sqlite3").read_bytes()
 
 
 # A map of ddrescue
