@@ -19,11 +19,13 @@ MOST_CHILDREN = 1000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS olds (place INTEGER PRIMARY KEY, is_header INTEGER, version INTEGER);
+CREATE TABLE IF NOT EXISTS log_ends (place INTEGER PRIMARY KEY, low INTEGER);
 CREATE TABLE IF NOT EXISTS pieces (id INTEGER PRIMARY KEY, place INTEGER, payload INTEGER,
   layout INTEGER, whole INTEGER, split INTEGER, tail INTEGER, head BLOB, kind INTEGER, backup BLOB,
   sequence INTEGER, offset INTEGER, ends INTEGER, version INTEGER, before BLOB, chain BLOB);
 """
 _INDEXES = """
+CREATE INDEX IF NOT EXISTS by_low ON log_ends (low);
 CREATE INDEX IF NOT EXISTS by_before ON pieces (before, kind, whole, chain);
 CREATE INDEX IF NOT EXISTS by_chain ON pieces (chain, kind, whole, sequence);
 CREATE INDEX IF NOT EXISTS by_offset ON pieces (backup, offset);
@@ -127,6 +129,15 @@ class Index:
     def add_olds(self, rows: Iterable[tuple[int, bool, int]]) -> None:
         """Add where a file of layout 1 may begin: place, whether with its header, version."""
         self._db.executemany("INSERT OR REPLACE INTO olds VALUES (?, ?, ?)", rows)
+
+    def add_log_ends(self, rows: Iterable[tuple[int, int]]) -> None:
+        """Add where a log may end: place, and the low bytes of an offset in a trailer."""
+        self._db.executemany("INSERT OR REPLACE INTO log_ends VALUES (?, ?)", rows)
+
+    def log_ends(self, low: int, most: int) -> list[int]:
+        """Places that ``add_log_ends`` took with ``low``."""
+        query = "SELECT place FROM log_ends WHERE low = ? LIMIT ?"
+        return [place for (place,) in self._db.execute(query, (low, most))]
 
     def olds(self) -> Iterator[tuple[int, bool, int]]:
         """What ``add_olds`` took, in the order of places."""
