@@ -101,17 +101,25 @@ class Index:
     def _unusable(self, error: Exception) -> Exception:
         if isinstance(error, OSError):
             return DiskError(self.path, error, "use")
-        return ConfigError(f"{self.path} cannot be used: {error}.", "Remove it, and begin again.")
+        return ConfigError(
+            f"{self.path} cannot be used: {error}.",
+            "Make room if that disk is full; else remove the file, and begin again.",
+        )
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """What SQLite refuses meanwhile, as on a full disk, leaves as BackupError."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """What is changed meanwhile is kept together, or not at all."""
-        try:
-            self._db.execute("BEGIN")
-            yield
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:  # A full disk, say.
-            raise self._unusable(error) from error
+        self._db.execute("BEGIN")
+        yield
+        self._db.execute("COMMIT")
 
     def note(self, name: str) -> str | None:
         """What ``set_note`` kept."""

@@ -72,7 +72,7 @@ def versions(report: Report) -> list[int]:
 
 
 def test_what_is_found_is_never_wrong(bed: Bed, tmp_path: Path) -> None:
-    all_versions = [one(bed, tmp_path, number) for number in range(60)]
+    all_versions = [one(bed, tmp_path, number) for number in range(50)]
     assert sum(bed.version in some for some in all_versions) > 10, "far too little is found"
 
 
@@ -474,21 +474,25 @@ def test_forged_numbers(bed: Bed, tmp_path: Path) -> None:
     assert versions(report) == [bed.version]
 
 
-def test_forged_lengths_are_not_read_without_end(tmp_path: Path) -> None:
-    payload = b"SELECT 1"
-    _, raw = forged(START, payload, length=1 << 28)
+def test_forged_lengths_are_not_read_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan.Effort, "FREE", 1 << 22)
+    _, raw = forged(START, b"SELECT 1", length=1 << 21)
     image = tmp_path / "disk.img"
-    image.write_bytes(raw * 200)
+    image.write_bytes(raw * 100)
+    os.truncate(image, 1 << 22)
     report = beds.run(tmp_path / "out", image)
     assert not versions(report)
-    os.truncate(image, 1 << 29)
-    effort = scan.Effort(0)
-    with contextlib.closing(Images([str(image)])) as images:
-        (tmp_path / "index").mkdir()
-        index = Index(str(tmp_path / "index"), images.described())
-        scan._scan_window(images, index, effort, 0, 4096)
-        assert effort.refused
-        index.close(done=True)
+    (limit,) = report.limits
+    assert "payloads were not checked" in limit
+
+
+def test_index_on_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(forged(START, b"SELECT 1")[1] * 20000)
+    done = run_cli("salvage", image, small_disk / "out", check=1)
+    assert "is full" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_forged_entries_of_layout_1(tmp_path: Path) -> None:
