@@ -16,15 +16,20 @@ LEVELS: tuple[dict[str, str], ...] = (
     {"backup-cli": "backup-cli", "demo": "demo", "packaging": "cln_backup"},
     {"commands": "commands"},
     {"plugin": "backup healing pylnclient", "server": "server"},
-    {"destinations": "destinations", "serving": "serving"},
+    {"destinations": "destinations", "serving": "serving", "standby": "standby"},
     {"upkeep": "upkeep", "salvage": "salvage"},
-    {"file": "filebackend", "socket": "socketbackend", "mirror": "mirrorbackend several"},
+    {
+        "file": "filebackend",
+        "socket": "socketbackend",
+        "postgres": "postgresbackend postgres",
+        "mirror": "mirrorbackend several",
+    },
     {"remote": "remote"},
     {"wire": "protocol stream unixsocket"},
     {"replica": "replica"},
     {"filelog": "filelog", "monitoring": "monitoring", "wallet": "wallet"},
     {"ground": "backend durable scratch space"},
-    {"bottom": "decisions quorum errors environment unwind"},
+    {"bottom": "decisions quorum clusterchecks errors environment unwind"},
 )
 """From the top down: the rooms of each level, and the modules and packages in each.
 
@@ -35,7 +40,13 @@ EXCEPTIONS = {
     ("demo", "tests.support"): "it plays lightningd as the tests do",
 }
 """Importing and imported module: why it may be."""
-ONLY_IN = {"sqlite3": "wallet salvage", "click": "commands", "socks": "remote", "pyln": "plugin"}
+ONLY_IN = {
+    "sqlite3": "wallet salvage",
+    "click": "commands",
+    "socks": "remote",
+    "pyln": "plugin",
+    "psycopg": "postgres",
+}
 """What is foreign, and the rooms that know it; salvage keeps only its own notes in SQLite."""
 BY_STRING = {
     "environment": "the packages that a program needs, to tell what is missing",
