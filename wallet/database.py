@@ -22,6 +22,8 @@ COPY_PAGES = 1024
 """Pages that SQLite's backup API moves at a time."""
 CACHED_STATEMENTS = 64
 """More than half of a node's statements come again soon: BEGIN, COMMIT and many UPDATEs."""
+TRANSACTION_SIZE = 4 << 20
+"""Bytes of changes after which a replay commits."""
 LARGE_CHANGE = 256 << 10
 """Bytes of a change whose statements are not kept in the cache."""
 OTHER_ROWIDS = (
@@ -182,9 +184,15 @@ def copy_files(source: str, target: str) -> None:
             shutil.copyfile(source + suffix, target + suffix)
 
 
+_ROWS_ONLY = ("UPDATE ", "INSERT ", "DELETE ")
+"""How statements begin that leave the schema alone; others may do so, too."""
+
+
 class Replayer:
     """Applies changes to the database file ``path``, as the node's own connection did.
 
+    Many of them share a transaction of SQLite, as none can tell: each statement checks what it
+    did. Only what a COMMIT would check, deferred foreign keys, keeps each change by itself.
     It keeps no journal, or one UPDATE of a large table would take as much memory: after an
     error the file is garbage.
 
@@ -207,26 +215,40 @@ class Replayer:
         )
         self._execute = self._connection.cursor().execute
         self._off = False
+        self._open_bytes = 0
+        """Of the changes in the transaction that is open."""
+        with self._connection.explaining(path):
+            self._has_deferred = self._defers()
 
     def apply(self, change: Change) -> None:
-        """Execute one transaction. A PRAGMA call runs outside of any, as on the node."""
+        """Execute one change. A PRAGMA call runs outside of any transaction, as on the node."""
         assert change.transaction is not None
         self._connection.allow(confined.LIMIT_S)
         statement = ""
         try:
             if change.is_pragma:
+                self._commit()
                 for statement in change.transaction:
                     if statement not in (FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON):
                         raise Refused("it is no PRAGMA that lightningd announces")
                     self._execute(statement)
                 self._off = change.transaction == [FOREIGN_KEYS_OFF]
                 return
-            self._execute("BEGIN")
+            if not self._open_bytes:
+                self._execute("BEGIN")
+            is_plain = True
             for statement in change.transaction:
                 self._execute_one(statement)
-            self._execute("COMMIT")
+                is_plain = is_plain and statement.startswith(_ROWS_ONLY)
+            if not is_plain:
+                self._has_deferred = self._defers()
+            self._open_bytes += len(change.payload)
             if len(change.payload) > LARGE_CHANGE:
                 self._forget_statements()
+            # A change of the schema may have had some for a while.
+            alone = self._off or self._has_deferred or not is_plain
+            if alone or self._open_bytes > TRANSACTION_SIZE:
+                self._commit()
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
                 self._off = False
@@ -250,6 +272,16 @@ class Replayer:
         if not self._connection.in_transaction:
             raise Refused("it ends the transaction that it is in")
 
+    def _commit(self) -> None:
+        if self._open_bytes:
+            self._execute("COMMIT")
+            self._open_bytes = 0
+
+    def _defers(self) -> bool:
+        """Whether the schema has foreign keys that a COMMIT checks; also if it only looks so."""
+        found = self._execute("SELECT 1 FROM sqlite_master WHERE sql LIKE '%deferr%' LIMIT 1")
+        return found.fetchone() is not None
+
     def _forget_statements(self) -> None:
         """Push large statements out of the statement cache, or they fill the memory."""
         for number in range(CACHED_STATEMENTS):
@@ -259,6 +291,7 @@ class Replayer:
         """Close the database in the journal mode it had; its data_version."""
         try:
             with self._connection.explaining(self.path):
+                self._commit()
                 self._connection.allow(confined.READ_LIMIT_S)
                 version = data_version(self._connection)
                 self._connection.release()
