@@ -10,7 +10,7 @@ from pathlib import Path
 import coverage
 import pytest
 
-from tests import support
+from tests import clusters, support
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,13 +32,13 @@ def pytest_xdist_auto_num_workers() -> int:
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measures no coverage, which doubles the time of what repeats the same a great many times."""
     monkeypatch.delenv("MEASURE_COVERAGE", raising=False)
-    measured = coverage.Coverage.current()
-    if measured is None:
-        yield
-        return
-    measured.stop()
+    stopped = []
+    while (measured := coverage.Coverage.current()) is not None:  # A worker has two of them.
+        measured.stop()
+        stopped.append(measured)
     yield
-    measured.start()
+    for measured in reversed(stopped):
+        measured.start()
 
 
 @pytest.fixture
@@ -66,6 +66,23 @@ def log_lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """What the project logs, from INFO on."""
     caplog.set_level(logging.INFO, "backup")
     return caplog
+
+
+@pytest.fixture(scope="session")
+def session_pair() -> Iterator[clusters.Pair]:
+    """The two PostgreSQL clusters of this process."""
+    if reason := clusters.missing():
+        pytest.skip(reason)
+    with clusters.Pair(clusters.new_place()) as pair:
+        yield pair
+
+
+@pytest.fixture
+def pair(session_pair: clusters.Pair) -> clusters.Pair:
+    """A PostgreSQL primary and its synchronous standby, as they were made."""
+    if not session_pair.is_as_made():
+        session_pair.reset()
+    return session_pair
 
 
 @pytest.fixture

@@ -49,7 +49,11 @@ def app(tmp_path: Path) -> Path:
     directory.mkdir(parents=True)
     for path in [*support.ROOT.glob("*.py"), support.CLI]:
         shutil.copy(path, directory)
-    for room in ("commands", "filelog", "monitoring", "remote", "several", "upkeep", "wallet"):
+    rooms = (
+        *("commands", "filelog", "monitoring", "postgres", "remote", "salvage", "several"),
+        *("standby", "upkeep", "wallet"),
+    )
+    for room in rooms:
         shutil.copytree(support.ROOT / room, directory / room)
     return directory
 

@@ -22,8 +22,6 @@ COPY_PAGES = 1024
 """Pages that SQLite's backup API moves at a time."""
 CACHED_STATEMENTS = 64
 """More than half of a node's statements come again soon: BEGIN, COMMIT and many UPDATEs."""
-TRANSACTION_SIZE = 4 << 20
-"""Bytes of changes after which a replay commits."""
 LARGE_CHANGE = 256 << 10
 """Bytes of a change whose statements are not kept in the cache."""
 OTHER_ROWIDS = (
@@ -191,8 +189,8 @@ _ROWS_ONLY = ("UPDATE ", "INSERT ", "DELETE ")
 class Replayer:
     """Applies changes to the database file ``path``, as the node's own connection did.
 
-    Many of them share a transaction of SQLite, as none can tell: each statement checks what it
-    did. Only what a COMMIT would check, deferred foreign keys, keeps each change by itself.
+    Many of them share a transaction of SQLite, and nothing can tell: each statement checks what
+    it did. Only what a COMMIT would check, deferred foreign keys, keeps each change by itself.
     It keeps no journal, or one UPDATE of a large table would take as much memory: after an
     error the file is garbage.
 
@@ -200,12 +198,18 @@ class Replayer:
         DoesNotReplay: a change does not replay.
     """
 
+    journal: Sequence[str] = (
+        "journal_mode = OFF",
+        "synchronous = OFF",
+        "locking_mode = EXCLUSIVE",
+    )
+    transaction_size = 4 << 20
+    """Bytes of changes after which it commits; 0: after each."""
+
     def __init__(self, path: str) -> None:
         self.path = path
         settings = (
-            "journal_mode = OFF",
-            "synchronous = OFF",
-            "locking_mode = EXCLUSIVE",
+            *self.journal,
             "cache_size = -16000",
             "foreign_keys = ON",
             _temporary_files_beside(path),
@@ -215,48 +219,69 @@ class Replayer:
         )
         self._execute = self._connection.cursor().execute
         self._off = False
-        self._open_bytes = 0
-        """Of the changes in the transaction that is open."""
-        with self._connection.explaining(path):
-            self._has_deferred = self._defers()
+        self._has_deferred: bool | None = None
+        self._open_size = 0
+        """Bytes of the changes in the transaction that is open."""
+        self._statement = ""
+        """The one that is executed."""
 
     def apply(self, change: Change) -> None:
         """Execute one change. A PRAGMA call runs outside of any transaction, as on the node."""
         assert change.transaction is not None
-        self._connection.allow(confined.LIMIT_S)
-        statement = ""
-        try:
+        with self._naming(change):
             if change.is_pragma:
                 self._commit()
-                for statement in change.transaction:
-                    if statement not in (FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON):
+                for self._statement in change.transaction:
+                    if self._statement not in (FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON):
                         raise Refused("it is no PRAGMA that lightningd announces")
-                    self._execute(statement)
+                    self._execute(self._statement)
                 self._off = change.transaction == [FOREIGN_KEYS_OFF]
                 return
-            if not self._open_bytes:
+            if not self._connection.in_transaction:
                 self._execute("BEGIN")
-            is_plain = True
-            for statement in change.transaction:
-                self._execute_one(statement)
-                is_plain = is_plain and statement.startswith(_ROWS_ONLY)
-            if not is_plain:
-                self._has_deferred = self._defers()
-            self._open_bytes += len(change.payload)
-            if len(change.payload) > LARGE_CHANGE:
-                self._forget_statements()
-            # A change of the schema may have had some for a while.
-            alone = self._off or self._has_deferred or not is_plain
-            if alone or self._open_bytes > TRANSACTION_SIZE:
+                self._open_size = 0
+            self._execute_all(change)
+            self._open_size += len(change.payload)
+            if self._stands_alone(change) or self._open_size > self.transaction_size:
                 self._commit()
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
                 self._off = False
+
+    def _stands_alone(self, change: Change) -> bool:
+        """Whether ``change``, just executed, has to be committed before another one comes."""
+        assert change.transaction is not None
+        is_plain = all(statement.startswith(_ROWS_ONLY) for statement in change.transaction)
+        if not is_plain or self._has_deferred is None:
+            found = self._execute("SELECT 1 FROM sqlite_master WHERE sql LIKE '%deferr%' LIMIT 1")
+            self._has_deferred = found.fetchone() is not None
+        # A change of the schema may have had some for a while.
+        return self._off or self._has_deferred or not is_plain
+
+    def _commit(self) -> None:
+        if self._connection.in_transaction:
+            self._execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _naming(self, change: Change) -> Iterator[None]:
+        """What fails in the block is the fault of ``change``."""
+        self._connection.allow(confined.LIMIT_S)
+        self._statement = ""
+        try:
+            yield
         except confined.ERRORS as error:
             reason = self._connection.reason(error)
             raise DoesNotReplay(
-                self.path, change.version, change.base, reason, statement
+                self.path, change.version, change.base, reason, self._statement
             ) from error
+
+    def _execute_all(self, change: Change) -> None:
+        """The statements of ``change``, in the transaction that is open."""
+        assert change.transaction is not None
+        for self._statement in change.transaction:
+            self._execute_one(self._statement)
+        if len(change.payload) > LARGE_CHANGE:
+            self._forget_statements()
 
     def _execute_one(self, statement: str) -> None:
         try:
@@ -271,16 +296,6 @@ class Replayer:
             self._execute(mended)
         if not self._connection.in_transaction:
             raise Refused("it ends the transaction that it is in")
-
-    def _commit(self) -> None:
-        if self._open_bytes:
-            self._execute("COMMIT")
-            self._open_bytes = 0
-
-    def _defers(self) -> bool:
-        """Whether the schema has foreign keys that a COMMIT checks; also if it only looks so."""
-        found = self._execute("SELECT 1 FROM sqlite_master WHERE sql LIKE '%deferr%' LIMIT 1")
-        return found.fetchone() is not None
 
     def _forget_statements(self) -> None:
         """Push large statements out of the statement cache, or they fill the memory."""

@@ -331,7 +331,7 @@ def some_history(chance: random.Random) -> list[list[str]]:
 def test_changes_that_share_a_transaction_do_what_each_does_alone(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "TRANSACTION_SIZE", size)
+    monkeypatch.setattr(Replayer, "transaction_size", size)
     whole = 0
     for seed in range(40):
         calls = some_history(random.Random(seed))
