@@ -31,7 +31,10 @@ from tests.support import ROOT, first_changes, run_cli
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("errors", "monitoring", "moving", "remote")),
-    *(ROOT / "docs" / f"{name}.md" for name in ("restoring", "several", "switching", "healing")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("restoring", "several", "standby", "switching", "healing")
+    ),
     *(ROOT / "docs" / f"{name}.md" for name in ("ssh-to-backup", "ssh-to-node", "onion", "vpn")),
     *(ROOT / "docs" / f"{name}.md" for name in ("installing", "internals", "faults")),
 ]
