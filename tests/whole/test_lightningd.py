@@ -19,6 +19,7 @@ import pytest
 
 from tests import support
 from tests.peers import ServerProcess, free_port
+from tests.stopping import eventually
 from tests.support import run_cli
 from wallet import database
 
@@ -104,15 +105,17 @@ class Lightningd:
         self.log = base.parent / "node.log"
         self._bitcoind = bitcoind
         self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
         self.directory.mkdir(parents=True)
 
-    def start(self, *options: str, backup: bool = True) -> None:
+    def start(self, *options: str, backup: bool = True, listen: bool = False) -> None:
         """Start; returns once it answers. Refusal if it ends instead."""
         bitcoin = self._bitcoind
         command = [
             *("lightningd", "--network=regtest", f"--lightning-dir={self.base}"),
-            *("--developer", "--dev-fast-gossip", "--dev-bitcoind-poll=1", "--offline"),
-            *("--autolisten=false", "--disable-dns", "--log-level=debug"),
+            *("--developer", "--dev-fast-gossip", "--dev-bitcoind-poll=1"),
+            *([f"--addr=127.0.0.1:{self.port}"] if listen else ["--autolisten=false"]),
+            *("--disable-dns", "--log-level=debug"),
             *(f"--log-file={self.log}", f"--bitcoin-cli={shutil.which('bitcoin-cli')}"),
             *(f"--bitcoin-datadir={bitcoin.directory}", "--bitcoin-rpcconnect=127.0.0.1"),
             *(f"--bitcoin-rpcport={bitcoin.port}", "--bitcoin-rpcuser=rpc"),
@@ -320,6 +323,76 @@ def test_restored_onto_a_new_machine(
         fresh.end()
     assert fresh.logged("Versions match up") == 1
     assert_same(fresh, destination, tmp_path / "restored.sqlite3")
+
+
+@pytest.mark.parametrize("destination", ["socket"], indirect=True)
+def test_a_standby_takes_the_place_of_a_node_that_runs(
+    node: Lightningd, destination: str, bitcoind: Bitcoind, tmp_path: Path
+) -> None:
+    """With a channel; then the old node halts, and halts again when it is started by mistake."""
+    peer = Lightningd(tmp_path / "peer" / "lightning", bitcoind)
+    fresh = Lightningd(tmp_path / "new-machine" / "lightning", bitcoind)
+    standby = None
+    try:
+        peer.start("--dev-no-reconnect", backup=False, listen=True)
+        node.start()
+        channel = open_channel(node, peer, bitcoind)
+        shutil.copy(node.directory / "hsm_secret", fresh.directory)
+        words = ["standby", "--lightning-dir", str(fresh.directory), destination]
+        standby = subprocess.Popen([sys.executable, support.CLI, *words])
+        worker = threading.Thread(target=act_until_it_dies, args=(node,))
+        worker.start()
+        wait_for_versions(destination, status(destination)["version"] + 5)
+        run_cli("promote", "--lightning-dir", fresh.directory)
+        worker.join()
+        node.wait()
+        assert standby.wait(timeout=READY_S) == 0
+        assert node.logged("took it over at")
+        fresh.start()
+        assert fresh.rpc("getinfo")["id"] == peer.rpc("listpeerchannels")["channels"][0]["peer_id"]
+        connect(fresh, peer)
+        eventually(lambda: states(fresh) == [(channel, "CHANNELD_NORMAL")])
+        pay(fresh, peer)
+        with pytest.raises(Refusal):
+            node.start()
+        assert node.logged("**BROKEN** plugin-backup.py") >= 2
+        pay(fresh, peer)
+        fresh.stop()
+        assert_same(fresh, destination, tmp_path / "restored.sqlite3")
+    finally:
+        for running in node, fresh, peer:
+            running.end()
+        if standby is not None:
+            standby.kill()
+
+
+def connect(node: Lightningd, peer: Lightningd) -> None:
+    node.rpc("connect", peer.rpc("getinfo")["id"], "127.0.0.1", str(peer.port))
+
+
+def open_channel(node: Lightningd, peer: Lightningd, bitcoind: Bitcoind) -> str:
+    """A channel of the two, funded by ``node``: its short_channel_id."""
+    address = node.rpc("newaddr", "bech32")["bech32"]
+    bitcoind.cli("generatetoaddress", "101", bitcoind.cli("getnewaddress"))
+    bitcoind.cli("-named", "sendtoaddress", f"address={address}", "amount=1", "fee_rate=25")
+    bitcoind.cli("generatetoaddress", "1", bitcoind.cli("getnewaddress"))
+    eventually(lambda: node.rpc("listfunds")["outputs"])
+    connect(node, peer)
+    node.rpc("fundchannel", peer.rpc("getinfo")["id"], "1000000")
+    bitcoind.cli("generatetoaddress", "6", bitcoind.cli("getnewaddress"))
+    eventually(lambda: [state for _, state in states(node)] == ["CHANNELD_NORMAL"])
+    return states(node)[0][0]
+
+
+def states(node: Lightningd) -> list[tuple[str, str]]:
+    """short_channel_id and state of each channel."""
+    channels = node.rpc("listpeerchannels")["channels"]
+    return [(each.get("short_channel_id", ""), each["state"]) for each in channels]
+
+
+def pay(node: Lightningd, peer: Lightningd) -> None:
+    bolt11 = peer.rpc("invoice", "100000", f"label {time.time_ns()}", "paid")["bolt11"]
+    assert node.rpc("--notifications=none", "pay", bolt11)["status"] == "complete"
 
 
 def test_compaction_and_status_by_lightning_cli(
