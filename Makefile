@@ -36,7 +36,7 @@ test-all:
 lint: .venv/installed-dev
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
-	$(VENV)/mypy *.py backup-cli cln_backup commands filelog monitoring postgres remote serving several upkeep wallet tests bench
+	$(VENV)/mypy *.py backup-cli cln_backup commands filelog monitoring postgres remote salvage serving several standby upkeep wallet tests bench
 
 bench: .venv/installed-dev
 	$(VENV)/python -m bench

@@ -63,7 +63,8 @@ the crc:
          0     1  kind          1 snapshot, 2 change, 3 rewind, 4 owner
          1     1  flags         bit 0: bumps, bit 1: last piece of the snapshot; bit 2, of a
                                 snapshot to the server: also if the backup is ahead, another
-                                owner's, or another node's
+                                owner's, or another node's; of an owner: behind whatever record
+                                is the newest
          2     4  data_version
          6     8  sequence      in a restore; 0 from a client
         14     4  crc           CRC-32 of all of the record, with 0 here
@@ -94,7 +95,8 @@ code 16; where the log is damaged, NACK with code 7.
 
 A client appends only onto the chain it knows; once another session has written, every record
 of the session before gets a NACK, and so does a record whose session does not begin like the
-backup's owner. An owner is taken from any client, if its chains are the backup's.
+backup's owner. An owner is taken from any client, if its chains are the backup's, or with flag
+bit 2; then the term of one of several destinations stays as it is.
 """
 
 from __future__ import annotations

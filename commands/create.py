@@ -15,7 +15,6 @@ from typing import Any
 import click
 
 import destinations
-import durable
 import scratch as scratching
 from backend import (
     NOBODY,
@@ -31,6 +30,7 @@ from commands.shared import (
     acks_option,
     at_hand,
     directory_option,
+    in_place_of_the_former,
     in_words,
     main,
     node_database,
@@ -41,6 +41,7 @@ from commands.shared import (
     scratch_prefix,
     to_note,
     wallet_option,
+    with_destinations,
 )
 from decisions import Obstacle, may_attach, may_replace, may_resync, may_upgrade
 from errors import (
@@ -113,23 +114,13 @@ def init(
             owner = new_owner() if backend.keeps_owner else NOBODY
             lock_file = node.LockFile(urls[0], owner=owner)
             lock_file = dataclasses.replace(lock_file, **to_note(directory, wallet_path))
-            with node.new_lock_file(directory, _with_destinations(lock_file, urls, acks)):
+            with node.new_lock_file(directory, with_destinations(lock_file, urls, acks)):
                 backend.create(snapshot, owner)
             stored = readable(os.path.getsize(snapshot.path)) if snapshot else "nothing yet"
     if snapshot is not None:
         click.echo(f"Successfully written initial snapshot to {backend.url}")
     _report_init(backend, shlex.join(urls), directory, wallet_path, stored, snapshot)
     _report_rule(urls, acks)
-
-
-def _with_destinations(
-    lock_file: node.LockFile, urls: Sequence[str], acks: int | None, epoch: int = 1
-) -> node.LockFile:
-    """``lock_file``, naming one destination or several; of those ``acks`` acknowledge, or all."""
-    several: dict[str, Any] = {"backend_urls": (), "acks": 1, "epoch": 0}
-    if len(urls) > 1:
-        several = {"backend_urls": tuple(urls), "acks": acks or len(urls), "epoch": epoch}
-    return dataclasses.replace(lock_file, backend_url=urls[0], **several)
 
 
 def _report_rule(urls: Sequence[str], acks: int | None) -> None:
@@ -474,8 +465,9 @@ def attach(
             prefix = scratch_prefix(backend, scratch, directory)
             _check_same(backend, prefix, wallet_path, version)
         noted = to_note(directory, wallet_path)
+        unaware: list[str] = []
         if plan is not None:
-            kept = _take_over_all(plan, directory, noted)
+            kept, unaware = _take_over_all(plan, directory, noted)
         else:
             kept = _take_over(backend, directory, noted)
     if kept is not None:
@@ -485,6 +477,12 @@ def attach(
         f" {status.version}."
     )
     _report_rule(urls, acks)
+    for url in unaware:
+        click.echo(
+            f"Warning: {url} could not be told that it is none of the destinations any more: never"
+            " restore from it. Erase it when it comes back.",
+            err=True,
+        )
     click.echo(f"Add to lightningd's config: important-plugin={PLUGIN}")
 
 
@@ -508,33 +506,23 @@ def _former_lock_file(directory: str, url: str) -> node.LockFile:
     return node.LockFile(url)
 
 
-def _take_over_all(plan: joining.Plan, directory: str, changes: Mapping[str, Any]) -> str | None:
-    """Make the node in ``directory`` the owner of all destinations of ``plan``."""
+def _take_over_all(
+    plan: joining.Plan, directory: str, changes: Mapping[str, Any]
+) -> tuple[str | None, list[str]]:
+    """Make the node in ``directory`` the owner of all destinations of ``plan``.
+
+    Returns:
+        Where the former backup.lock is kept, and the dropped destinations that could not be told.
+    """
     with progress_bar("Copying", 0) as advance:
         joining.bring_all(plan, destinations.backend_for, advance)
     owner, urls = new_owner(), plan.roster.urls
     lock_file = dataclasses.replace(_former_lock_file(directory, urls[0]), owner=owner)
     lock_file = dataclasses.replace(lock_file, **changes)
-    lock_file = _with_destinations(lock_file, urls, plan.roster.acks, plan.roster.epoch)
-    with _in_place_of_the_former(directory) as kept, node.new_lock_file(directory, lock_file, kept):
-        joining.take_over(plan, owner, destinations.backend_for)
-    return kept
-
-
-@contextlib.contextmanager
-def _in_place_of_the_former(directory: str) -> Iterator[str | None]:
-    """Put backup.lock aside, and back if the block fails; where it is kept."""
-    lock_path, kept = os.path.join(directory, node.LOCK_NAME), None
-    if os.path.lexists(lock_path):
-        kept = durable.free_name(f"{lock_path}.old")
-        durable.keep(lock_path, kept)
-        durable.remove(lock_path)
-    try:
-        yield kept
-    except BaseException:
-        if kept is not None:
-            durable.replace(kept, lock_path)
-        raise
+    lock_file = with_destinations(lock_file, urls, plan.roster.acks, plan.roster.epoch)
+    with in_place_of_the_former(directory) as kept, node.new_lock_file(directory, lock_file, kept):
+        unaware = joining.take_over(plan, owner, destinations.backend_for)
+    return kept, unaware
 
 
 def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> None:
@@ -574,7 +562,7 @@ def _take_over(
         lock_file = dataclasses.replace(lock_file, backend_url=backend.url, owner=owner)
         lock_file = dataclasses.replace(lock_file, **changes)
         with (
-            _in_place_of_the_former(directory) as kept,
+            in_place_of_the_former(directory) as kept,
             node.new_lock_file(directory, lock_file, kept),
         ):
             if owner != NOBODY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -45,6 +46,10 @@ from monitoring.metrics import write as write_metrics
 from quorum import Roster
 from several import hearing
 from several.hearing import Heard
+from standby import standing
+from standby import state as keeping
+from standby.state import State
+from wallet import node
 from wallet import restore as restoring
 
 NOT_CHECKED = "none at its end (--check reads all of it)"
@@ -76,11 +81,13 @@ def status(
 ) -> None:
     """Say what the backup at URL holds, by a look at its end. Works beside a running node.
 
-    With several URLs, or --lightning-dir for those of a node: how each of them stands.
+    With several URLs, or --lightning-dir for those of a node: how each of them stands. For the
+    directory of a standby: its version, how far behind it is, and its last proof.
 
     Exit code for cron: 0 sound, 1 unreadable or damaged, or too few of several destinations are
-    in step; 4 a warning, or not all of several are in step. Of a wallet on PostgreSQL: 0 each
-    commit is on two machines, 1 it is not; 4 a warning.
+    in step; 4 a warning, or not all of several are in step. Of a standby: 1 it could not take the
+    node's place as it should. Of a wallet on PostgreSQL: 0 each commit is on two machines, 1 it is
+    not; 4 a warning.
 
     \b
     Example:
@@ -93,9 +100,10 @@ def status(
             raise click.UsageError("Give --wallet alone, or with --json.")
         _status_of_wallet(wallet, as_json)
         return
-    chosen = chosen_urls(urls, lightning_dir)
+    standby = _standby_in(lightning_dir) if not urls else None
+    chosen = standby[1].urls if standby else chosen_urls(urls, lightning_dir)
     try:
-        found = look_at(chosen, check)
+        found = _status_of_standby(*standby) if standby else look_at(chosen, check)
     except BackupError as error:
         shown = {"url": " ".join(chosen), "error": str(error)}
         if as_json:
@@ -141,6 +149,32 @@ def look_at(urls: Sequence[str], check: bool) -> Found:
         BackupError: it cannot be looked at.
     """
     return _status_of_one(urls[0], check) if len(urls) == 1 else _status_of_several(urls, check)
+
+
+def _standby_in(lightning_dir: str | None) -> tuple[str, State] | None:
+    """The network directory and the state of the standby there; None: it is no standby's."""
+    if lightning_dir is None:
+        return None
+    directory = node.network_dir(lightning_dir)
+    state = keeping.read(directory)
+    return None if state is None else (directory, state)
+
+
+def _status_of_standby(directory: str, state: State) -> Found:
+    found = standing.look(directory, state, destinations.backend_for)
+    behind = "not known"
+    if found.behind is not None and found.behind_s is not None:
+        behind = f"{found.behind} changes, {found.behind_s:.0f} s"
+    rows = [
+        *(("standby of", url) for url in found.urls),
+        ("version", found.version),
+        ("backup", "not known" if found.backup_version is None else found.backup_version),
+        ("behind", behind),
+        ("follows", f"process {found.process}" if found.process else "no"),
+        ("last proven", utc(found.last_proven_ns) if found.last_proven_ns else "never"),
+    ]
+    text = "\n".join(f"{name + ':':16}{value}" for name, value in rows)
+    return Found(dataclasses.asdict(found), text, found.warnings, found.errors)
 
 
 def _status_of_several(urls: Sequence[str], check: bool) -> Found:

@@ -24,6 +24,7 @@ from commands.shared import (
     expand,
     main,
     progress_bar,
+    warn_old_state,
 )
 from errors import (
     CLI,
@@ -144,13 +145,4 @@ def _warn_problems(problems: Sequence[str]) -> None:
 
 def _warn_incomplete(damage: BackupError, path: str) -> None:
     click.echo(f"WARNING: {damage.problem}", err=True)
-    click.echo(
-        "WARNING: this database is an OLD state. Never start the node on it: its peers may take"
-        " the channels' whole funds. Start a new node with the same hsm_secret and"
-        " emergency.recover, and run `lightning-cli emergencyrecover`; use this database only"
-        " to look things up.",
-        err=True,
-    )
-    shown = shlex.quote(path)
-    click.echo(f"The channels in it: {CLI} channels {shown}", err=True)
-    click.echo(f"For their peers to close them: {CLI} channels --static {shown}", err=True)
+    warn_old_state(path)

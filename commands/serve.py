@@ -40,14 +40,17 @@ LOG_LEVELS = {
 }
 
 
-@main.command()
-@click.option(
+log_mode_option = click.option(
     "--log-mode",
     type=click.Choice(["plain", "systemd"]),
     default="plain",
     show_default=True,
     help="systemd: lines begin with <priority>, for journald.",
 )
+
+
+@main.command()
+@log_mode_option
 @click.option("--log-level", type=click.Choice(list(LOG_LEVELS)), default="info", show_default=True)
 @click.option(
     "--compact",
@@ -114,7 +117,7 @@ def server(
     from server import Server  # Only this command needs it.
     from serving import door
 
-    _log_to_stderr(log_mode, LOG_LEVELS[log_level])
+    log_to_stderr(log_mode, LOG_LEVELS[log_level])
     least = compaction.parse_least(compact_at)
     backend = FileBackend(file_url)
     entries = [
@@ -172,7 +175,8 @@ class SystemdFormatter(logging.Formatter):
         return f"<{self.PRIORITIES.get(record.levelno, 6)}>{record.getMessage()}"
 
 
-def _log_to_stderr(mode: str, level: int) -> None:
+def log_to_stderr(mode: str, level: int) -> None:
+    """Let the log's lines have a time, or what journald takes in its place."""
     logging.addLevelName(NOTICE, "NOTICE")
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     for handler in log.handlers:

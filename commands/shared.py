@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 
+import durable
 import scratch as scratching
 import space
 import unwind
@@ -22,6 +25,7 @@ from backend import (
     log,
 )
 from errors import (
+    CLI,
     BackupError,
     ConfigError,
     DiskError,
@@ -237,6 +241,24 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]
         yield advance
 
 
+def warn_old_state(backup: str) -> None:
+    """Say that what was delivered is an old state, and what it is good for.
+
+    Args:
+        backup: the database, or the URL of the backup.
+    """
+    click.echo(
+        "WARNING: this database is an OLD state. Never start the node on it: its peers may take"
+        " the channels' whole funds. Start a new node with the same hsm_secret and"
+        " emergency.recover, and run `lightning-cli emergencyrecover`; use this database only"
+        " to look things up.",
+        err=True,
+    )
+    shown = shlex.quote(backup)
+    click.echo(f"The channels in it: {CLI} channels {shown}", err=True)
+    click.echo(f"For their peers to close them: {CLI} channels --static {shown}", err=True)
+
+
 def readable(size: float | None) -> str:
     """``size`` in bytes, as an operator reads it."""
     if size is None:
@@ -246,3 +268,29 @@ def readable(size: float | None) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} GB"
+
+
+@contextlib.contextmanager
+def in_place_of_the_former(directory: str) -> Iterator[str | None]:
+    """Put backup.lock aside, and back if the block fails; where it is kept."""
+    lock_path, kept = os.path.join(directory, node.LOCK_NAME), None
+    if os.path.lexists(lock_path):
+        kept = durable.free_name(f"{lock_path}.old")
+        durable.keep(lock_path, kept)
+        durable.remove(lock_path)
+    try:
+        yield kept
+    except BaseException:
+        if kept is not None:
+            durable.replace(kept, lock_path)
+        raise
+
+
+def with_destinations(
+    lock_file: node.LockFile, urls: Sequence[str], acks: int | None, epoch: int = 1
+) -> node.LockFile:
+    """``lock_file``, naming one destination or several; of those ``acks`` acknowledge, or all."""
+    several: dict[str, Any] = {"backend_urls": (), "acks": 1, "epoch": 0}
+    if len(urls) > 1:
+        several = {"backend_urls": tuple(urls), "acks": acks or len(urls), "epoch": epoch}
+    return dataclasses.replace(lock_file, backend_url=urls[0], **several)

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import space
-from backend import NOBODY, NOTICE, RELEASE, Snapshot, Status, log, taken_over, utc
+from backend import NOBODY, NOTICE, RELEASE, TAG_SIZE, Snapshot, Status, log, taken_over, utc
 from decisions import may_write
 from errors import BackupError, Unsound
 from filebackend import FileBackend
 from filelog import former
-from filelog.layout2 import Head, Kind
+from filelog.layout2 import Head, Kind, decode_roster
 from filelog.reader import LogReader
-from protocol import Details, Metadata, Nack, NackCode
+from protocol import OVERRIDE, Details, Metadata, Nack, NackCode
 from serving import rules
 from serving.client import Answer, Client, Stored
 from serving.following import Bell
@@ -220,7 +220,11 @@ class Keeper:
             return stored  # And whoever writes by now goes on.
 
         def add() -> None:
-            self.backend.add_owner(head.session, payload)
+            session = head.session
+            if head.flags & OVERRIDE and decode_roster(payload) is not None:
+                # Its sender may not know the newest term.
+                session = session[:TAG_SIZE] + self.backend.newest.session[TAG_SIZE:]
+            self.backend.add_owner(session, payload)
             log.log(NOTICE, f"{client}: {client.machine} took the backup over")
 
         return self.carry_out(client, decision, "the take-over", add, stored)

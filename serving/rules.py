@@ -13,7 +13,7 @@ from backend import EMPTY_CHAIN, NOBODY, is_over_2
 from decisions import Verdict, judge, may_replace, may_write
 from filelog import former, layout2
 from filelog.layout2 import Head, Kind
-from protocol import NackCode
+from protocol import OVERRIDE, NackCode
 
 MOST_KEPT = 2 * former.AT_MOST
 """Backups kept beside a served one, at which a snapshot with ``override`` is refused."""
@@ -188,14 +188,19 @@ def _verdict(newest: Head, base: int) -> Reason | None:
 
 
 def take_over(state: State, head: Head) -> Decision:
-    """The record of another owner, which is taken from whoever knows the newest record."""
+    """The record of another owner, which is taken from whoever knows the newest record.
+
+    Also from who says that he need not: he reads all of the log when nobody else writes any more.
+    """
     newest = state.newest
     if state.damaged:
         return _refuse(Reason.DAMAGED)
     known = (head.chain_before, head.chain) == (newest.chain_before, newest.chain)
-    if not known or state.outdated:
+    if not (known or head.flags & OVERRIDE) or state.outdated:
         return _refuse(Reason.MOVED_ON)
-    return _KNOWN if head.session == newest.session else _STORE
+    is_newest = newest.kind == Kind.OWNER and head.length == newest.length
+    # One of several destinations gets its vote by a record of the session that it is at.
+    return _KNOWN if head.session == newest.session and is_newest else _STORE
 
 
 def snapshot(state: State, offer: Offer) -> Decision:

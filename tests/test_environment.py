@@ -49,8 +49,11 @@ def app(tmp_path: Path) -> Path:
     directory.mkdir(parents=True)
     for path in [*support.ROOT.glob("*.py"), support.CLI]:
         shutil.copy(path, directory)
-    rooms = ("commands", "filelog", "monitoring", "postgres", "remote", "several", "upkeep")
-    for room in (*rooms, "wallet"):
+    rooms = (
+        *("commands", "filelog", "monitoring", "postgres", "remote", "salvage", "several"),
+        *("standby", "upkeep", "wallet"),
+    )
+    for room in rooms:
         shutil.copytree(support.ROOT / room, directory / room)
     return directory
 

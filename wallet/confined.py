@@ -41,7 +41,7 @@ REPLAYING = frozenset({"foreign_keys", "quick_check", "table_info"})
 """PRAGMAs of a replay. SQLite itself uses quick_check inside ALTER TABLE."""
 
 # Action codes of sqlite3_set_authorizer; Python 3.10 has names for a part of them only.
-_PRAGMA, _FUNCTION = 19, 31
+_PRAGMA, _TRANSACTION, _FUNCTION = 19, 22, 31
 _OK = sqlite3.SQLITE_OK
 _HARMLESS = frozenset(
     {
@@ -105,6 +105,8 @@ class Confined(sqlite3.Connection):
     pragmas: frozenset[str] = READING
     journal_mode = ""
     """The one that the file had."""
+    in_change = False
+    """A change is executed that shares its transaction with others."""
     _released = False
     _deadline, _limit_s = math.inf, math.inf
 
@@ -126,6 +128,9 @@ class Confined(sqlite3.Connection):
         self._limit_s, self._deadline = limit_s, time.thread_time() + limit_s
 
     def _authorize(self, action: int, first: Any, second: Any, where: Any, _by: Any) -> int:
+        if action == _TRANSACTION and self.in_change:
+            self.refused = "it begins or ends a transaction"
+            return sqlite3.SQLITE_DENY
         if action in _HARMLESS or self._released:
             return _OK
         if action in _CREATING and where != "temp":

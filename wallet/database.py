@@ -192,12 +192,16 @@ class Replayer:
         DoesNotReplay: a change does not replay.
     """
 
+    journal: Sequence[str] = (
+        "journal_mode = OFF",
+        "synchronous = OFF",
+        "locking_mode = EXCLUSIVE",
+    )
+
     def __init__(self, path: str) -> None:
         self.path = path
         settings = (
-            "journal_mode = OFF",
-            "synchronous = OFF",
-            "locking_mode = EXCLUSIVE",
+            *self.journal,
             "cache_size = -16000",
             "foreign_keys = ON",
             _temporary_files_beside(path),
@@ -207,34 +211,47 @@ class Replayer:
         )
         self._execute = self._connection.cursor().execute
         self._off = False
+        self._statement = ""
+        """The one that is executed."""
 
     def apply(self, change: Change) -> None:
         """Execute one transaction. A PRAGMA call runs outside of any, as on the node."""
         assert change.transaction is not None
-        self._connection.allow(confined.LIMIT_S)
-        statement = ""
-        try:
+        with self._naming(change):
             if change.is_pragma:
-                for statement in change.transaction:
-                    if statement not in (FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON):
+                for self._statement in change.transaction:
+                    if self._statement not in (FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON):
                         raise Refused("it is no PRAGMA that lightningd announces")
-                    self._execute(statement)
+                    self._execute(self._statement)
                 self._off = change.transaction == [FOREIGN_KEYS_OFF]
                 return
             self._execute("BEGIN")
-            for statement in change.transaction:
-                self._execute_one(statement)
+            self._execute_all(change)
             self._execute("COMMIT")
-            if len(change.payload) > LARGE_CHANGE:
-                self._forget_statements()
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
                 self._off = False
+
+    @contextlib.contextmanager
+    def _naming(self, change: Change) -> Iterator[None]:
+        """What fails in the block is the fault of ``change``."""
+        self._connection.allow(confined.LIMIT_S)
+        self._statement = ""
+        try:
+            yield
         except confined.ERRORS as error:
             reason = self._connection.reason(error)
             raise DoesNotReplay(
-                self.path, change.version, change.base, reason, statement
+                self.path, change.version, change.base, reason, self._statement
             ) from error
+
+    def _execute_all(self, change: Change) -> None:
+        """The statements of ``change``, in the transaction that is open."""
+        assert change.transaction is not None
+        for self._statement in change.transaction:
+            self._execute_one(self._statement)
+        if len(change.payload) > LARGE_CHANGE:
+            self._forget_statements()
 
     def _execute_one(self, statement: str) -> None:
         try:

@@ -661,6 +661,9 @@ def test_a_list_of_destinations_comes_back() -> None:
     roster = Roster(7, 2, ("file:///a b", "socket:[::1]:8700?retry_for=3", "file:///ä"))
     payload = layout2.encode_owner(1, "machine", roster)
     assert layout2.decode_roster(payload) == roster
+    without = layout2.without_vote(payload)
+    assert layout2.decode_roster(without) == roster._replace(votes=False)
+    assert layout2.decode_owner(without) == (1, "machine")
     assert layout2.decode_owner(payload) == (1, "machine")
     assert layout2.decode_roster(layout2.encode_owner(1, "machine")) is None
     with pytest.raises(ConfigError, match="too long"):

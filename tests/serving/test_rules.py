@@ -9,6 +9,7 @@ from pathlib import Path
 
 from backend import NOBODY
 from filelog.layout2 import BUMPS, Head, Kind
+from protocol import OVERRIDE
 from serving import rules
 from serving.rules import MOST_KEPT, Act, Decision, Offer, Reason, State
 
@@ -122,9 +123,13 @@ def test_take_over_by_enumeration() -> None:
             if state.outdated or (before, chain) != (BEFORE, NOW):
                 assert found == Decision(Act.REFUSE, Reason.MOVED_ON)
             else:
-                again = session == state.newest.session
+                again = session == state.newest.session and state.newest.kind == Kind.OWNER
                 assert found == Decision(Act.KNOWN if again else Act.STORE)
             seen.add(found.act)
+            # Or from who need not know it.
+            blind = rules.take_over(state, head._replace(flags=OVERRIDE))
+            assert blind.act is (Act.REFUSE if state.outdated else blind.act)
+            assert state.outdated or blind.act is not Act.REFUSE
     assert seen == set(Act)
 
 

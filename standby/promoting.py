@@ -1,0 +1,288 @@
+"""A standby takes the node's place: first nobody else can write, then it has everything."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import shlex
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import durable
+from backend import TAG_SIZE, new_owner
+from errors import CLI, BackupError, BackupExists, ConfigError, DiskError, OtherOwner, PlaceGone
+from filelog import layout2
+from filelog.layout2 import Head, Kind
+from protocol import OVERRIDE, NackCode
+from quorum import Roster, Rule
+from remote.link import Diverged, Refused
+from replica import Pause, Replica
+from several import hearing
+from several.hearing import Heard, Make, Silent
+from standby import state as keeping
+from standby.applying import Applier, Unfit
+from standby.state import State
+from wallet import database, node, restore
+
+TRY_FOR_S = 60.0
+"""How long a take-over is tried again because the node has written meanwhile."""
+AGAIN = (NackCode.OTHER_HISTORY, NackCode.TAKEN_OVER)
+END_S = 60.0
+"""The longest wait for the standby's own process to end."""
+BRING_TRIES = 3
+"""From the place, from there again if the newest change went, and with all of the backup."""
+LOOK_S = 0.02
+
+
+@contextlib.contextmanager
+def alone(directory: str) -> Iterator[None]:
+    """Be the only one who works on the standby in ``directory``: one that follows is ended.
+
+    Raises:
+        ConfigError: it does not end.
+    """
+    until_s, told = time.monotonic() + END_S, None
+    while (holder := keeping.holder(directory)) is not None and time.monotonic() < until_s:
+        if holder != told and holder:
+            _end(holder)
+            told = holder
+        time.sleep(LOOK_S)
+    with keeping.held(directory):
+        yield
+
+
+def _end(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+    except PermissionError as error:
+        raise ConfigError(
+            f"The standby runs as another user, as process {pid}.",
+            "Stop it (`systemctl stop node-standby`), or run this as that user or root.",
+        ) from error
+
+
+class Promotion:
+    """The standby in ``directory`` on its way to be the node's; whoever is killed begins anew.
+
+    Args:
+        make: see hearing.Make.
+
+    Raises:
+        ConfigError: something is in the way.
+    """
+
+    def __init__(self, directory: str, state: State, make: Make) -> None:
+        self.state = state
+        self._roster: Roster | None = None
+        self._directory = directory
+        self._make = make
+        self._path = os.path.join(directory, keeping.STANDBY_NAME)
+        self._target = os.path.join(directory, node.DATABASE_NAME)
+
+    def _change(self, **values: Any) -> None:
+        self.state = dataclasses.replace(self.state, **values)
+        keeping.write(self._directory, self.state)
+
+    def take_over(self) -> None:
+        """Let nobody else write to the backup, durably, and apply all that it holds.
+
+        Raises:
+            BackupError: it cannot be made sure. What was done by then is kept.
+        """
+        if self.state.complete:
+            return
+        self._require_no_database()
+        self._catch_up(self._choose(self._heard()))
+        owner = self.state.owner or new_owner()
+        # First, so that whoever is killed goes on as the same one.
+        self._change(owner=owner)
+        taken = self._seize(owner)
+        self._change(taken=True, **self._destinations())
+        self._complete(self._choose(taken), owner)
+
+    def _destinations(self) -> dict[str, int]:
+        """How the new node goes on with several."""
+        if self._roster is None or len(self.state.urls) == 1:
+            return {}
+        rule = rule_of(self._roster, len(self.state.urls))
+        return {"acks": rule.k, "epoch": self._roster.epoch}
+
+    def _require_no_database(self) -> None:
+        for name in (self._target, *(self._target + each for each in database.SIDE_FILES)):
+            if os.path.lexists(name):
+                raise BackupExists(name, "Look what it is: a standby's directory has none.")
+
+    # Who is there
+
+    def _heard(self) -> list[Heard]:
+        """All destinations that answer, if those are enough."""
+        found = hearing.hear([self._make(url) for url in self.state.urls])
+        if len(found) == 1 and found[0].error is not None:
+            raise found[0].error
+        self._roster = self._roster or hearing.newest_roster(found, None)
+        if self._roster is None and len(found) > 1 and not self.state.taken:
+            raise ConfigError("These URLs are not the destinations of one backup.", "Check them.")
+        self._require([heard for heard in found if heard.look is not None], found)
+        return [heard for heard in found if heard.look is not None]
+
+    def _require(self, there: Sequence[Heard], all_of_them: Sequence[Heard]) -> None:
+        """Raise Silent if those of ``there`` are not enough to shut the node out, and to go on."""
+        needed = _needed(self._roster, len(self.state.urls))
+        voting = there if self._roster is None else hearing.voters(there, self._roster)
+        has = len({heard.look.backup_id for heard in voting if heard.look is not None})
+        if has >= needed:
+            return
+        told = " ".join(f"{h.url}: {h.error.problem}" for h in all_of_them if h.error is not None)
+        raise Silent(
+            f"{has} of the backup's destinations can be taken over, and {needed} are needed, or"
+            f" the old node could go on. {told}"
+        )
+
+    def _choose(self, found: Sequence[Heard]) -> Replica:
+        chosen, _ = hearing.choose(found, allow_missing=True)
+        return chosen.replica
+
+    # Taking over
+
+    def _seize(self, owner: bytes) -> list[Heard]:
+        """Make ``owner`` the owner of as many destinations as can be, and of enough of them."""
+        found = self._heard()
+        for heard in found:
+            try:
+                _seize(heard, owner, self.state.taken, several=len(self.state.urls) > 1)
+            except BackupError as error:
+                if len(found) == 1 or isinstance(error, OtherOwner):
+                    raise
+                heard.look, heard.error = None, error
+        taken = [heard for heard in found if heard.look is not None]
+        self._require(taken, found)
+        again = hearing.hear([heard.replica for heard in taken])
+        for heard, before in zip(again, taken, strict=True):
+            heard.roster = before.roster if heard.roster is None else heard.roster
+        self._require([heard for heard in again if heard.look is not None], again)
+        return again
+
+    # Applying
+
+    def _catch_up(self, replica: Replica) -> None:
+        """Apply all but the newest change: what cannot be applied is found before a take-over."""
+        with contextlib.closing(Applier(self._directory, self.state)) as applier:
+            if self._bring(applier, replica) is None:
+                raise restore.NothingToRestore
+            self.state = applier.state
+            keeping.write(self._directory, self.state)
+
+    def _bring(self, applier: Applier, replica: Replica) -> Head | None:
+        """Give ``applier`` all that is there now; the head of the newest record."""
+        tries = BRING_TRIES
+        while True:
+            try:
+                with replica.follow(applier.begin()) as records:
+                    for found in records:
+                        if isinstance(found, Pause):
+                            applier.rest()
+                            return found.newest
+                        applier.feed(*found)
+            except (PlaceGone, Unfit) as error:
+                tries -= 1
+                if not tries:
+                    raise
+                applier.go_back(error)
+
+    def _complete(self, replica: Replica, owner: bytes) -> None:
+        """Apply what is left, the newest change too; the database is a node's then."""
+        with contextlib.closing(Applier(self._directory, self.state)) as applier:
+            newest = self._bring(applier, replica)
+            if newest is None or newest.kind != Kind.OWNER or newest.tag != owner[:TAG_SIZE]:
+                raise BackupError(
+                    f"The log of {replica.url} does not end with the take-over.",
+                    f"Look who writes to it, with `{CLI} status {shlex.quote(replica.url)}`.",
+                )
+            applier.finish()
+            self.state = applier.state
+        found = database.version_of(self._path)
+        if found != newest.version:
+            raise BackupError(
+                f"The database is at version {found}, and the backup at {newest.version}.",
+                "Restore the backup, and find out why.",
+            )
+        self._change(place=newest, complete=True)
+
+    def name(self) -> None:
+        """Give the complete database its name, never in place of another."""
+        path, target = self._path, self._target
+        try:
+            if os.path.lexists(path) and os.path.lexists(target) and os.path.samefile(path, target):
+                durable.remove(path)  # Killed in between.
+            elif os.path.lexists(path):
+                self._require_no_database()
+                durable.publish(path, target)
+            elif not os.path.lexists(target):
+                raise ConfigError(f"{path} is gone, and {target} is not there.")
+            durable.sync_dir(self._directory)
+        except FileExistsError as error:
+            raise BackupExists(target) from error
+        except OSError as error:
+            raise DiskError(target, error, "name") from error
+
+
+def _needed(roster: Roster | None, urls: int) -> int:
+    """How many destinations must be taken over.
+
+    N-K+1 of the old node's shut it out, and have all that was acknowledged. The new node needs
+    enough of its own to start.
+    """
+    if roster is None:
+        return urls
+    return max(roster.rule.to_read, rule_of(roster, urls).to_start)
+
+
+def rule_of(roster: Roster, urls: int) -> Rule:
+    """The rule of a node that goes on with ``urls`` of the destinations of ``roster``."""
+    return Rule(urls, min(roster.acks, urls))
+
+
+def _seize(heard: Heard, owner: bytes, taken: bool, several: bool) -> None:
+    """Make ``owner`` the owner of one destination, durably.
+
+    Args:
+        taken: that was so before.
+        several: it stays one of several.
+
+    Raises:
+        OtherOwner: somebody else has taken it since.
+    """
+    until_s = time.monotonic() + TRY_FOR_S
+    while True:
+        try:
+            return _seize_once(heard, owner, taken, several)
+        except (Refused, Diverged) as error:
+            # The answer was lost; or the node has written since the look, and the server is of an
+            # earlier release.
+            if error.code not in AGAIN or time.monotonic() > until_s:
+                raise
+
+
+def _seize_once(heard: Heard, owner: bytes, taken: bool, several: bool) -> None:
+    replica = heard.replica
+    with contextlib.closing(replica):
+        replica.open()
+        newest = replica.newest
+        if newest.tag == owner[:TAG_SIZE]:
+            return
+        if taken:
+            raise OtherOwner(replica.url, "it was taken over again since this standby did")
+        roster = heard.roster if several else None
+        # In the term that it is in: which of several has all there is must not change.
+        term, start = layout2.term_of(newest.session), layout2.start_of(newest.session)
+        session = layout2.session_of(owner, term, start) if several else owner
+        payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
+        head = layout2.owner_behind(newest, session, payload)
+        # A node that writes all the time would always be quicker: what it wrote is read later.
+        replica.add_record(head._replace(flags=head.flags | OVERRIDE), payload)
