@@ -336,10 +336,10 @@ class PostgresReading(Reading):
     def __init__(self, cluster: Cluster, backup_url: str) -> None:
         self._records = Records(cluster, backup_url)
         self._rewinds = Rewinds()
+        self._damage: BackupError | None = None
 
     def __iter__(self) -> Iterator[Step]:
         records, restarts = self._records, 0
-        damage: BackupError | None = None
         expected = records.state.newest
         while True:
             self._rewinds = Rewinds()
@@ -350,11 +350,11 @@ class PostgresReading(Reading):
                 if restarts <= MOST_RESTARTS:
                     records.begin_anew()
                     continue
-                damage = error
+                self._damage = error
             except BackupError as error:
-                damage = error
+                self._damage = error
             break
-        last = records.last or BEFORE_FIRST
+        last, damage = records.last or BEFORE_FIRST, self._damage
         if damage is None and last.version < expected.version - expected.rewindable:
             damage = records.as_damage("it ends before the version that it was at")
         last_ns = last.time_ns if records.last else None
@@ -366,8 +366,17 @@ class PostgresReading(Reading):
     def _steps(self) -> Iterator[Step]:
         records = self._records
         size = records.state.snapshot_size
-        for head, found in effective(self._rewinds.seen(records), size):
+        for head, found in effective(self._rewinds.seen(self._sound()), size):
             yield Step(found, head.end, max(records.state.size, head.end))
+
+    def _sound(self) -> Iterator[tuple[Head, bytes]]:
+        """The records before damage, all of which count."""
+        try:
+            yield from self._records
+        except Superseded:
+            raise
+        except BackupError as error:
+            self._damage = error
 
     def close(self) -> None:
         """See Reading."""
