@@ -25,6 +25,7 @@ PAGES = {
     "node-backup": "remote",
     "node-backup-line": "ssh-to-backup",
     "node-backup-line-reverse": "ssh-to-node",
+    "node-standby": "standby",
 }
 """The page whose steps lead to the unit."""
 DROP_IN = CONTRIB / "systemd" / "lightningd.service.d" / "node-backup.conf"
@@ -106,6 +107,17 @@ def server_command(changed: dict[str, str]) -> list[str]:
         words += [word] if known is None else known.split()
     with commands.main.commands["server"].make_context("server", words[2:]):
         return words
+
+
+def test_the_standby_s_line_is_real() -> None:
+    """Each word of it, as systemd makes them."""
+    unit = CONTRIB / "systemd" / "node-standby.service"
+    environment = dict(each.split("=", 1) for each in setting(unit, "Environment").split())
+    words = shlex.split(setting(unit, "ExecStart"))
+    words = [environment[word[1:]] if word.startswith("$") else word for word in words]
+    with commands.main.commands["standby"].make_context("standby", words[2:]) as context:
+        assert context.params["urls"] == ("socket:unix:/run/node-backup-line/server.sock",)
+        assert context.params["check_every_s"] == 86400
 
 
 def with_units(directory: Path) -> dict[str, str]:

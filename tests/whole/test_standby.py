@@ -20,6 +20,7 @@ import mirrorbackend
 from backend import new_owner
 from commands.standing import promote
 from filebackend import FileBackend
+from socketbackend import SocketBackend
 from tests import support
 from tests.peers import ServerProcess, patched
 from tests.stopping import eventually
@@ -287,6 +288,82 @@ def test_old_and_new_node_race(seed: int, tmp_path: Path, second: Path, url: str
 @pytest.mark.parametrize("seed", range(5, 200))
 def test_old_and_new_node_race_on(seed: int, tmp_path: Path, second: Path, url: str) -> None:
     Race(tmp_path, second, url).run(random.Random(seed))
+
+
+def killed_in_turn(
+    node_dir: Path, second: Path, file_url: str, dice: random.Random, rounds: int
+) -> int:
+    """Traffic over a server, in which node, server and standby are killed; versions written."""
+    FileBackend(file_url).create(None)
+    server, version = ServerProcess(file_url).ready(), 0
+    run_cli("init", "--lightning-dir", node_dir, server.url)
+    plugin, standby = PluginProcess(node_dir), StandbyProcess(second, server.url)
+    try:
+        for _ in range(rounds):
+            for _ in range(dice.randrange(1, 30)):
+                version += 1
+                plugin.write(*CALLS[version - 1])
+            match dice.choice(["node", "server", "standby", "compact", "both"]):
+                case "node":
+                    plugin.kill()
+                    plugin = PluginProcess(node_dir)
+                case "server":
+                    server.kill()
+                    server = ServerProcess(file_url, server.port)
+                case "compact":
+                    server.ready()
+                    SocketBackend(server.url).compact()
+                case what:
+                    standby.process.kill()
+                    standby.process.wait()
+                    if what == "both":
+                        server.kill()
+                        server = ServerProcess(file_url, server.port)
+                    standby = StandbyProcess(second, server.url)
+        server.ready()
+        plugin.kill()
+        promote.main(["--lightning-dir", str(second)], standalone_mode=False)
+    finally:
+        server.kill()
+        standby.__exit__()
+        plugin.__exit__()
+    return version
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_all_three_are_killed(
+    seed: int, node_dir: Path, second: Path, url: str, tmp_path: Path
+) -> None:
+    version = killed_in_turn(node_dir, second, url, random.Random(seed), rounds=7)
+    expected = node_database(tmp_path / "expected.sqlite3", version)
+    assert database.compare(str(expected), str(second / "lightningd.sqlite3")) == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("seed", range(2, 20))
+def test_all_three_are_killed_on(
+    seed: int, node_dir: Path, second: Path, url: str, tmp_path: Path
+) -> None:
+    version = killed_in_turn(node_dir, second, url, random.Random(seed), rounds=30)
+    expected = node_database(tmp_path / "expected.sqlite3", version)
+    assert database.compare(str(expected), str(second / "lightningd.sqlite3")) == []
+
+
+def test_a_resync_begins_it_again(node_dir: Path, second: Path, url: str, tmp_path: Path) -> None:
+    run_cli("init", "--lightning-dir", node_dir, url)
+    with StandbyProcess(second, url) as standby:
+        with PluginProcess(node_dir) as plugin:
+            write(plugin, CALLS[:10])
+            standby.wait_for_version(9)
+        # The node went on without the plugin.
+        node_database(node_dir / "lightningd.sqlite3", 15)
+        run_cli("resync", "--yes", "--lightning-dir", node_dir)
+        standby.wait_for("Beginning again")
+        standby.wait_for_version(15)
+        run_cli("promote", "--lightning-dir", second)
+    ours = str(second / "lightningd.sqlite3")
+    assert database.compare(str(node_dir / "lightningd.sqlite3"), ours) == []
 
 
 # Several destinations
