@@ -139,7 +139,7 @@ def test_a_wait_that_is_ended_is_no_ack(function: str, pair: Pair, url: str) -> 
 
 
 def test_names_that_are_emptied_in_mid_session_acknowledge_nothing(pair: Pair, url: str) -> None:
-    with opened(of_more(pair, url, retry_for="2")) as backend:
+    with opened(of_more(pair, url, retry_for="1")) as backend:
         add(backend, CHANGES[0])
         pair.primary.configure("synchronous_standby_names", "")
         writer = Writer(backend, CHANGES[1]).ended()
@@ -150,7 +150,7 @@ def test_names_that_are_emptied_in_mid_session_acknowledge_nothing(pair: Pair, u
 def test_names_that_are_emptied_while_a_change_waits_acknowledge_nothing(
     pair: Pair, url: str
 ) -> None:
-    with opened(of_more(pair, url, retry_for="2")) as backend:
+    with opened(of_more(pair, url, retry_for="1")) as backend:
         add(backend, CHANGES[0])
         pair.standby.stop()
         writer = Writer(backend, CHANGES[1])
