@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from backend import NOBODY, Change, Reading, Snapshot, Status, outcome
-from errors import BackupError, BackupExists, BackupMissing, ConfigError
+from errors import BackupError, BackupExists, BackupMissing
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from postgres import building, checks, look, schema
@@ -160,12 +160,9 @@ class PostgresBackend(Replica):
 
     @contextlib.contextmanager
     def follow(self, after: Head | None) -> Iterator[Iterator[Record | Pause]]:
-        """See Replica. Refused: ConfigError."""
-        raise ConfigError(
-            f"{self.url} is in PostgreSQL, and cannot be followed.",
-            "Follow another destination: a file, or a server.",
-        )
-        yield
+        """See replica.Followable."""
+        with self.passing() as found:
+            yield found.following(after)
 
     def passing(self) -> contextlib.closing[Records]:
         """All of its records, with what is known of them; see Records."""

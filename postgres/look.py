@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn, TypeVar
 
 from backend import CHAIN_SIZE, MAX_CHUNK_SIZE, Ending, Reading, Step, chain_after, utc
-from errors import BackupError, BackupMissing, Damaged
+from errors import BackupError, BackupMissing, Damaged, PlaceGone
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, FINAL, Head, Kind
 from filelog.reader import Rewinds, effective
@@ -17,12 +17,15 @@ from postgres import schema
 from postgres.cluster import Cluster, Unreachable
 from postgres.link import Failed, Link, Row, Value
 from remote.patience import Patience
+from replica import Pause
 
 T = TypeVar("T")
 PAGE_ROWS = 4096
 PAGE_BYTES = 4 << 20
 """Of one short transaction; and the record at its end may be larger."""
 PAGE_PIECES = 4
+PAUSE_S = 1.0
+"""Between two looks at what came since, where somebody follows."""
 MOST_RESTARTS = 10
 """How often a pass begins anew because a compaction took what it was about to read."""
 _PAGE = f"""SELECT {schema.HEAD}, octet_length(payload), payload FROM (
@@ -254,6 +257,43 @@ class Records:
                 assert isinstance(payload, bytes)
                 yield self._checked(head, payload, log_start)
 
+    def following(self, after: Head | None) -> Iterator[tuple[Head, bytes] | Pause]:
+        """All that comes behind ``after``: see replica.Followable.follow."""
+        try:
+            if after is None:
+                yield from self
+            else:
+                self.last = after._replace(sequence=self._place_of(after))
+            sequence = self.last.sequence if self.last is not None else self.state.first
+            while True:
+                rows = self._rows(_PAGE, self.state.number, sequence)
+                for row in rows:
+                    head, _, _ = head_of(row[:-1], self.state.backup_id, True)
+                    if head.sequence != sequence + 1:
+                        self._missing(f"record {sequence + 1} is missing")
+                    sequence, payload = head.sequence, row[-1]
+                    assert isinstance(payload, bytes)
+                    yield self._checked(head, payload, layout2.FIRST_RECORD)
+                if not rows:
+                    yield Pause(self._url, self.last)
+                    time.sleep(PAUSE_S)
+        except Superseded as error:
+            version = self.last.version if self.last is not None else 0
+            raise PlaceGone(self._url, version) from error
+
+    def _place_of(self, after: Head) -> int:
+        """The sequence that ``after`` has here; PlaceGone if it is not there."""
+        rows = self._rows(
+            "SELECT sequence FROM cln_backup.records WHERE backup = $1 AND chain = $2"
+            " AND (sequence = $3 OR $4) ORDER BY sequence DESC LIMIT 1",
+            *(self.state.number, after.chain, after.sequence),
+            after.backup_id != self.state.backup_id,
+        )
+        whole = after.kind != Kind.SNAPSHOT or after.flags & FINAL
+        if not rows or not whole or not isinstance(rows[0][0], int):
+            raise PlaceGone(self._url, after.version)
+        return rows[0][0]
+
     def _snapshot(self) -> Iterator[tuple[Head, bytes]]:
         state, done, base = self.state, 0, self._base()
         count = -(-state.snapshot_size // MAX_CHUNK_SIZE)
@@ -336,10 +376,10 @@ class PostgresReading(Reading):
     def __init__(self, cluster: Cluster, backup_url: str) -> None:
         self._records = Records(cluster, backup_url)
         self._rewinds = Rewinds()
+        self._damage: BackupError | None = None
 
     def __iter__(self) -> Iterator[Step]:
         records, restarts = self._records, 0
-        damage: BackupError | None = None
         expected = records.state.newest
         while True:
             self._rewinds = Rewinds()
@@ -350,11 +390,11 @@ class PostgresReading(Reading):
                 if restarts <= MOST_RESTARTS:
                     records.begin_anew()
                     continue
-                damage = error
+                self._damage = error
             except BackupError as error:
-                damage = error
+                self._damage = error
             break
-        last = records.last or BEFORE_FIRST
+        last, damage = records.last or BEFORE_FIRST, self._damage
         if damage is None and last.version < expected.version - expected.rewindable:
             damage = records.as_damage("it ends before the version that it was at")
         last_ns = last.time_ns if records.last else None
@@ -366,8 +406,17 @@ class PostgresReading(Reading):
     def _steps(self) -> Iterator[Step]:
         records = self._records
         size = records.state.snapshot_size
-        for head, found in effective(self._rewinds.seen(records), size):
+        for head, found in effective(self._rewinds.seen(self._sound()), size):
             yield Step(found, head.end, max(records.state.size, head.end))
+
+    def _sound(self) -> Iterator[tuple[Head, bytes]]:
+        """The records before damage, all of which count."""
+        try:
+            yield from self._records
+        except Superseded:
+            raise
+        except BackupError as error:
+            self._damage = error
 
     def close(self) -> None:
         """See Reading."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pwd
 import subprocess
 import threading
@@ -13,7 +14,15 @@ import pytest
 
 from backend import Beginning, Change, Destination, Ending, Snapshot, new_owner
 from destinations import backend_for
-from errors import BackupError, BackupExists, BackupMissing, ConfigError, OtherOwner
+from errors import (
+    BackupError,
+    BackupExists,
+    BackupMissing,
+    ConfigError,
+    OtherOwner,
+    PlaceGone,
+)
+from replica import Followable, Pause
 from tests import support
 from tests.clusters import Cluster, Pair, until
 from tests.support import Call
@@ -130,7 +139,7 @@ def test_a_wait_that_is_ended_is_no_ack(function: str, pair: Pair, url: str) -> 
 
 
 def test_names_that_are_emptied_in_mid_session_acknowledge_nothing(pair: Pair, url: str) -> None:
-    with opened(of_more(pair, url, retry_for="2")) as backend:
+    with opened(of_more(pair, url, retry_for="1")) as backend:
         add(backend, CHANGES[0])
         pair.primary.configure("synchronous_standby_names", "")
         writer = Writer(backend, CHANGES[1]).ended()
@@ -141,7 +150,7 @@ def test_names_that_are_emptied_in_mid_session_acknowledge_nothing(pair: Pair, u
 def test_names_that_are_emptied_while_a_change_waits_acknowledge_nothing(
     pair: Pair, url: str
 ) -> None:
-    with opened(of_more(pair, url, retry_for="2")) as backend:
+    with opened(of_more(pair, url, retry_for="1")) as backend:
         add(backend, CHANGES[0])
         pair.standby.stop()
         writer = Writer(backend, CHANGES[1])
@@ -551,3 +560,21 @@ def test_a_piece_of_a_snapshot_that_does_not_check(pair: Pair, tmp_path: Path) -
     assert "piece 0 of the snapshot does not check" in str(backend_for(url).status(True).damage)
     pair.primary.sql("DELETE FROM cln_backup.pieces", dbname=dbname)
     assert "piece 0 of the snapshot is missing" in str(backend_for(url).status(True).damage)
+
+
+def test_who_follows_goes_on_behind_a_compaction_or_is_told(url: str) -> None:
+    with opened(url) as backend:
+        add(backend, *support.first_changes(8))
+        destination = backend_for(url)
+        assert isinstance(destination, Followable)
+        with destination.follow(None) as records:
+            heads = [
+                each[0] for each in itertools.islice(records, 8) if not isinstance(each, Pause)
+            ]
+        destination.compact()
+        add(backend, support.change(9))
+        with destination.follow(heads[6]) as records:
+            found = [each for each in itertools.islice(records, 3) if not isinstance(each, Pause)]
+        assert [head.version for head, _ in found] == [8, 9]
+        with destination.follow(heads[3]) as records, pytest.raises(PlaceGone):
+            next(iter(records))
