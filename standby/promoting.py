@@ -82,6 +82,8 @@ class Promotion:
         self._roster: Roster | None = None
         self._directory = directory
         self._make = make
+        self._has_tried = state.owner is not None
+        """A destination may have been taken over."""
         self._path = os.path.join(directory, keeping.STANDBY_NAME)
         self._target = os.path.join(directory, node.DATABASE_NAME)
 
@@ -102,7 +104,12 @@ class Promotion:
         owner = self.state.owner or new_owner()
         # First, so that whoever is killed goes on as the same one.
         self._change(owner=owner)
-        taken = self._seize(owner)
+        try:
+            taken = self._seize(owner)
+        except BackupError:
+            if not self._has_tried:  # The old node goes on, and so may the standby.
+                self._change(owner=None)
+            raise
         self._change(taken=True, **self._destinations())
         self._complete(self._choose(taken), owner)
 
@@ -155,7 +162,7 @@ class Promotion:
         found = self._heard()
         for heard in found:
             try:
-                _seize(heard, owner, self.state.taken, several=len(self.state.urls) > 1)
+                self._seize_one(heard, owner)
             except BackupError as error:
                 if len(found) == 1 or isinstance(error, OtherOwner):
                     raise
@@ -167,6 +174,41 @@ class Promotion:
             heard.roster = before.roster if heard.roster is None else heard.roster
         self._require([heard for heard in again if heard.look is not None], again)
         return again
+
+    def _seize_one(self, heard: Heard, owner: bytes) -> None:
+        """Make ``owner`` the owner of one destination, durably.
+
+        Raises:
+            OtherOwner: it was that, and somebody else has taken it since.
+        """
+        until_s = time.monotonic() + TRY_FOR_S
+        while True:
+            try:
+                return self._seize_once(heard, owner)
+            except (Refused, Diverged) as error:
+                # The answer was lost; or the node has written since the look, and the server is
+                # of an earlier release.
+                if error.code not in AGAIN or time.monotonic() > until_s:
+                    raise
+
+    def _seize_once(self, heard: Heard, owner: bytes) -> None:
+        replica, several = heard.replica, len(self.state.urls) > 1
+        with contextlib.closing(replica):
+            replica.open()
+            newest = replica.newest
+            if newest.tag == owner[:TAG_SIZE]:
+                return
+            if self.state.taken:
+                raise OtherOwner(replica.url, "it was taken over again since this standby did")
+            roster = heard.roster if several else None
+            # In the term that it is in: which of several has all there is must not change.
+            term = layout2.term_of(newest.session)
+            session = layout2.session_of(owner, term) if several else owner
+            payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
+            head = layout2.owner_behind(newest, session, payload)
+            self._has_tried = True
+            # A node that writes all the time would always be quicker: what it wrote is read later.
+            replica.add_record(head._replace(flags=head.flags | OVERRIDE), payload)
 
     # Applying
 
@@ -206,6 +248,8 @@ class Promotion:
                 )
             applier.finish()
             self.state = applier.state
+        with open(self._path, "rb") as file:
+            durable.flush(file.fileno())
         found = database.version_of(self._path)
         if found != newest.version:
             raise BackupError(
@@ -246,43 +290,3 @@ def _needed(roster: Roster | None, urls: int) -> int:
 def rule_of(roster: Roster, urls: int) -> Rule:
     """The rule of a node that goes on with ``urls`` of the destinations of ``roster``."""
     return Rule(urls, min(roster.acks, urls))
-
-
-def _seize(heard: Heard, owner: bytes, taken: bool, several: bool) -> None:
-    """Make ``owner`` the owner of one destination, durably.
-
-    Args:
-        taken: that was so before.
-        several: it stays one of several.
-
-    Raises:
-        OtherOwner: somebody else has taken it since.
-    """
-    until_s = time.monotonic() + TRY_FOR_S
-    while True:
-        try:
-            return _seize_once(heard, owner, taken, several)
-        except (Refused, Diverged) as error:
-            # The answer was lost; or the node has written since the look, and the server is of an
-            # earlier release.
-            if error.code not in AGAIN or time.monotonic() > until_s:
-                raise
-
-
-def _seize_once(heard: Heard, owner: bytes, taken: bool, several: bool) -> None:
-    replica = heard.replica
-    with contextlib.closing(replica):
-        replica.open()
-        newest = replica.newest
-        if newest.tag == owner[:TAG_SIZE]:
-            return
-        if taken:
-            raise OtherOwner(replica.url, "it was taken over again since this standby did")
-        roster = heard.roster if several else None
-        # In the term that it is in: which of several has all there is must not change.
-        term = layout2.term_of(newest.session)
-        session = layout2.session_of(owner, term) if several else owner
-        payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
-        head = layout2.owner_behind(newest, session, payload)
-        # A node that writes all the time would always be quicker: what it wrote is read later.
-        replica.add_record(head._replace(flags=head.flags | OVERRIDE), payload)
