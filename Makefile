@@ -1,4 +1,5 @@
-# make install   the plugin's packages, into .venv beside the code
+# make install   the plugin's packages, into .venv beside the code; with POSTGRES=1 those for
+#                a backup in PostgreSQL, too
 # make demo      the main job, end to end, on recorded traffic of a real node
 # make test      all tests, with coverage
 # make test-all  the tests under every Python from 3.10 on that is here; TESTS=FILE for a part
@@ -13,7 +14,7 @@ VENV := .venv/bin
 
 .PHONY: install demo test test-all lint bench report soak clean
 
-install: .venv/installed
+install: .venv/installed $(if $(POSTGRES),.venv/installed-postgres)
 
 demo: .venv/installed
 	$(VENV)/python demo.py
@@ -35,7 +36,7 @@ test-all:
 lint: .venv/installed-dev
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
-	$(VENV)/mypy *.py backup-cli cln_backup commands filelog monitoring remote serving several standby upkeep wallet tests bench
+	$(VENV)/mypy *.py backup-cli cln_backup commands filelog monitoring postgres remote salvage serving several standby upkeep wallet tests bench
 
 bench: .venv/installed-dev
 	$(VENV)/python -m bench
@@ -52,7 +53,11 @@ soak: .venv/installed-dev
 	$(VENV)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
+.venv/installed-postgres: .venv/installed requirements-postgres.txt
+	$(VENV)/python -m pip install --quiet -r requirements-postgres.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt requirements-postgres.txt
 	$(VENV)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 

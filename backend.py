@@ -330,7 +330,7 @@ class Status:
         disk_free: free bytes for the writer.
         destinations: all that the backup has, if those are several and it keeps the list.
         acks: how many of them acknowledge a change.
-        epoch: of that list, see quorum.Roster.
+        epoch, votes: of that list, see quorum.Roster.
         notes: what else was found and does no harm.
         warnings: what the operator should act on.
     """
@@ -358,6 +358,7 @@ class Status:
     destinations: list[str] = field(default_factory=list)
     acks: int | None = None
     epoch: int | None = None
+    votes: bool | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from backend import Progress
-from errors import ConfigError
+from errors import ConfigError, NoPsycopg
 from filebackend import FileBackend
 from mirrorbackend import MirrorBackend
 from quorum import Roster
@@ -41,10 +41,22 @@ def backend_for(url: str) -> Replica:
         return FileDestination(url)
     if url.startswith("socket:"):
         return SocketBackend(url)
+    if url.startswith(("postgresql:", "postgres:")):
+        return _in_postgres(url)
     raise ConfigError(
         f"{url!r} is no backup URL.",
-        "The forms are file:///path/to/file, socket:unix:/path/to/socket and socket:host:port.",
+        "The forms are file:///path/to/file, socket:unix:/path/to/socket, socket:host:port and"
+        " postgresql://user@host1,host2/dbname.",
     )
+
+
+def _in_postgres(url: str) -> Replica:
+    """The Destination of a ``postgresql:`` URL; nobody else needs the packages for that."""
+    try:
+        from upkeep.inpostgres import PostgresDestination
+    except ImportError as error:
+        raise NoPsycopg(error) from error
+    return PostgresDestination(url)
 
 
 class FileDestination(FileBackend, Replica):

@@ -3,6 +3,7 @@
     BackupError                a refusal or failure an operator must read (exit code 1)
     ├── InvalidChange          a db_write call that cannot be stored
     ├── ConfigError            backup.lock, a URL or a directory is not usable
+    │   └── NoPsycopg          a package for PostgreSQL is missing
     ├── BackupMissing          there is no backup at the URL
     ├── BackupExists           something is in the way of a new file
     ├── BackupBusy             another process holds the backup
@@ -89,6 +90,16 @@ class InvalidChange(BackupError):
 
 class ConfigError(BackupError):
     """A URL, a directory or a backup.lock that cannot be used."""
+
+
+class NoPsycopg(ConfigError):
+    """A URL of PostgreSQL, and not the package for that: nobody else needs it."""
+
+    def __init__(self, error: ImportError) -> None:
+        super().__init__(
+            f"PostgreSQL needs the package psycopg, which is not here: {error}.",
+            f"Run `make -C {shlex.quote(_HERE)} install POSTGRES=1`.",
+        )
 
 
 class BackupMissing(BackupError):

@@ -20,7 +20,7 @@ from backend import (
     Status,
     log,
 )
-from errors import BackupBusy, BackupError, ConfigError, OtherOwner
+from errors import CLI, BackupBusy, BackupError, ConfigError, OtherOwner
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head
 from monitoring.fields import IN_STEP
@@ -31,7 +31,7 @@ from several import following, hearing
 from several.catchup import CatchUp, continues, marks
 from several.hearing import Branched, Heard, Make, Silent, end_of, hear
 
-FIRST_TERM = 2
+FIRST_START = 1
 BACKLOG_SIZE = 8 << 20
 """Bytes of records that are kept for destinations that are slower; at least the newest one."""
 PATIENCE_S = 2.0
@@ -55,6 +55,7 @@ class Member:
         part: what it does; changed under the mirror's lock, as all that follows.
         done: how many of the mirror's records it has on stable storage.
         heard: it has answered, and what it holds is known.
+        votes: it has all that it ever acknowledged, see quorum.Roster.
         failed: its first try to answer has failed.
     """
 
@@ -66,7 +67,7 @@ class Member:
         self.since_ns = time.time_ns()
         self.error: BackupError | None = None
         self.done = 0
-        self.heard = self.failed = False
+        self.heard = self.failed = self.votes = False
         self.thread: threading.Thread | None = None
         self.reconnects = 0
         self.busy_since_s: float | None = None
@@ -152,7 +153,13 @@ class MirrorBackend(Followable):
         self.require_absent()
         for each in self._all():
             each.create(snapshot)
-        self._claim(owner, changes)
+        for each in self._all():
+            self._claim(each, layout2.session_of(owner, 0, FIRST_START))
+        if changes:
+            with contextlib.closing(self):
+                self.open(owner)
+                for change in changes:
+                    self.add_change(change)
 
     def replace(
         self, snapshot: Snapshot | None, owner: bytes = NOBODY, *, override: bool = False
@@ -170,12 +177,15 @@ class MirrorBackend(Followable):
 
     def _replace(self, snapshot: Snapshot | None, owner: bytes, override: bool) -> str | None:
         found = hear(self._all())
-        term = max((end_of(h.look.newest).term for h in found if h.look is not None), default=0)
+        sessions = [heard.look.newest.session for heard in found if heard.look is not None]
+        start = 1 + max(map(layout2.start_of, sessions), default=0)
         kept, errors = [], []
         for each in found:
             try:
-                session = layout2.session_of(owner, term)
+                # Whoever is of this number leads: what was before it is replaced.
+                session = layout2.session_of(owner, start, start)
                 where = each.replica.replace(snapshot, session, override=override)
+                self._claim(each.replica, session)
                 kept.append(f"{each.url}: {where}" if where else "")
             except BackupError as error:
                 errors.append(f"{each.url}: {error.problem}")
@@ -184,27 +194,14 @@ class MirrorBackend(Followable):
                 f"{len(kept)} of {self._rule.n} destinations could be replaced, and"
                 f" {self._rule.to_start} are needed: {' '.join(errors)}"
             )
-        self._claim(owner, (), _next_term(term))
         return ", ".join(filter(None, kept)) or None
 
-    def _claim(self, owner: bytes, changes: Sequence[Change], term: int = FIRST_TERM) -> None:
-        """Let each of them keep the list, and ``owner`` write to it."""
-        for each in self._all():
-            try:
-                with contextlib.closing(each):
-                    each.open()
-                    session, payload = layout2.session_of(owner, term), self._payload()
-                    head = layout2.owner_behind(each.newest, session, payload)
-                    each.add_record(head, payload)
-            except BackupError as error:
-                if term == FIRST_TERM:
-                    raise
-                log.warning(f"{each.url} is left behind: {error}")
-        if changes:
-            with contextlib.closing(self):
-                self.open(owner)
-                for change in changes:
-                    self.add_change(change)
+    def _claim(self, replica: Replica, session: bytes) -> None:
+        """Let ``replica`` keep the list, and the owner of ``session`` write to it."""
+        with contextlib.closing(replica):
+            replica.open()
+            payload = self._payload()
+            replica.add_record(layout2.owner_behind(replica.newest, session, payload), payload)
 
     def _payload(self) -> bytes:
         return layout2.encode_owner(time.time_ns(), platform.node(), self.roster)
@@ -288,15 +285,17 @@ class MirrorBackend(Followable):
                 if (taken := self._taken(self._rule.to_start)) is not None:
                     raise taken
                 heard = sum(member.heard for member in self._members)
+                voting = sum(member.heard and member.votes for member in self._members)
                 silent = sum(not m.heard and not m.failed for m in self._members)
                 now = time.monotonic()
                 patient = deadline_s is None or now < deadline_s
-                verdict = may_start(self._rule, heard, silent, patient)
+                verdict = may_start(self._rule, voting, heard, silent, patient)
                 if verdict:
                     return
                 if verdict is False and not (silent and patient):
-                    raise self._too_few(heard)
-                if deadline_s is None and (verdict is False or heard >= self._rule.to_start):
+                    raise self._too_few(voting, heard)
+                enough = may_start(self._rule, voting, heard, silent, patient=False)
+                if deadline_s is None and enough is not None:
                     deadline_s = now + PATIENCE_S
                 self._changed.wait(deadline_s and deadline_s - now)
 
@@ -306,41 +305,72 @@ class MirrorBackend(Followable):
         # One that was away when another node was shut out is still that one's: it may lag.
         return errors[0] if len(self._members) - len(errors) < needed else None
 
-    def _too_few(self, heard: int) -> BackupError:
+    def _too_few(self, voting: int, heard: int) -> BackupError:
         errors = [(m.url, m.error) for m in self._members if not m.heard and m.error is not None]
         for _, error in errors:
             if isinstance(error, BackupBusy):
                 return error
-        told = " ".join(f"{url}: {error.problem}" for url, error in errors)
+        told = [f"{url}: {error.problem}" for url, error in errors]
+        told += [
+            f"{m.url} is being copied to, or keeps another list than backup.lock."
+            for m in self._members
+            if m.heard and not m.votes
+        ]
         return Silent(
-            f"{heard} of {self._rule.n} destinations answered, and {self._rule.to_start} are"
-            f" needed: the newest change may be on those that are missing. {told}"
+            f"{min(voting, heard)} of {self._rule.n} destinations answered, and"
+            f" {self._rule.to_start} are needed: the newest change may be on those that are"
+            f" missing. {' '.join(told)}"
         )
 
     def _begin(self) -> None:
         """Find out what was acknowledged, and let K of them have it, with a new term."""
-        with self._changed:
-            heard = [member for member in self._members if member.heard]
-            heads = [member.backend.newest for member in heard]
-        leader = heard[hearing.leader_of([self._make(m.url) for m in heard], heads)]
-        newest = leader.backend.newest
-        term = _next_term(max(end_of(head).term for head in heads))
+        while True:
+            with self._changed:
+                heard = [member for member in self._members if member.heard]
+                voting = [member for member in heard if member.votes]
+            # It may be asked for again: those that could not be read are unknown.
+            if not may_start(self._rule, len(voting), len(heard), 0, patient=False):
+                raise self._too_few(len(voting), len(heard))
+            heads = [member.backend.newest for member in voting]
+            try:
+                number = hearing.leader_of([self._make(m.url) for m in voting], heads)
+                break
+            except hearing.Unreadable as unread:
+                self._set_aside(voting[unread.number], unread.error)
+        leader, newest = voting[number], heads[number]
+        self._check_distinct(heard)
+        start = 1 + max(layout2.start_of(member.backend.newest.session) for member in heard)
         owner = newest.session if self._owner is None else self._owner
         with self._changed:
             self._leader, self._newest = self._make(leader.url), newest
             self.version_count = leader.backend.version_count
             self._settle()
-        self._claim_as(owner, term)
+        self._claim_as(owner, start)
 
-    def _claim_as(self, owner: bytes, term: int) -> None:
-        """Begin a term of ``owner``."""
-        payload = self._payload()
-        session = layout2.session_of(owner, term)
-        # Another one than that of the start: within a session nothing is taken back.
-        self._session = layout2.session_of(owner, term + 1)
+    def _set_aside(self, member: Member, error: BackupError) -> None:
+        """What ``member`` holds is not known after all."""
         with self._changed:
-            self._started = True
-            self._changed.notify_all()
+            member.heard = member.votes = False
+            self._lag(member, error)
+
+    @staticmethod
+    def _check_distinct(heard: Sequence[Member]) -> None:
+        by_id: dict[bytes, str] = {}
+        for member in heard:
+            other = by_id.setdefault(member.backend.newest.backup_id, member.url)
+            if other != member.url:
+                raise ConfigError(
+                    f"{other} and {member.url} are one destination, or one is a copy of the other.",
+                    f"Move the copy away, and run `{CLI} attach` with those that there are to be.",
+                )
+
+    def _claim_as(self, owner: bytes, start: int) -> None:
+        """Begin the start number ``start``, of ``owner``."""
+        payload = self._payload()
+        # The number alone outvotes nobody: of two starts with one number at most one had K.
+        session = layout2.session_of(owner, layout2.term_of(self._newest.session), start)
+        # Another one than that of the start: within a session nothing is taken back.
+        self._session = layout2.session_of(owner, start, start)
         self._store(layout2.owner_behind(self._newest, session, payload), payload, is_start=True)
 
     # Writing
@@ -359,7 +389,7 @@ class MirrorBackend(Followable):
     def take_over(self, owner: bytes) -> None:
         """See Backend. Each of them must have it."""
         self._owner = owner
-        self._claim_as(owner, _next_term(layout2.term_of(self._session)))
+        self._claim_as(owner, 1 + layout2.start_of(self._session))
         self._await_all()
 
     def _await_all(self) -> None:
@@ -380,8 +410,8 @@ class MirrorBackend(Followable):
         """Give a record to all; returns when K have it on stable storage."""
         began_s = time.monotonic()
         with self._changed:
-            if is_start:
-                self._start_record = head, payload
+            if is_start:  # Nobody joins before, or he would seem to have it.
+                self._start_record, self._started = (head, payload), True
             self._tail.append((head, payload))
             self._tail_size += len(payload)
             number = self._first + len(self._tail)
@@ -504,20 +534,36 @@ class MirrorBackend(Followable):
             member.reconnects += member.backend.reconnects
             backend = self._make(member.url)
             backend.home = self.home
-            backend.open(self._owner)
+            self._open(backend)
+            votes = backend.roster() == self.roster
             member.backend = backend
         with changed:
-            member.heard = True
+            member.heard, member.votes = True, votes
             changed.notify_all()
             changed.wait_for(lambda: self._started or self._is_closing(changed))
         while not self._is_closing(changed):
             self._bring_up(member)
             self._follow(member)
 
+    def _open(self, backend: Replica) -> None:
+        try:
+            backend.open(self._owner)
+        except BackupError as error:
+            # An old image has another owner, too; but it knows less than this node.
+            if _is_taken(error):
+                known = self._make(backend.url).roster()
+                if known is not None and known.epoch < self.roster.epoch:
+                    raise BackupError(
+                        f"{backend.url} has missed an attach: it holds an old state.",
+                        f"Run `{CLI} attach` with those that there are to be.",
+                    ) from error
+            raise
+
     def _bring_up(self, member: Member) -> None:
         """Let it catch up until it is in step."""
         changed = self._changed
-        catch_up = CatchUp(member.backend, member.lock, self._owner or self._session)
+        owner = self._owner or self._session
+        catch_up = CatchUp(member.backend, member.lock, owner, member.votes)
         pause_s = FIRST_PAUSE_S
         while not self._is_closing(changed):
             if self._join(member, catch_up):
@@ -538,13 +584,14 @@ class MirrorBackend(Followable):
             late = self._start_record
             start = 0 if late is None else self._number_of(late)
             needs_start = late is not None and place >= start and _is_before(member, late[0])
-        if needs_start and late is not None:
-            # Not before: whoever has the term has all that was acknowledged before it.
+        if late is not None and (needs_start or not catch_up.votes):
             newest = member.backend.newest
-            catch_up.add(layout2.owner_behind(newest, late[0].session, late[1]), late[1])
+            session = late[0].session if needs_start else newest.session
+            catch_up.add(layout2.owner_behind(newest, session, late[1]), late[1])
+            catch_up.votes = member.votes = True
         with self._changed:
             place = self._place_of(member.backend.newest)
-            if place is None or place < self._first:
+            if place is None or place < self._first or self._start_record is not late:
                 return False
             if member.error is not None:
                 log.info(f"{member.url} is in step again")
@@ -663,11 +710,6 @@ class MirrorBackend(Followable):
         raise ConfigError("None of several destinations is of an old layout.")
 
 
-def _next_term(term: int) -> int:
-    """The next one after ``term``: even, see quorum.End."""
-    return term + 2 - term % 2
-
-
 def _is_taken(error: BackupError) -> bool:
     """Whether another node took the backup over."""
     if isinstance(error, OtherOwner):
@@ -676,5 +718,5 @@ def _is_taken(error: BackupError) -> bool:
 
 
 def _is_before(member: Member, start: Head) -> bool:
-    """Whether ``member`` lacks the record of this start, or a later one."""
-    return end_of(member.backend.newest).term < end_of(start).term
+    """Whether ``member`` lacks the record of this start."""
+    return layout2.start_of(member.backend.newest.session) < layout2.start_of(start.session)

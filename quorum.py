@@ -1,9 +1,10 @@
 """What is decided about several destinations of one backup: pure functions of plain values.
 
 K of N acknowledge. So any N-K+1 of them hold among them all that was acknowledged, and any
-K and any N-K+1 have one in common. Every start of a node takes a higher *term* than all that
-it hears of, and has K destinations keep it before the first change. So of two ends the one
-of the higher term is the later: what it lacks was acknowledged by fewer than K.
+K and any N-K+1 have one in common. Every start of a node takes a higher number than all that
+it hears of, and has K destinations keep it before the first change, which then has that number
+as its *term*. So of two ends the one of the higher term is the later: what it lacks was
+acknowledged by fewer than K. A start that came no further than its number outvotes nobody.
 
 Nothing is read and nothing is done here. Who asks has looked before, and acts after.
 """
@@ -58,12 +59,15 @@ class Roster(NamedTuple):
     Attributes:
         epoch: counts up with each list that an operator made; the highest one counts.
         acks: how many of them acknowledge a change.
-        urls: theirs, as the operator wrote them; two or more.
+        urls: theirs, as the operator wrote them.
+        votes: whoever keeps this has all that it acknowledged as one of them. Without, it is
+            none of them, or not yet.
     """
 
     epoch: int
     acks: int
     urls: tuple[str, ...]
+    votes: bool = True
 
     @property
     def rule(self) -> Rule:
@@ -89,8 +93,7 @@ class End(NamedTuple):
     """What a destination holds, by its newest record.
 
     Attributes:
-        term: of the start that wrote it, 0 if none did: even for the record of the start
-            itself, and one more for what the node wrote then.
+        term: of the start that wrote its newest change, 0 if none did.
         chain, rewindable, version: as in a Mark.
         chain_before: the chain without the last record.
     """
@@ -225,14 +228,16 @@ def may_go_on(rule: Rule, stored: int, working: int) -> bool | None:
     return None if stored + working >= rule.k else False
 
 
-def may_start(rule: Rule, heard: int, silent: int, patient: bool) -> bool | None:
+def may_start(rule: Rule, voting: int, heard: int, silent: int, patient: bool) -> bool | None:
     """Whether a node may begin with the destinations that were heard; None: wait for more.
 
     Args:
-        heard: destinations that answered.
+        voting: destinations that answered, and have all that they acknowledged.
+        heard: all that answered, and can be written to.
         silent: those whose answer may still come.
         patient: there is time to wait for those, though they are not needed.
     """
-    if heard >= rule.to_start:
+    if voting >= rule.to_read and heard >= rule.k:
         return None if silent and patient else True
-    return None if heard + silent >= rule.to_start else False
+    possible = voting + silent >= rule.to_read and heard + silent >= rule.k
+    return None if possible else False

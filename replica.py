@@ -14,7 +14,7 @@ import durable
 import scratch
 import space
 from backend import NOBODY, TAG_SIZE, Destination, Snapshot
-from filelog.layout2 import Head, Kind
+from filelog.layout2 import Head, Kind, owner_behind, without_vote
 from quorum import Roster
 
 Record = tuple[Head, bytes]
@@ -127,8 +127,15 @@ class Replica(Followable):
             # Of this owner, in no term: whoever is cut off here goes on from here.
             kept = self.replace(snapshot, owner[:TAG_SIZE].ljust(len(NOBODY), b"\0"))
             self.open(owner)
-            for head, payload in itertools.chain([first] if first else [], records):
-                self.add_record(head, payload)
+            last_owner = b""
+            for record in itertools.chain([first] if first else [], records):
+                if record[0].kind == Kind.OWNER:
+                    last_owner = record[1]
+                # Until all is there it lacks what it had acknowledged.
+                self.add_record(*unvoting(record))
+            if last_owner:
+                newest = self.newest
+                self.add_record(owner_behind(newest, newest.session, last_owner), last_owner)
         return kept
 
     @abstractmethod
@@ -137,6 +144,15 @@ class Replica(Followable):
 
         Needs no open. The iterator raises BackupError where they are damaged.
         """
+
+
+def unvoting(record: Record) -> Record:
+    """``record``, for a destination that has no vote (see quorum.Roster)."""
+    head, payload = record
+    if head.kind != Kind.OWNER:
+        return record
+    payload = without_vote(payload)
+    return head._replace(length=len(payload)), payload
 
 
 def _unpacked(records: Iterator[Record], path: str) -> tuple[Snapshot | None, Record | None]:

@@ -182,7 +182,7 @@ class SocketBackend(Replica):
         found = self.status()
         if not found.destinations or found.acks is None or found.epoch is None:
             return None
-        return Roster(found.epoch, found.acks, tuple(found.destinations))
+        return Roster(found.epoch, found.acks, tuple(found.destinations), bool(found.votes))
 
     def add_record(self, head: Head, payload: bytes) -> None:
         """See Replica."""
@@ -354,6 +354,7 @@ def _newest(found: Metadata) -> Head:
     rewindable = found.prev_version == found.version - 1
     return Head(
         kind=Kind.CHANGE,
+        backup_id=details.backup_id,
         flags=layout2.BUMPS if rewindable else 0,
         version=found.version,
         time_ns=details.time_ns,

@@ -14,7 +14,7 @@ from bench.common import DATA, TRACE_FILE, Options, Row
 
 BENCHES = (
     *("hook", "restoring", "snapshot", "upload", "start", "compaction"),
-    *("wire", "remote", "readers", "several", "following", "standby"),
+    *("wire", "remote", "readers", "several", "following", "standby", "postgres", "salvage"),
 )
 """Modules of this package, each with ``run(options) -> list[Row]``."""
 

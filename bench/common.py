@@ -149,8 +149,8 @@ def sync_all() -> None:
     os.sync()
 
 
-def run_measured(*words: object) -> Finished:
-    """Run a program to its end with this Python; SystemExit if it fails."""
+def run_measured(*words: object, expected: int = 0) -> Finished:
+    """Run a program to its end with this Python; SystemExit if its exit code is another."""
     with tempfile.NamedTemporaryFile("r") as report:
         done = subprocess.run(
             [sys.executable, "-S", MEASURED, report.name, *map(str, words)],
@@ -159,7 +159,7 @@ def run_measured(*words: object) -> Finished:
             text=True,
         )
         fields = report.read().split()
-    if done.returncode or fields[2] != "0":
+    if done.returncode or fields[2] != str(expected):
         sys.exit(f"{' '.join(map(str, words))} failed: {done.stdout}")
     return Finished(float(fields[0]), int(fields[1]) / 1024, done.stdout)
 

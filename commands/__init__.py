@@ -5,10 +5,21 @@ from __future__ import annotations
 import os
 
 import unwind
-from commands import create, look, recover, serve, standing, watch
+from commands import channels, create, look, recover, salvage, serve, standing, watch
 from commands.shared import main
 
-__all__ = ["create", "look", "main", "recover", "run", "serve", "standing", "watch"]
+__all__ = [
+    "channels",
+    "create",
+    "look",
+    "main",
+    "recover",
+    "run",
+    "salvage",
+    "serve",
+    "standing",
+    "watch",
+]
 
 
 def run() -> None:

@@ -465,8 +465,9 @@ def attach(
             prefix = scratch_prefix(backend, scratch, directory)
             _check_same(backend, prefix, wallet_path, version)
         noted = to_note(directory, wallet_path)
+        unaware: list[str] = []
         if plan is not None:
-            kept = _take_over_all(plan, directory, noted)
+            kept, unaware = _take_over_all(plan, directory, noted)
         else:
             kept = _take_over(backend, directory, noted)
     if kept is not None:
@@ -476,6 +477,12 @@ def attach(
         f" {status.version}."
     )
     _report_rule(urls, acks)
+    for url in unaware:
+        click.echo(
+            f"Warning: {url} could not be told that it is none of the destinations any more: never"
+            " restore from it. Erase it when it comes back.",
+            err=True,
+        )
     click.echo(f"Add to lightningd's config: important-plugin={PLUGIN}")
 
 
@@ -499,8 +506,14 @@ def _former_lock_file(directory: str, url: str) -> node.LockFile:
     return node.LockFile(url)
 
 
-def _take_over_all(plan: joining.Plan, directory: str, changes: Mapping[str, Any]) -> str | None:
-    """Make the node in ``directory`` the owner of all destinations of ``plan``."""
+def _take_over_all(
+    plan: joining.Plan, directory: str, changes: Mapping[str, Any]
+) -> tuple[str | None, list[str]]:
+    """Make the node in ``directory`` the owner of all destinations of ``plan``.
+
+    Returns:
+        Where the former backup.lock is kept, and the dropped destinations that could not be told.
+    """
     with progress_bar("Copying", 0) as advance:
         joining.bring_all(plan, destinations.backend_for, advance)
     owner, urls = new_owner(), plan.roster.urls
@@ -508,8 +521,8 @@ def _take_over_all(plan: joining.Plan, directory: str, changes: Mapping[str, Any
     lock_file = dataclasses.replace(lock_file, **changes)
     lock_file = with_destinations(lock_file, urls, plan.roster.acks, plan.roster.epoch)
     with in_place_of_the_former(directory) as kept, node.new_lock_file(directory, lock_file, kept):
-        joining.take_over(plan, owner, destinations.backend_for)
-    return kept
+        unaware = joining.take_over(plan, owner, destinations.backend_for)
+    return kept, unaware
 
 
 def _check_same(backend: Backend, prefix: str, wallet: str, version: int) -> None:

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
@@ -18,6 +18,7 @@ from backend import (
     Status,
     utc,
 )
+from clusterchecks import WalletCluster, demanded
 from commands.shared import (
     EXIT_WARNING,
     at_hand,
@@ -32,8 +33,11 @@ from commands.shared import (
     scratch_prefix,
 )
 from errors import (
+    CLI,
     BackupError,
+    ConfigError,
     DoesNotReplay,
+    NoPsycopg,
 )
 from monitoring import fields
 from monitoring.fields import Fields
@@ -62,12 +66,18 @@ NOT_CHECKED = "none at its end (--check reads all of it)"
     callback=expand,
     help="Write the figures there, too, for node_exporter or Prometheus.",
 )
+@click.option(
+    "--wallet",
+    metavar="postgres://...",
+    help="In place of a backup: a wallet on PostgreSQL, as lightningd's --wallet names it.",
+)
 def status(
     urls: tuple[str, ...],
     lightning_dir: str | None,
     as_json: bool,
     check: bool,
     metrics: str | None,
+    wallet: str | None,
 ) -> None:
     """Say what the backup at URL holds, by a look at its end. Works beside a running node.
 
@@ -76,13 +86,20 @@ def status(
 
     Exit code for cron: 0 sound, 1 unreadable or damaged, or too few of several destinations are
     in step; 4 a warning, or not all of several are in step. Of a standby: 1 it could not take the
-    node's place as it should.
+    node's place as it should. Of a wallet on PostgreSQL: 0 each commit is on two machines, 1 it is
+    not; 4 a warning.
 
     \b
     Example:
         backup-cli status file:///mnt/disk2/node.bkp
         backup-cli status --lightning-dir ~/.lightning/bitcoin
+        backup-cli status --wallet postgres://lightning@localhost/lightning
     """
+    if wallet is not None:
+        if urls or lightning_dir is not None or check or metrics is not None:
+            raise click.UsageError("Give --wallet alone, or with --json.")
+        _status_of_wallet(wallet, as_json)
+        return
     standby = _standby_in(lightning_dir) if not urls else None
     chosen = standby[1].urls if standby else chosen_urls(urls, lightning_dir)
     try:
@@ -208,6 +225,62 @@ def _status_of_one(url: str, check: bool) -> Found:
     if found.unsound and not found.damage:
         errors.append(f"The last check beside the node found: {found.unsound}")
     return Found(fields.of_one(found), _describe(found), found.warnings, errors)
+
+
+def _status_of_wallet(url: str, as_json: bool) -> None:
+    if not url.startswith("postgres:"):
+        raise ConfigError(
+            "Only a wallet on PostgreSQL is looked at: postgres://...",
+            f"One on SQLite has a backup: `{CLI} status --lightning-dir DIR`.",
+        )
+    try:
+        from postgres import wallet
+    except ImportError as error:
+        raise NoPsycopg(error) from error
+    found = wallet.examine(url)
+    if as_json:
+        click.echo(json.dumps(_plain(found), indent=2))
+    else:
+        click.echo(_describe_wallet(found))
+    for warning in found.warnings:
+        click.echo(f"Warning: {warning}.", err=True)
+    if found.problems:
+        raise BackupError(
+            f"A commit of this wallet is not kept on two machines: {'; '.join(found.problems)}.",
+            "docs/postgres.md has how it is set up.",
+        )
+    sys.exit(EXIT_WARNING if found.warnings else 0)
+
+
+def _plain(found: Any) -> Any:
+    """``found`` with its named tuples as dictionaries."""
+    if hasattr(found, "_asdict"):
+        return {name: _plain(value) for name, value in found._asdict().items()}
+    return [_plain(each) for each in found] if isinstance(found, list) else found
+
+
+def _describe_wallet(found: WalletCluster) -> str:
+    server, fallback = found.server, found.fallback
+    rows = [
+        ("wallet", found.where),
+        ("server", f"PostgreSQL {found.version}, {'standby' if server.is_standby else 'primary'}"),
+        (
+            "a commit waits",
+            f"for {demanded(server.names)} standbys (synchronous_standby_names is"
+            f" '{server.names}', synchronous_commit is {found.synchronous_commit})",
+        ),
+    ]
+    for standby in found.standbys:
+        behind = "not heard of" if standby.behind is None else f"{readable(standby.behind)} behind"
+        kind = "logical" if standby.logical else standby.sync_state
+        rows.append(("standby", f"{standby.name}, {standby.state}, {kind}, {behind}"))
+    for slot in fallback.slots:
+        held = "" if slot.held is None else f", {readable(slot.held)} kept"
+        used = "in use" if slot.active else "not in use"
+        rows.append(("slot", f"{slot.name}, {used}, {slot.wal_status}{held}"))
+    archive = "failing" if fallback.failing else fallback.archive_mode
+    rows += [("wal_level", fallback.wal_level), ("archive", archive)]
+    return "\n".join(f"{name + ':':16}{value}" for name, value in rows)
 
 
 @main.command()

@@ -24,6 +24,7 @@ from commands.shared import (
     expand,
     main,
     progress_bar,
+    warn_old_state,
 )
 from errors import (
     CLI,
@@ -93,7 +94,7 @@ def restore(
         incomplete = BackupError(f"What came after version {up_to} is left out, as you asked.")
     incomplete = ending.damage or incomplete
     if incomplete is not None:
-        _warn_incomplete(incomplete)
+        _warn_incomplete(incomplete, result.path)
         _warn_problems(result.problems)
         sys.exit(EXIT_UNSOUND)
     click.echo(
@@ -142,12 +143,6 @@ def _warn_problems(problems: Sequence[str]) -> None:
         )
 
 
-def _warn_incomplete(damage: BackupError) -> None:
+def _warn_incomplete(damage: BackupError, path: str) -> None:
     click.echo(f"WARNING: {damage.problem}", err=True)
-    click.echo(
-        "WARNING: this database is an OLD state. Never start the node on it: its peers may take"
-        " the channels' whole funds. Start a new node with the same hsm_secret and"
-        " emergency.recover, and run `lightning-cli emergencyrecover`; use this database only"
-        " to look things up.",
-        err=True,
-    )
+    warn_old_state(path)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from backend import (
     log,
 )
 from errors import (
+    CLI,
     BackupError,
     ConfigError,
     DiskError,
@@ -237,6 +239,24 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]
             bar.update(done - bar.pos)
 
         yield advance
+
+
+def warn_old_state(backup: str) -> None:
+    """Say that what was delivered is an old state, and what it is good for.
+
+    Args:
+        backup: the database, or the URL of the backup.
+    """
+    click.echo(
+        "WARNING: this database is an OLD state. Never start the node on it: its peers may take"
+        " the channels' whole funds. Start a new node with the same hsm_secret and"
+        " emergency.recover, and run `lightning-cli emergencyrecover`; use this database only"
+        " to look things up.",
+        err=True,
+    )
+    shown = shlex.quote(backup)
+    click.echo(f"The channels in it: {CLI} channels {shown}", err=True)
+    click.echo(f"For their peers to close them: {CLI} channels --static {shown}", err=True)
 
 
 def readable(size: float | None) -> str:

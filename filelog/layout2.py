@@ -32,7 +32,9 @@ trailer of 4 bytes:
         56     8  time          Unix time in nanoseconds, informative
         64    16  session       8 bytes of the owner, then random, one for each start of the
                                 plugin; of an owner, all of it; for several
-                                destinations, the term is in place of what is random
+                                destinations, two numbers of 4 bytes are in place of what
+                                is random: the start that wrote the newest change, and
+                                the one that wrote this record
         80     8  length        of the payload
         88    16  chain before  names the history before this record
        104    16  chain         names the history with this record
@@ -45,8 +47,8 @@ Payloads: of a snapshot, a piece of at most 1 MiB of an SQLite file; of a change
 statements in UTF-8, joined by one NUL byte (no statement is empty or holds a NUL); of a
 rewind, nothing; of an owner, Unix time in nanoseconds as 8 bytes and the name in UTF-8 of
 the machine that took over. Where the backup has several destinations, each keeps the list of
-them there: behind the name a NUL byte, and in JSON [epoch, acknowledgements, [URL, ...]]; and
-then the last 8 bytes of the owner are the term, a number that each start of the node raises.
+them there: behind the name a NUL byte, and in JSON [epoch, acknowledgements, [URL, ...], votes].
+Without a vote it is none of them, or not yet.
 
 A snapshot is all of the records before "log start", the last one flagged, or there is
 none. It is written and verified before the file gets its name. Its chain is random, or
@@ -77,7 +79,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from backend import (
-    CHAIN_SIZE,
     EMPTY_CHAIN,
     MAX_CHANGE_SIZE,
     MAX_CHUNK_SIZE,
@@ -284,26 +285,44 @@ def decode_roster(payload: bytes) -> Roster | None:
     """The list of destinations in an owner record; None if it has none, or no valid one."""
     _, _, text = payload[8:].partition(b"\0")
     try:
-        epoch, acks, urls = json.loads(text)
+        epoch, acks, urls, votes = json.loads(text)
     except (ValueError, TypeError, RecursionError):
         return None
-    if not isinstance(urls, list) or not 2 <= len(urls) <= MAX_DESTINATIONS:
+    if not isinstance(urls, list) or not 1 <= len(urls) <= MAX_DESTINATIONS:
         return None
     if not all(isinstance(url, str) and url == printable(url) for url in urls):
         return None
     if type(epoch) is not int or type(acks) is not int or not 1 <= acks <= len(urls):
         return None
-    return Roster(epoch, acks, tuple(urls))
+    return Roster(epoch, acks, tuple(urls), bool(votes))
+
+
+def without_vote(payload: bytes) -> bytes:
+    """The payload of an owner record, for a destination that has no vote."""
+    roster = decode_roster(payload)
+    if roster is None:
+        return payload
+    time_ns, machine = decode_owner(payload)
+    return encode_owner(time_ns, machine, roster._replace(votes=False))
 
 
 def term_of(session: bytes) -> int:
-    """The term that a session of one of several destinations tells."""
-    return int.from_bytes(session[TAG_SIZE:], "big")
+    """The start that wrote the newest change, as a session of one of several tells."""
+    return int.from_bytes(session[TAG_SIZE : TAG_SIZE + 4], "big")
 
 
-def session_of(owner: bytes, term: int) -> bytes:
-    """The session of ``owner`` that a start of the node with ``term`` writes."""
-    return owner[:TAG_SIZE] + term.to_bytes(CHAIN_SIZE - TAG_SIZE, "big")
+def start_of(session: bytes) -> int:
+    """The start that wrote the newest record, as a session of one of several tells."""
+    return int.from_bytes(session[TAG_SIZE + 4 :], "big")
+
+
+def session_of(owner: bytes, term: int, start: int) -> bytes:
+    """The session of ``owner`` in the start number ``start`` of the node.
+
+    Args:
+        term: the start that wrote the newest change.
+    """
+    return owner[:TAG_SIZE] + term.to_bytes(4, "big") + start.to_bytes(4, "big")
 
 
 class HeaderError(ValueError):

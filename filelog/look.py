@@ -51,6 +51,7 @@ def status(url: str, path: str, check: bool) -> Status:
             destinations=list(roster.urls) if roster else [],
             acks=roster.acks if roster else None,
             epoch=roster.epoch if roster else None,
+            votes=roster.votes if roster else None,
             disk_free=shutil.disk_usage(os.path.dirname(path)).free,
             warnings=[*space.disk_warnings(path, tail.offset), *proof.warnings(known, url)],
         )

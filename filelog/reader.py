@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from backend import (
     FOREIGN_KEYS_OFF,
     MAX_CHANGE_SIZE,
+    MAX_CHUNK_SIZE,
     Beginning,
     Change,
     Ending,
@@ -32,6 +33,8 @@ from quorum import Roster
 GROWING_TAIL_S = 1.0
 """How long a reader waits for an append in flight before it judges the tail."""
 LOOK_AGAIN_S = 0.02
+READ_SIZE = MAX_CHUNK_SIZE + (4 << 10)
+"""Bytes read at once: a piece of a snapshot and the next one's head, or each is read twice."""
 
 
 class LogReader:
@@ -270,7 +273,7 @@ class LogReader:
     def _peek(self, offset: int, size: int) -> bytes:
         at = offset - self._buffer_at
         if at < 0 or at + size > len(self._buffer):
-            self._buffer = self.pread(offset, max(size, layout2.WINDOW))
+            self._buffer = self.pread(offset, max(size, READ_SIZE))
             self._buffer_at, at = offset, 0
         return self._buffer[at : at + size]
 

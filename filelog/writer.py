@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import durable
 from backend import MAX_CHUNK_SIZE, NOBODY, Change, Snapshot, new_session
@@ -186,16 +189,20 @@ def copy_log(
 
     It is complete, flushed and verified then, as that of ``write_log``.
     """
-    writer = LogWriter(path, secrets.token_bytes(16), 0, flush_step, like)
-    try:
+    writer = LogWriter(path, secrets.token_bytes(16), 0, sys.maxsize, like)
+    # What is written is flushed while the next is read.
+    with contextlib.closing(writer), ThreadPoolExecutor(1) as flusher:
+        flushing, asked = flusher.submit(writer.flush), 0
         for head, payload in records:
             if head.kind == Kind.SNAPSHOT:
                 writer.add_piece(head, payload)
             else:
                 writer.add(head, payload)
+            if writer.last.end - asked >= flush_step:
+                flushing.result()
+                flushing, asked = flusher.submit(writer.flush), writer.last.end
+        flushing.result()
         writer.finish()
-    finally:
-        writer.close()
     check_log(path)
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Protocol
 
 from remote import link
-from remote.address import SocketUrl
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 LEAST_TRY_S = 10.0
 """What a try that began in time may take at least until something moves."""
+
+
+class Limited(Protocol):
+    """A URL that says how long to wait."""
+
+    @property
+    def retry_for(self) -> float:
+        """Seconds."""
 
 
 class Patience:
@@ -21,7 +29,7 @@ class Patience:
         url: its ``retry_for`` is how long: from now, or from when it last came on.
     """
 
-    def __init__(self, url: SocketUrl) -> None:
+    def __init__(self, url: Limited) -> None:
         self._url = url
         self.came_on()
 

@@ -198,7 +198,9 @@ def take_over(state: State, head: Head) -> Decision:
     known = (head.chain_before, head.chain) == (newest.chain_before, newest.chain)
     if not (known or head.flags & OVERRIDE) or state.outdated:
         return _refuse(Reason.MOVED_ON)
-    return _KNOWN if head.session == newest.session else _STORE
+    is_newest = newest.kind == Kind.OWNER and head.length == newest.length
+    # One of several destinations gets its vote by a record of the session that it is at.
+    return _KNOWN if head.session == newest.session and is_newest else _STORE
 
 
 def snapshot(state: State, offer: Offer) -> Decision:

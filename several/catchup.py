@@ -10,7 +10,7 @@ from backend import EMPTY_CHAIN, TAG_SIZE, log
 from errors import BackupError
 from filelog.layout2 import Head, Kind, rewind_behind
 from quorum import Mark, Relation
-from replica import Record, Replica
+from replica import Record, Replica, unvoting
 
 
 class Moved(BackupError):
@@ -47,12 +47,17 @@ class CatchUp:
     Args:
         lock: held by whoever changes ``target``.
         owner: who writes.
+        votes: see quorum.Roster; without, it gets none by what is copied.
     """
 
-    def __init__(self, target: Replica, lock: threading.Lock, owner: bytes) -> None:
+    def __init__(self, target: Replica, lock: threading.Lock, owner: bytes, votes: bool) -> None:
         self._target = target
         self._lock = lock
         self._owner = owner
+        self.votes = votes
+
+    def _as_it_votes(self, records: Iterator[Record]) -> Iterator[Record]:
+        return records if self.votes else map(unvoting, records)
 
     def add(self, head: Head, payload: bytes) -> None:
         """Add one record, durably; Moved if it does not fit."""
@@ -78,7 +83,7 @@ class CatchUp:
                 first = next(rest, None)
                 self._take_back(first)
                 rest = itertools.chain([first] if first else [], rest)
-            for head, payload in rest:
+            for head, payload in self._as_it_votes(rest):
                 self.add(head, payload)
 
     def _take_back(self, following: Record | None) -> None:
@@ -94,7 +99,7 @@ class CatchUp:
         """Replace it by all that ``source`` has; what it was is kept."""
         target = self._target
         with source.records() as records, self._lock:
-            kept = target.take_all(records, self._owner)
+            kept = target.take_all(self._as_it_votes(records), self._owner)
         if kept is not None:
             log.info(f"{target.url} begins anew, with all of {source.url}; kept: {kept}")
 

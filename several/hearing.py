@@ -50,13 +50,16 @@ def leader_of(replicas: Sequence[Replica], heads: Sequence[Head]) -> int:
 
     Raises:
         Branched: two are of different histories.
-        BackupError: one that had to be read could not.
+        Unreadable: one that had to be read could not.
     """
     ends = [end_of(head) for head in heads]
 
     def relation(one: int, other: int) -> Relation:
-        with replicas[other].records() as records:
-            return compare(ends[one], marks(records))[0]
+        try:
+            with replicas[other].records() as records:
+                return compare(ends[one], marks(records))[0]
+        except BackupError as error:
+            raise Unreadable(other, error) from error
 
     try:
         return lead(ends, relation)
@@ -84,6 +87,15 @@ class Heard:
         """Of the destination."""
         return self.replica.url
 
+    @property
+    def head(self) -> Head:
+        """Of its newest record; of an only one without a term, as its session is random."""
+        assert self.look is not None
+        newest = self.look.newest
+        if self.roster is not None and len(self.roster.urls) > 1:
+            return newest
+        return newest._replace(session=newest.tag.ljust(len(newest.session), b"\0"))
+
 
 def hear(replicas: Sequence[Replica]) -> list[Heard]:
     """Ask all of them at once; each answer that is a BackupError is kept, not raised."""
@@ -105,36 +117,53 @@ def hear(replicas: Sequence[Replica]) -> list[Heard]:
 
 
 def newest_roster(found: Sequence[Heard], fallback: Roster | None) -> Roster | None:
-    """The list that counts: that of the highest epoch."""
-    rosters = [heard.roster for heard in found if heard.roster is not None]
-    if fallback is not None:
-        rosters.append(fallback)
-    return max(rosters, key=lambda roster: roster.epoch, default=None)
+    """The list that counts: that of the highest epoch.
 
-
-def distinct(found: Sequence[Heard]) -> list[Heard]:
-    """Those that answered, each once: two URLs, or a copy of a file, may be one destination."""
-    by_id: dict[bytes, Heard] = {}
+    Raises:
+        Branched: there are two.
+    """
+    newest = fallback
+    said_by = "backup.lock"
     for heard in found:
-        if heard.look is not None:
-            by_id.setdefault(heard.look.backup_id, heard)
-    return list(by_id.values())
+        if heard.roster is None:
+            continue
+        roster = heard.roster._replace(votes=True)
+        if newest is None or roster.epoch > newest.epoch:
+            newest, said_by = roster, heard.url
+        elif roster.epoch == newest.epoch and roster != newest:
+            raise Branched(heard.url, said_by)
+    return newest
+
+
+def voters(found: Sequence[Heard], roster: Roster | None) -> list[Heard]:
+    """Those that answered as one of ``roster``: with all that they acknowledged.
+
+    One that an operator has dropped, that missed an attach, or is being copied to is none of
+    them. The same one by two names, or a copy of it, is there twice: see ``missing``.
+    """
+    only_one = roster is not None and len(roster.urls) == 1
+    lists = (roster, None) if only_one else (roster,)  # As one that was moved keeps none.
+    return [heard for heard in found if heard.look is not None and heard.roster in lists]
 
 
 def missing(found: Sequence[Heard], roster: Roster) -> Silent | None:
     """Why what was heard may not be all that was acknowledged, None if it is."""
-    answered = distinct(found)
-    if len(answered) >= roster.rule.to_read:
+    voting = voters(found, roster)
+    # Two URLs, or a copy of a file, may be one destination.
+    count = len({heard.look.backup_id for heard in voting if heard.look is not None})
+    if count >= roster.rule.to_read:
         return None
     errors = {heard.url: heard.error for heard in found if heard.error is not None}
-    heard_urls = {heard.url for heard in answered}
+    heard_urls = {heard.url for heard in voting}
     silent = [url for url in roster.urls if url not in heard_urls]
     silent += [url for url in errors if url not in silent]
     told = [f"{url} ({errors[url].problem})" if url in errors else url for url in silent]
+    others = [heard.url for heard in found if heard.look is not None and heard not in voting]
+    none_of_them = f" {' and '.join(others)} is none of them." if others else ""
     return Silent(
-        f"{len(answered)} of the backup's {len(roster.urls)} destinations answered, and"
+        f"{count} of the backup's {len(roster.urls)} destinations answered, and"
         f" {roster.rule.to_read} are needed: the newest change may be on those that are missing,"
-        f" {' and '.join(told)}.",
+        f" {' and '.join(told)}.{none_of_them}",
         "Name those that you have as further URLs, and bring the others back.",
     )
 
@@ -150,20 +179,29 @@ def choose(found: Sequence[Heard], allow_missing: bool = False) -> tuple[Heard, 
         Branched: two are of different histories.
         BackupError: the only one did not answer.
     """
-    roster = newest_roster(found, None)
-    answered = distinct(found)
-    if not answered:
-        raise _first_error(found)
-    doubt = missing(found, roster) if roster is not None else None
-    if doubt is not None and not allow_missing:
-        raise doubt
-    if roster is not None:
-        # One that an operator has dropped, or that missed an attach, has no vote of its own.
-        of_list = [heard for heard in answered if heard.roster == roster]
-        answered = of_list or answered
-    replicas = [heard.replica for heard in answered]
-    heads = [heard.look.newest for heard in answered if heard.look is not None]
-    return answered[leader_of(replicas, heads)], doubt
+    while True:
+        answered = [heard for heard in found if heard.look is not None]
+        if not answered:
+            raise _first_error(found)
+        roster = newest_roster(found, None)
+        doubt = missing(found, roster) if roster is not None else None
+        if doubt is not None and not allow_missing:
+            raise doubt
+        voting = voters(found, roster) or answered
+        try:
+            return voting[leader_of([h.replica for h in voting], [h.head for h in voting])], doubt
+        except Unreadable as unread:
+            # Unknown, as one that does not answer.
+            heard = voting[unread.number]
+            heard.look, heard.error = None, unread.error
+
+
+class Unreadable(Exception):
+    """The destination of this number had to be read, and could not be."""
+
+    def __init__(self, number: int, error: BackupError) -> None:
+        self.number, self.error = number, error
+        super().__init__(f"{number}: {error}")
 
 
 def _first_error(found: Sequence[Heard]) -> BackupError:

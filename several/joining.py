@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from backend import EMPTY_CHAIN, Progress
-from errors import BackupError, BackupMissing
+from backend import EMPTY_CHAIN, Progress, log
+from errors import BackupError, BackupMissing, ConfigError
 from filelog import layout2
 from quorum import Relation, Roster, compare
 from replica import Replica
@@ -20,11 +20,11 @@ from several.hearing import (
     Heard,
     Make,
     choose,
-    distinct,
     end_of,
     hear,
     missing,
     newest_roster,
+    voters,
 )
 
 
@@ -35,14 +35,22 @@ class Plan:
     Attributes:
         leader: has all there is.
         roster: the new list; of one URL if there is one destination.
-        term: of the take-over.
+        start: number of the take-over, see quorum.
         relations: how each of the new list stands to the leader; None: there is none yet.
+        former: the list that they were of, None if it was one.
+        members: those of the former list that answered.
+        dropped: those of them that are not of the new list.
+        unheard: URL of the former list, and why it did not answer.
     """
 
     leader: Heard
     roster: Roster
-    term: int
+    start: int
     relations: dict[str, tuple[Relation, int] | None]
+    former: Roster | None
+    members: list[Heard]
+    dropped: list[Heard]
+    unheard: dict[str, BackupError]
 
 
 def plan(urls: Sequence[str], acks: int, former: Roster | None, make: Make) -> Plan:
@@ -54,24 +62,53 @@ def plan(urls: Sequence[str], acks: int, former: Roster | None, make: Make) -> P
     Raises:
         Silent: too few of the former list answer.
         Branched: one of them is of another history.
+        ConfigError: two of ``urls`` are one destination, or one is a copy of the other's file.
         BackupError: one of ``urls`` does not answer, or is damaged; or none holds anything.
     """
     others = [url for url in (former.urls if former else ()) if url not in urls]
     found = hear([make(url) for url in (*urls, *others)])
-    for heard in found[: len(urls)]:
+    chosen = found[: len(urls)]
+    for heard in chosen:
         if heard.error is not None and not _is_absent(heard):
             raise heard.error
-    filled = [heard for heard in found if not _is_empty(heard)]
+    _check_distinct(chosen)
     before = newest_roster(found, former)
-    if before is not None and (doubt := missing(filled, before)) is not None:
+    if before is not None and (doubt := missing(found, before)) is not None:
         raise doubt
-    if not filled:
+    members = voters(found, before)
+    if before is None:
+        members = [heard for heard in members if not _is_empty(heard)] or members
+    if not members:
         raise BackupMissing(" ".join(urls))
-    leader, _ = choose(filled)
-    relations = {heard.url: _relation(heard, leader) for heard in found[: len(urls)]}
-    terms = [end_of(h.look.newest).term for h in distinct(found) if h.look is not None]
-    epoch = 1 + (before.epoch if before is not None else 0)
-    return Plan(leader, Roster(epoch, acks, tuple(urls)), 2 + max(terms) // 2 * 2, relations)
+    leader, _ = choose(members)
+    for heard in chosen:
+        if heard in members and heard.error is not None:
+            raise heard.error
+    members = [heard for heard in members if heard.look is not None]
+    return Plan(
+        leader,
+        Roster(1 + (before.epoch if before is not None else 0), acks, tuple(urls)),
+        1 + max(layout2.start_of(heard.head.session) for heard in found if heard.look is not None),
+        {heard.url: _relation(heard, leader) for heard in chosen},
+        before,
+        members,
+        [heard for heard in members if heard not in chosen],
+        {heard.url: heard.error for heard in found if heard.url in others and heard.error},
+    )
+
+
+def _check_distinct(chosen: Sequence[Heard]) -> None:
+    by_id: dict[bytes, str] = {}
+    for heard in chosen:
+        if heard.look is None:
+            continue
+        other = by_id.setdefault(heard.look.backup_id, heard.url)
+        if other != heard.url:
+            raise ConfigError(
+                f"{other} and {heard.url} are one destination by two names, or one is a copy of the"
+                " other's file.",
+                "Name one of them once. Remove a copy: an empty destination gets all there is.",
+            )
 
 
 def _is_absent(heard: Heard) -> bool:
@@ -86,7 +123,7 @@ def _relation(heard: Heard, leader: Heard) -> tuple[Relation, int] | None:
     if heard.look is None:
         return None
     assert leader.look is not None
-    newest, leading = heard.look.newest, leader.look.newest
+    newest, leading = heard.head, leader.head
     with leader.replica.records() as records:
         relation, place = compare(end_of(newest), marks(records))
     # Where nothing shows whether it is of this history, it is not of this node's either.
@@ -114,29 +151,53 @@ def bring_all(plan: Plan, make: Make, progress: Progress) -> None:
             continue
         with contextlib.closing(replica):
             replica.open()
-            assert plan.leader.look is not None
-            owner = plan.leader.look.newest.session
-            CatchUp(replica, threading.Lock(), owner).bring(plan.leader.replica, relation, place)
+            owner = plan.leader.head.session
+            votes = any(heard.url == url for heard in plan.members)
+            catch_up = CatchUp(replica, threading.Lock(), owner, votes)
+            catch_up.bring(plan.leader.replica, relation, place)
 
 
-def take_over(plan: Plan, owner: bytes, make: Make) -> None:
-    """Let ``owner`` write to each of the new list from here on, and each keep that list."""
-    assert plan.leader.look is not None
-    chain = plan.leader.look.newest.chain
+def take_over(plan: Plan, owner: bytes, make: Make) -> list[str]:
+    """Let ``owner`` write to each of the new list from here on, and each keep that list.
+
+    Returns:
+        Those that were dropped and do not know it: what they hold looks like a whole backup.
+    """
+    leading = plan.leader.head.chain
+    # First the node of the former list is shut out, so that nothing is acknowledged there any
+    # more: else a death in the middle leaves two lists, either of which is enough to go on with.
+    for heard in plan.members:
+        expected = heard.head.chain if heard in plan.dropped else leading
+        _claim(make(heard.url), owner, plan.start, plan.former, expected)
     for url in plan.roster.urls:
-        replica = make(url)
-        with contextlib.closing(replica):
-            replica.open()
-            if replica.newest.chain != chain:
-                raise BackupError(f"{url} has changed meanwhile.", "Look who writes to it.")
-            _claim(replica, plan, owner)
+        _claim(make(url), owner, plan.start + 1, plan.roster, leading)
+    unaware = list(plan.unheard)
+    for heard in plan.dropped:
+        try:
+            none_of_them = plan.roster._replace(votes=False)
+            _claim(make(heard.url), owner, plan.start + 1, none_of_them, heard.head.chain)
+        except BackupError as error:
+            log.warning(f"{heard.url}: {error}")
+            unaware.append(heard.url)
+    return unaware
 
 
-def _claim(replica: Replica, plan: Plan, owner: bytes) -> None:
-    roster = plan.roster if len(plan.roster.urls) > 1 else None
-    session = layout2.session_of(owner, plan.term) if roster else owner
-    payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
-    replica.add_record(layout2.owner_behind(replica.newest, session, payload), payload)
+def _claim(
+    replica: Replica, owner: bytes, start: int, roster: Roster | None, expected: bytes
+) -> None:
+    """Let ``replica`` be of ``owner`` and keep ``roster``, if it ends in the chain ``expected``."""
+    with contextlib.closing(replica):
+        replica.open()
+        newest = replica.newest
+        if newest.chain != expected:
+            raise BackupError(f"{replica.url} has changed meanwhile.", "Look who writes to it.")
+        is_of_several = roster is not None and len(roster.urls) > 1
+        # Of an only one the session was random, so that it tells no term.
+        known = replica.roster()
+        term = layout2.term_of(newest.session) if known and len(known.urls) > 1 else 0
+        session = layout2.session_of(owner, term, start) if is_of_several else owner
+        payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
+        replica.add_record(layout2.owner_behind(newest, session, payload), payload)
 
 
 def is_of_several(urls: Sequence[str], former: Roster | None, make: Make) -> bool:

@@ -118,7 +118,7 @@ class Promotion:
         if self._roster is None or len(self.state.urls) == 1:
             return {}
         rule = rule_of(self._roster, len(self.state.urls))
-        return {"acks": rule.k, "epoch": self._roster.epoch + 1}
+        return {"acks": rule.k, "epoch": self._roster.epoch}
 
     def _require_no_database(self) -> None:
         for name in (self._target, *(self._target + each for each in database.SIDE_FILES)):
@@ -141,8 +141,8 @@ class Promotion:
     def _require(self, there: Sequence[Heard], all_of_them: Sequence[Heard]) -> None:
         """Raise Silent if those of ``there`` are not enough to shut the node out, and to go on."""
         needed = _needed(self._roster, len(self.state.urls))
-        of_list = [h for h in there if self._roster is None or h.roster == self._roster]
-        has = len(hearing.distinct(of_list))
+        voting = there if self._roster is None else hearing.voters(there, self._roster)
+        has = len({heard.look.backup_id for heard in voting if heard.look is not None})
         if has >= needed:
             return
         told = " ".join(f"{h.url}: {h.error.problem}" for h in all_of_them if h.error is not None)
@@ -202,8 +202,8 @@ class Promotion:
                 raise OtherOwner(replica.url, "it was taken over again since this standby did")
             roster = heard.roster if several else None
             # In the term that it is in: which of several has all there is must not change.
-            term = layout2.term_of(newest.session)
-            session = layout2.session_of(owner, term) if several else owner
+            term, start = layout2.term_of(newest.session), layout2.start_of(newest.session)
+            session = layout2.session_of(owner, term, start) if several else owner
             payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
             head = layout2.owner_behind(newest, session, payload)
             self._has_tried = True

@@ -42,7 +42,8 @@ def measuring() -> str:
     return (
         "import coverage\n"
         f"measured = coverage.Coverage({str(support.ROOT / '.coverage')!r}, data_suffix=True,"
-        f" config_file={str(support.ROOT / 'pyproject.toml')!r}, source=[{str(support.ROOT)!r}])\n"
+        f" config_file={str(support.ROOT / 'pyproject.toml')!r}, source=[{str(support.ROOT)!r}],"
+        f" omit={[str(support.ROOT / name) for name in ('tests/*', 'bench/*', 'demo.py')]})\n"
         "import atexit\n"
         "atexit.register(measured.save)\n"
         "measured.start()\n"

@@ -159,6 +159,7 @@ def first_call(node: Node, pragma: bool) -> None:
         node.commit()
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("pragma", [False, True])
 @pytest.mark.parametrize("commits", [1, 2])
 def test_node_that_wrote_alone_is_refused_after_every_sequence(commits: int, pragma: bool) -> None:
@@ -179,6 +180,7 @@ def test_node_that_wrote_alone_is_refused_after_every_sequence(commits: int, pra
         assert node.backend.stored == before
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("pragma", [False, True])
 @pytest.mark.parametrize("commits", [1, 2])
 def test_node_that_lost_state_is_refused_after_every_sequence(commits: int, pragma: bool) -> None:

@@ -16,8 +16,11 @@ import pytest
 from backend import FOREIGN_KEYS_OFF, Beginning, Change, Destination, Ending, Snapshot
 from destinations import backend_for, destination_for
 from errors import BackupBusy, BackupError, BackupExists, ConfigError
+from filelog.layout2 import Head
+from filelog.layout2 import Kind as RecordKind
+from replica import Followable, Pause, Record
 from socketbackend import SocketBackend
-from tests import support
+from tests import clusters, support
 from tests.peers import ServerProcess
 from tests.support import ROOT, Call
 
@@ -74,6 +77,12 @@ def mirror_of(*kinds: Kind) -> Kind:
     return mirror_destination
 
 
+def in_postgres(pair: clusters.Pair) -> Connect:
+    """A cluster with an empty database."""
+    url = pair.url(dbname=pair.database())
+    return lambda: backend_for(url)
+
+
 DESTINATIONS: dict[str, Kind] = {
     "file": file_destination,
     "socket": socket_destination,
@@ -84,9 +93,23 @@ DESTINATIONS: dict[str, Kind] = {
 }
 
 
-@pytest.fixture(params=DESTINATIONS)
+FILE_AND_POSTGRES = "file, postgres"
+
+
+@pytest.fixture(
+    params=[
+        *DESTINATIONS,
+        "postgres",
+        pytest.param(FILE_AND_POSTGRES, marks=pytest.mark.soak),
+    ]
+)
 def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Connect]:
     """A destination without a backup, once for each kind."""
+    if request.param in ("postgres", FILE_AND_POSTGRES):
+        alone = in_postgres(request.getfixturevalue("pair"))
+        urls = [f"file://{tmp_path}/node.bkp", alone().url]
+        yield alone if request.param == "postgres" else lambda: destination_for(urls, None, 1)
+        return
     (tmp_path / "destination").mkdir()
     with DESTINATIONS[request.param](tmp_path / "destination") as destination:
         yield destination
@@ -202,6 +225,43 @@ def test_changes_are_kept_in_order_over_sessions(connect: Connect) -> None:
         assert restored(connect) == (b"", CALLS[:number])
     with opened(connect) as backend:
         assert state(backend) == (6, 5, True, 6)
+
+
+def up_to_pause(records: Iterator[Record | Pause]) -> list[Head]:
+    """The heads of the records that are there."""
+    found: list[Head] = []
+    for each in records:
+        if isinstance(each, Pause):
+            return found
+        found.append(each[0])
+    raise AssertionError("it does not end")
+
+
+def test_what_is_written_is_followed(connect: Connect, tmp_path: Path) -> None:
+    """From its beginning and from each place, with what is taken back; also while it is written."""
+    source = connect()
+    assert isinstance(source, Followable)
+    source.create(snapshot(tmp_path, 2))
+    if not source.keeps_owner:  # Protocol 1.
+        with pytest.raises(ConfigError, match="protocol 1"), source.follow(None):
+            pass
+        return
+    with opened(connect) as backend:
+        add(backend, change(3), change(4))
+    with opened(connect) as backend:
+        backend.rewind()
+        add(backend, change(4, "again"))
+        with source.follow(None) as records:
+            heads = up_to_pause(records)
+            add(backend, change(5))
+            heads += [next(each[0] for each in records if not isinstance(each, Pause))]
+    assert heads[0].kind == RecordKind.SNAPSHOT
+    steps = [head.version for head in heads if head.kind in (RecordKind.CHANGE, RecordKind.REWIND)]
+    assert steps == [3, 4, 3, 4, 5]
+    for place, head in enumerate(heads):
+        with source.follow(head) as records:
+            rest = up_to_pause(records)
+        assert [each.chain for each in rest] == [each.chain for each in heads[place + 1 :]]
 
 
 def test_content_comes_back_exactly(connect: Connect) -> None:
@@ -353,8 +413,9 @@ def test_one_writer_at_a_time(connect: Connect, tmp_path: Path) -> None:
     connect().create(None)
     with opened(connect) as backend:
         add(backend, change(1))
-        if isinstance(backend, SocketBackend):
-            connect().open()  # A mere look: the first accepted write takes over.
+        if isinstance(backend, SocketBackend) or backend.url.startswith("postgresql:"):
+            with opened(connect):
+                pass  # A mere look: the first accepted write takes over.
         else:
             with pytest.raises(BackupError) as caught:
                 connect().open()

@@ -50,14 +50,8 @@ def app(tmp_path: Path) -> Path:
     for path in [*support.ROOT.glob("*.py"), support.CLI]:
         shutil.copy(path, directory)
     rooms = (
-        "commands",
-        "filelog",
-        "monitoring",
-        "remote",
-        "several",
-        "standby",
-        "upkeep",
-        "wallet",
+        *("commands", "filelog", "monitoring", "postgres", "remote", "salvage", "several"),
+        *("standby", "upkeep", "wallet"),
     )
     for room in rooms:
         shutil.copytree(support.ROOT / room, directory / room)

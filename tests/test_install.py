@@ -21,6 +21,7 @@ from tests.support import PluginProcess, change, run_cli
 from tests.test_environment import PACKAGES, make_venv
 
 COMPLETE = "_BACKUP_CLI_COMPLETE"
+OTHER_LISTS = ["requirements.txt", "requirements-postgres.txt"]
 RECKLESS = all(map(shutil.which, ["reckless", "lightningd", "lightning-cli", "git"]))
 
 
@@ -59,9 +60,11 @@ def test_the_requirements_are_one_list() -> None:
     required = set((support.ROOT / "requirements.txt").read_text().split())
     assert listed("dependencies") == required
     dev = set((support.ROOT / "requirements-dev.txt").read_text().split("\n")) - {""}
-    assert listed("dev") | {"-r requirements.txt"} == dev
-    for line in required:
-        assert re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+", line)
+    postgres = set((support.ROOT / "requirements-postgres.txt").read_text().split())
+    assert listed("postgres") == postgres
+    assert listed("dev") - postgres | {f"-r {name}" for name in OTHER_LISTS} == dev
+    for line in required | postgres:
+        assert re.fullmatch(r"[\w\[\]-]+>=[\d.]+,<[\d.]+", line)
 
 
 def test_one_version() -> None:

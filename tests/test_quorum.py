@@ -47,13 +47,14 @@ def test_acknowledged_and_started_by_enumeration() -> None:
                 continue
             expected = None if rule.k <= one + other else False
             assert may_go_on(rule, one, other) is (True if one >= rule.k else expected)
-            need = max(rule.k, rule.n - rule.k + 1)
-            for patient in (False, True):
-                found = may_start(rule, one, other, patient)
-                if one < need:
-                    assert found is (None if one + other >= need else False)
-                else:
+            for voting, patient in itertools.product(range(one + 1), (False, True)):
+                found = may_start(rule, voting, one, other, patient)
+                knows, writes = rule.n - rule.k + 1, rule.k
+                if voting >= knows and one >= writes:
                     assert found is (None if other and patient else True)
+                else:
+                    possible = voting + other >= knows and one + other >= writes
+                    assert found is (None if possible else False)
 
 
 # Histories, as small logs: each record is a letter; "<" takes the one before it back.

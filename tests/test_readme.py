@@ -28,16 +28,7 @@ from tests.layout1_files import EarlierPlugin
 from tests.peers import ServerProcess
 from tests.support import ROOT, first_changes, run_cli
 
-PAGES = [
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("errors", "monitoring", "moving", "remote")),
-    *(
-        ROOT / "docs" / f"{name}.md"
-        for name in ("restoring", "several", "standby", "switching", "healing")
-    ),
-    *(ROOT / "docs" / f"{name}.md" for name in ("ssh-to-backup", "ssh-to-node", "onion", "vpn")),
-    *(ROOT / "docs" / f"{name}.md" for name in ("installing", "internals", "faults")),
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 IDLE = ("lightningd", "lightning-cli", "make", "useradd", "systemctl")
 """Programs that a block may call, and that do nothing here."""

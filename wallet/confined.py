@@ -88,6 +88,11 @@ _BEGINNINGS = MappingProxyType(
 """How SQLite itself writes the definition of each kind of thing into a schema."""
 
 
+# Python cannot always decode what SQLite says: it quotes a damaged schema as it is.
+ERRORS = (sqlite3.Error, sqlite3.Warning, MemoryError, UnicodeDecodeError)
+"""What a statement may end with."""
+
+
 class Refused(sqlite3.DatabaseError):
     """Not SQLite's refusal but ours; the text is the whole reason."""
 
@@ -158,15 +163,17 @@ class Confined(sqlite3.Connection):
         # An exception of a signal handler inside our two callbacks stops SQLite but is lost.
         if not refused and str(error).endswith(("interrupted", "not authorized", "prohibited")):
             raise SystemExit(unwind.exit_code(130)) from error
+        if isinstance(error, UnicodeDecodeError):
+            return refused or error.object.decode("utf-8", "replace")
         # What sqlite3 makes of SQLITE_NOMEM, which is also the answer to a program over VDBE_OP.
         return refused or ("no memory" if isinstance(error, MemoryError) else str(error))
 
     @contextlib.contextmanager
     def explaining(self, path: str) -> Iterator[None]:
-        """sqlite3.Error leaves as the DatabaseError of ``path``."""
+        """What a statement ends with leaves as the DatabaseError of ``path``."""
         try:
             yield
-        except (sqlite3.Error, MemoryError) as error:
+        except ERRORS as error:
             says = "" if self.refused or isinstance(error, Refused) else "SQLite says: "
             raise DatabaseError(path, says + self.reason(error)) from error
 

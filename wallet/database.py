@@ -67,17 +67,26 @@ def data_version(connection: sqlite3.Connection) -> int:
 
 def _variable(connection: sqlite3.Connection, name: str, column: str) -> Any:
     """What ``vars`` holds under ``name``; None if it does not."""
-    kinds = connection.execute(
-        "SELECT type FROM sqlite_master WHERE lower(name) = 'vars' AND type IN ('table', 'view')"
-    ).fetchall()
-    if kinds not in ([], [("table",)]):  # A view could run for ever.
-        raise Refused("its vars is no table")
-    # This does not list generated columns, which could compute anything.
-    columns = {row[1] for row in connection.execute("PRAGMA table_info(vars)")}
-    if not {"name", column} <= columns:
+    if not {"name", column} <= columns(connection, "vars"):
         return None
     row = connection.execute(f"SELECT {column} FROM vars WHERE name = ?", (name,)).fetchone()
     return row and row[0]
+
+
+def columns(connection: sqlite3.Connection, table: str) -> set[str]:
+    """The names of the columns of ``table`` that hold values; none if there is no such table.
+
+    Raises:
+        Refused: it is a view.
+    """
+    kinds = connection.execute(
+        "SELECT type FROM sqlite_master WHERE lower(name) = ? AND type IN ('table', 'view')",
+        (table,),
+    ).fetchall()
+    if kinds not in ([], [("table",)]):  # A view could run for ever.
+        raise Refused(f"its {table} is no table")
+    # This does not list generated columns, which could compute anything.
+    return {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
 
 
 def node_id_of(path: str) -> str | None:
@@ -230,7 +239,7 @@ class Replayer:
         self._statement = ""
         try:
             yield
-        except (sqlite3.Error, sqlite3.Warning, MemoryError) as error:
+        except confined.ERRORS as error:
             reason = self._connection.reason(error)
             raise DoesNotReplay(
                 self.path, change.version, change.base, reason, self._statement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -238,23 +239,14 @@ def verify(
     """
     path, copy = f"{prefix}.sqlite3", f"{prefix}.against"
 
-    def leave_room(needed: int = 0) -> None:
-        space.require(path, needed, "Or do it on another disk: add --scratch DIR.")
-
-    def in_room() -> Iterator[Step]:
-        for step in steps:
-            size = step.found.size if isinstance(step.found, Beginning) else None
-            leave_room(0 if size is None else size + needed)
-            yield step
-
     try:
         needed = database.size_with_side_files(against) if against is not None else 0
-        leave_room(needed)
+        _leave_room(path, needed)
         with confined.ending_on_signals(lambda: scratch.remove(prefix)):
-            ending, _ = build(in_room(), path, False, progress, up_to)
+            ending, _ = build(_in_room(steps, path, needed), path, False, progress, up_to)
             problems = database.check(path) if up_to is None else []
             if against is not None:
-                leave_room(needed)
+                _leave_room(path, needed)
                 database.copy_files(against, copy)
                 problems += _compare(path, ending.version, copy)
         return ending, problems
@@ -263,6 +255,48 @@ def verify(
     finally:
         remove_database(path)
         remove_database(copy)
+
+
+@contextlib.contextmanager
+def rebuilt(
+    steps: Iterable[Step], prefix: str, progress: Progress, up_to: int | None = None
+) -> Iterator[tuple[str, Ending]]:
+    """A scratch database of what the backup leads to, or of what stands before damage.
+
+    Args:
+        prefix: how the names of the scratch files begin (see scratch.held).
+        progress: called after every step with bytes read, and in all.
+        up_to: stop at this data_version.
+
+    Yields:
+        The database, which is removed at the end, and how the pass went.
+
+    Raises:
+        DoesNotReplay: a change cannot be executed; up to its base there is something.
+        BackupError: there is nothing, or no room for it.
+    """
+    path = f"{prefix}.sqlite3"
+    try:
+        _leave_room(path)
+        with confined.ending_on_signals(lambda: scratch.remove(prefix)):
+            ending, _ = build(_in_room(steps, path), path, True, progress, up_to)
+            yield path, ending
+    except OSError as error:
+        raise DiskError(path, error, "write") from error
+    finally:
+        remove_database(path)
+
+
+def _in_room(steps: Iterable[Step], path: str, besides: int = 0) -> Iterator[Step]:
+    """The same steps, as long as ``path``'s disk has room, for snapshots before they come."""
+    for step in steps:
+        size = step.found.size if isinstance(step.found, Beginning) else None
+        _leave_room(path, 0 if size is None else size + besides)
+        yield step
+
+
+def _leave_room(path: str, needed: int = 0) -> None:
+    space.require(path, needed, "Or do it on another disk: add --scratch DIR.")
 
 
 def _compare(backup: str, version: int, node_database: str) -> list[str]:

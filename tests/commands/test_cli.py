@@ -921,6 +921,8 @@ def test_restore_of_what_stands_before_damage(url: str, tmp_path: Path) -> None:
     assert "Restored version 2" in done.stdout
     assert "versions 3 to 5 stand behind the damage" in done.stderr
     assert "emergencyrecover" in done.stderr
+    for command in ("channels", "channels --static"):
+        assert f"{support.CLI} {command} {tmp_path}/there.sqlite3\n" in done.stderr
     assert "Never start the node on it" in done.stderr
     assert "attach" not in done.stdout
     with database.opened(str(tmp_path / "there.sqlite3")) as connection:

@@ -498,6 +498,7 @@ def test_copy_that_was_cut_off_anywhere_is_damage() -> None:
 # Judging a tail.
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(("zeros", "rules"), [(0, 0), (4096, 0), (4096, 1)])
 @pytest.mark.parametrize("size", [0, 1, 30, 400, 2000])
 def test_write_that_stopped_early_is_torn(size: int, zeros: int, rules: int) -> None:
@@ -524,6 +525,7 @@ def test_sector_never_written_is_torn(fill: int) -> None:
         assert (newest, tail.kind, tail.offset) == (image.heads[0], TailKind.TORN, last.offset)
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("fill", range(0, SECTOR, 37))
 def test_acknowledged_record_is_never_taken_for_torn(fill: int) -> None:
     image = Image([fill, 600], zeros=1024)
@@ -659,6 +661,9 @@ def test_a_list_of_destinations_comes_back() -> None:
     roster = Roster(7, 2, ("file:///a b", "socket:[::1]:8700?retry_for=3", "file:///ä"))
     payload = layout2.encode_owner(1, "machine", roster)
     assert layout2.decode_roster(payload) == roster
+    without = layout2.without_vote(payload)
+    assert layout2.decode_roster(without) == roster._replace(votes=False)
+    assert layout2.decode_owner(without) == (1, "machine")
     assert layout2.decode_owner(payload) == (1, "machine")
     assert layout2.decode_roster(layout2.encode_owner(1, "machine")) is None
     with pytest.raises(ConfigError, match="too long"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.standby.common import begun
 from tests.support import (
     ROOT,
     PluginProcess,
@@ -17,6 +18,7 @@ from tests.support import (
     flip,
     make_backup,
     run_cli,
+    trace_database,
 )
 
 IS = {
@@ -30,10 +32,11 @@ IS = {
 }
 
 
-def contract(section: str) -> dict[str, list[str]]:
-    """The keys of a section of docs/json.md, each with its types."""
+def contract(section: str, table: int = 0) -> dict[str, list[str]]:
+    """The keys of a table in a section of docs/json.md, each with its types."""
     page = (ROOT / "docs" / "json.md").read_text()
     (part,) = (part for part in page.split("\n## ") if part.startswith(section))
+    part = part.split("\n| Key")[table + 1]
     rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", part, re.MULTILINE)
     return {key: re.split(r", | or ", types) for key, types in rows}
 
@@ -45,7 +48,7 @@ def check(found: dict[str, Any], promised: dict[str, list[str]]) -> None:
 
 
 def check_status(found: dict[str, Any], more: dict[str, list[str]] | None = None) -> None:
-    check(found, contract("`backup-cli status --json`") | (more or {}))
+    check(found, contract("`backup-cli status --json`\n") | (more or {}))
     for row in found["destinations"]:
         check(row, contract("A destination"))
 
@@ -97,6 +100,24 @@ def test_several_and_what_the_plugin_adds(node_dir: Path, tmp_path: Path) -> Non
     assert [row["url"] for row in alone["destinations"]] == urls
     printed = json.loads(run_cli("compact", *urls).stdout)
     check(printed, contract("`backup-cli compact` and `lightning-cli backup-compact`"))
+
+
+def test_channels(tmp_path: Path) -> None:
+    database = trace_database("router", tmp_path)
+    for options in ((), ("--static",)):
+        found = json.loads(run_cli("channels", "--json", *options, database).stdout)
+        check(found, contract("`backup-cli channels --json`"))
+        promised = contract("`backup-cli channels --json`", 1)
+        assert len(found["channels"]) == 2
+        for channel in found["channels"]:
+            check(channel if options else {**channel, "scb": None}, promised)
+
+
+def test_a_standby(backup: str, tmp_path: Path) -> None:
+    directory = begun(tmp_path / "regtest", backup)
+    found = json.loads(run_cli("status", "--json", "--lightning-dir", directory, check=1).stdout)
+    check(found, contract("`backup-cli status --json` of a standby"))
+    assert found["errors"] and found["backup_version"] == 3
 
 
 def test_the_contract_is_checked(backup: str) -> None:

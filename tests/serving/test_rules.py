@@ -123,7 +123,7 @@ def test_take_over_by_enumeration() -> None:
             if state.outdated or (before, chain) != (BEFORE, NOW):
                 assert found == Decision(Act.REFUSE, Reason.MOVED_ON)
             else:
-                again = session == state.newest.session
+                again = session == state.newest.session and state.newest.kind == Kind.OWNER
                 assert found == Decision(Act.KNOWN if again else Act.STORE)
             seen.add(found.act)
             # Or from who need not know it.

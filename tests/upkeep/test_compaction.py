@@ -251,7 +251,7 @@ def stories(length: int) -> Iterator[str]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(unmeasured: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files without flushes and of few bytes, for a great many backups."""
     monkeypatch.setattr(durable, "flush", lambda fd: None)
     monkeypatch.setattr(durable, "sync_dir", lambda path: None)
@@ -313,33 +313,33 @@ def first_snapshot(tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("with_snapshot", [False, True])
 def test_every_short_history_compacted_at_every_place(
-    with_snapshot: bool, tmp_path: Path, first_snapshot: Path
+    with_snapshot: bool, fast_dir: Path, first_snapshot: Path
 ) -> None:
     snapshot = first_snapshot if with_snapshot else None
     for length in range(4):
         for history in stories(length):
             for place in range(length + 1):
                 try:
-                    play(history, {place}, snapshot, tmp_path)
+                    play(history, {place}, snapshot, fast_dir)
                 except BaseException:
                     print(f"history {history!r}, compacted at {place}")
                     raise
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_comes_during_a_compaction_is_copied(tmp_path: Path) -> None:
-    for history in stories(4):
-        for place in (1, 2):
-            for lag in range(1, 5 - place):
+def test_what_comes_during_a_compaction_is_copied(fast_dir: Path) -> None:
+    for length, places in ((3, ((1, 1), (1, 2), (2, 1))), (4, ((1, 3), (2, 1), (2, 2)))):
+        for history in stories(length):
+            for place, lag in places:
                 try:
-                    play_beside(history, place, lag, tmp_path)
+                    play_beside(history, place, lag, fast_dir)
                 except BaseException:
                     print(f"history {history!r}, {lag} letters from {place} on meanwhile")
                     raise
 
 
 @pytest.mark.usefixtures("quick")
-def test_long_histories_compacted_again_and_again(tmp_path: Path, first_snapshot: Path) -> None:
+def test_long_histories_compacted_again_and_again(fast_dir: Path, first_snapshot: Path) -> None:
     choice = random.Random(4)
     for number in range(150):
         history = ""
@@ -349,7 +349,7 @@ def test_long_histories_compacted_again_and_again(tmp_path: Path, first_snapshot
                 history += letter
         places = {place for place in range(13) if choice.random() < 0.4}
         print(f"history {history!r}, compacted at {places}")
-        play(history, places, first_snapshot if number % 2 else None, tmp_path)
+        play(history, places, first_snapshot if number % 2 else None, fast_dir)
 
 
 # The whole of it, with its process

@@ -28,6 +28,7 @@ from wallet import database, node, restore
 
 FIRST = 30
 """Changes before anything happens."""
+ROUNDS = [20, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(0)])]
 SIZE = 3 << 20
 """Bytes of a value that makes the snapshot one of several pieces."""
 
@@ -220,10 +221,12 @@ def test_plugin_is_killed(
     a_node.check(tmp_path)
 
 
-def test_killed_at_random_moments(a_node: Node, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_killed_at_random_moments(rounds: int, a_node: Node, tmp_path: Path) -> None:
     choice = random.Random(50)
     a_node.grow()
-    for _ in range(50):
+    for _ in range(rounds):
         victims = choice.choice(["plugin", "child", "both"])
         request = a_node.plugin.send("backup-compact", {})
         until = time.monotonic() + choice.uniform(0, 0.3)

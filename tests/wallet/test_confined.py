@@ -305,3 +305,16 @@ def test_ctrl_c_in_an_endless_statement(command: str, statement: str, tmp_path: 
     assert process.returncode == 128 + signal.SIGINT
     assert errors.strip() == "Stopped by SIGINT."
     assert contents(tmp_path) == before
+
+
+def test_what_sqlite_says_need_not_be_text(tmp_path: Path) -> None:
+    """It quotes a damaged schema as it is, and Python could not decode that."""
+    path = tmp_path / "damaged.sqlite3"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE items (id)")
+        connection.execute("PRAGMA writable_schema = ON")
+        connection.execute("UPDATE sqlite_master SET name = CAST(x'ff' AS TEXT), sql = 'CREATE x'")
+        connection.commit()
+    with pytest.raises(DatabaseError, match="SQLite says: malformed database schema"):
+        confined.connect(str(path), "ro")
+    assert database.integrity_problems(str(path))[0].startswith("integrity_check: ")

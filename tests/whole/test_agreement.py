@@ -240,6 +240,7 @@ def cut_everywhere(local: Local, kind: str, step: int = 1) -> int:
 KINDS = ("a change", "a rewind", "a migration")
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_at_every_byte(kind: str, local: Local) -> None:
     """From the first byte of the METADATA exchange to the last of the last ACK."""
@@ -897,6 +898,7 @@ EVENTS = {
 """What happens behind the change of that number: the first are OFF, its change, and ON."""
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("name", EVENTS)
 def test_recorded_node_while_its_server_changes(
     name: str, url: str, node_dir: Path, tmp_path: Path

@@ -25,7 +25,7 @@ MADE_UP: list[Call] = [
     support.change(5, "UPDATE items SET body = 'it''s -- /* odd */'"),
     support.change(6, "INSERT INTO items VALUES (60, x'00ff')"),
 ]
-ROUNDS = 50
+ROUNDS = [20, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(0)])]
 
 
 def write(session: Session, calls: Sequence[Call]) -> None:
@@ -74,12 +74,13 @@ def unless_created(url: str) -> FileBackend:
     return backend
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(("trace", "crashes"), [("made up", 1), ("made up", 3), ("payer", 1)])
 def test_crash_between_hook_and_commit_at_every_change(
-    trace: str, crashes: int, url: str, tmp_path: Path
+    trace: str, crashes: int, fast_dir: Path
 ) -> None:
     calls = MADE_UP if trace == "made up" else PAYER
-    node = tmp_path / "node.sqlite3"
+    url, node = f"file://{fast_dir}/node.bkp", fast_dir / "node.sqlite3"
     for count in range(len(calls)):
         backend = unless_created(url)
         write(Session(backend, "/node"), calls[: count + 1])
@@ -159,7 +160,9 @@ def announce(plugin: support.PluginProcess, call: Call) -> None:
         raise Killed from error
 
 
-def test_plugin_killed_at_random(node_dir: Path, url: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_plugin_killed_at_random(rounds: int, node_dir: Path, url: str, tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -167,7 +170,7 @@ def test_plugin_killed_at_random(node_dir: Path, url: str, tmp_path: Path) -> No
     committed: list[Call] = []
     announced: list[Call] = []  # Since the last commit; none of them happened.
     reached = {"announced and stored": 0, "announced and lost": 0, "rewound": 0}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         with support.PluginProcess(node_dir) as plugin:
             plugin.manifest()
             # One kill in three comes while the backup opens.
@@ -199,7 +202,7 @@ def test_plugin_killed_at_random(node_dir: Path, url: str, tmp_path: Path) -> No
     node = tmp_path / "node.sqlite3"
     support.apply_calls(node, [*committed, last])
     check_restored(url, node)
-    assert len(committed) > ROUNDS
+    assert len(committed) > rounds
 
 
 def a_change(committed: Sequence[Call], rng: random.Random) -> Call:

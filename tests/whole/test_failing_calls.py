@@ -136,7 +136,7 @@ def check_what_is_left(bed: Bed, life: Life, where: str, cuts: int) -> None:
 
 
 @pytest.fixture
-def bed() -> Iterator[Bed]:
+def bed(unmeasured: None) -> Iterator[Bed]:
     with tempfile.TemporaryDirectory(prefix="failing-calls-", dir=support.FAST) as directory:
         yield Bed(directory)
 

@@ -353,6 +353,7 @@ def test_one_failing_call_costs_no_change(
             assert steps == len(STEPS), disk.calls
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("torn", [False, True])
 @pytest.mark.parametrize("keeps", KEEPS)
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
@@ -370,6 +371,7 @@ def test_disk_that_fails_for_good_is_never_acknowledged(
     assert reached == set(range(len(STEPS) + 1)), "it failed in every step"
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("torn", [False, True])
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("keeps", KEEPS)

@@ -190,17 +190,19 @@ def test_another_destination_when_one_fails(tmp_path: Path) -> None:
         with writing(urls, 2) as node:
             add(node, 1, 5)
             until(lambda: follower.held and follower.held[-1][0].version == 5)
+            until(lambda: follower.sources)
             first = follower.sources[-1]
-            (tmp_path / "away").mkdir()
             disk = Path(first.removeprefix("file://")).parent
-            disk.rename(tmp_path / "away" / disk.name)
+            disk.rename(tmp_path / "away")
             add(node, 6, 9)
             until(lambda: follower.held[-1][0].version == 9)
-            assert follower.sources[-1] in set(urls) - {first}
+            until(lambda: follower.sources[-1] != first)
+            (tmp_path / "away").rename(disk)
+            until(lambda: all(member.version == 9 for member in node.members()))
         assert follower.begun == 1
         assert [version for version, _ in follower.changes()] == list(range(1, 10))
-    second = Path(follower.sources[-1].removeprefix("file://")).parent
-    second.rename(tmp_path / "away" / second.name)
+    for number in (0, 1):
+        (tmp_path / f"disk{number}").rename(tmp_path / f"away{number}")
     with (
         destination_for(urls, 2).follow(follower.held[-1][0]) as records,
         pytest.raises(Silent),
@@ -220,12 +222,13 @@ def test_another_destination_when_one_falls_behind(
         destination_for(theirs, 2).create(None, b"owner".ljust(16, b"."))
         with writing(theirs, 2) as node:
             add(node, 1, 5)
+            until(lambda: all(member.version == 5 for member in node.members()))
             with followed([server.url, *disks], 2) as follower:
                 until(lambda: follower.held and follower.held[-1][0].version == 5)
-                assert follower.sources in ([], [server.url])
                 until(lambda: follower.sources)
+                assert follower.sources == [server.url]
                 proxy.close()
                 add(node, 6, 9)
                 until(lambda: follower.held[-1][0].version == 9)
-                assert follower.sources[-1] in disks
+                until(lambda: follower.sources[-1] in disks)
                 assert follower.begun == 1

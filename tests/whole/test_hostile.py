@@ -25,6 +25,8 @@ from tests.peers import ServerProcess
 from tests.serving.test_limits import OWNER, NewClient
 from tests.test_protocol import PACKETS, mutate
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 MIB = 1 << 20
 CLIENTS = 6
 PACKETS_EACH = 40

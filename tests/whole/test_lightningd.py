@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,14 @@ class Bitcoind:
         self.process = subprocess.Popen(["bitcoind", *self.options, *extra])
         self.cli("-rpcwait", f"-rpcwaittimeout={READY_S:.0f}", "getblockcount")
         self.cli("createwallet", "test")
-        self.cli("generatetoaddress", "5", self.cli("getnewaddress"))
+        self.mine(5)
 
     def cli(self, *arguments: str) -> str:
         command = ["bitcoin-cli", *self.options, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def mine(self, blocks: int) -> None:
+        self.cli("generatetoaddress", str(blocks), self.cli("getnewaddress"))
 
     def stop(self) -> None:
         self.process.terminate()
@@ -105,17 +108,20 @@ class Lightningd:
         self.log = base.parent / "node.log"
         self._bitcoind = bitcoind
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = free_port()
         self.directory.mkdir(parents=True)
 
-    def start(self, *options: str, backup: bool = True, listen: bool = False) -> None:
-        """Start; returns once it answers. Refusal if it ends instead."""
+    def start(self, *options: str, backup: bool = True, port: int | None = None) -> None:
+        """Start; returns once it answers. Refusal if it ends instead.
+
+        Args:
+            port: of 127.0.0.1, for peers; None: it knows no network.
+        """
         bitcoin = self._bitcoind
+        reach = "--offline" if port is None else f"--bind-addr=127.0.0.1:{port}"
         command = [
             *("lightningd", "--network=regtest", f"--lightning-dir={self.base}"),
-            *("--developer", "--dev-fast-gossip", "--dev-bitcoind-poll=1"),
-            *([f"--addr=127.0.0.1:{self.port}"] if listen else ["--autolisten=false"]),
-            *("--disable-dns", "--log-level=debug"),
+            *("--developer", "--dev-fast-gossip", "--dev-bitcoind-poll=1", reach),
+            *("--autolisten=false", "--disable-dns", "--log-level=debug"),
             *(f"--log-file={self.log}", f"--bitcoin-cli={shutil.which('bitcoin-cli')}"),
             *(f"--bitcoin-datadir={bitcoin.directory}", "--bitcoin-rpcconnect=127.0.0.1"),
             *(f"--bitcoin-rpcport={bitcoin.port}", "--bitcoin-rpcuser=rpc"),
@@ -334,9 +340,10 @@ def test_a_standby_takes_the_place_of_a_node_that_runs(
     fresh = Lightningd(tmp_path / "new-machine" / "lightning", bitcoind)
     standby = None
     try:
-        peer.start("--dev-no-reconnect", backup=False, listen=True)
-        node.start()
-        channel = open_channel(node, peer, bitcoind)
+        ports = free_port(), free_port(), free_port()
+        peer.start("--dev-no-reconnect", backup=False, port=ports[0])
+        node.start(port=ports[1])
+        channel = open_channel(node, peer, ports[0], bitcoind)
         shutil.copy(node.directory / "hsm_secret", fresh.directory)
         words = ["standby", "--lightning-dir", str(fresh.directory), destination]
         standby = subprocess.Popen([sys.executable, support.CLI, *words])
@@ -348,15 +355,15 @@ def test_a_standby_takes_the_place_of_a_node_that_runs(
         node.wait()
         assert standby.wait(timeout=READY_S) == 0
         assert node.logged("took it over at")
-        fresh.start()
+        fresh.start(port=ports[2])
         assert fresh.rpc("getinfo")["id"] == peer.rpc("listpeerchannels")["channels"][0]["peer_id"]
-        connect(fresh, peer)
+        connect(fresh, peer, ports[0])
         eventually(lambda: states(fresh) == [(channel, "CHANNELD_NORMAL")])
-        pay(fresh, peer)
+        pay_once(fresh, peer)
         with pytest.raises(Refusal):
             node.start()
         assert node.logged("**BROKEN** plugin-backup.py") >= 2
-        pay(fresh, peer)
+        pay_once(fresh, peer)
         fresh.stop()
         assert_same(fresh, destination, tmp_path / "restored.sqlite3")
     finally:
@@ -366,18 +373,18 @@ def test_a_standby_takes_the_place_of_a_node_that_runs(
             standby.kill()
 
 
-def connect(node: Lightningd, peer: Lightningd) -> None:
-    node.rpc("connect", peer.rpc("getinfo")["id"], "127.0.0.1", str(peer.port))
+def connect(node: Lightningd, peer: Lightningd, port: int) -> None:
+    node.rpc("connect", peer.rpc("getinfo")["id"], "127.0.0.1", str(port))
 
 
-def open_channel(node: Lightningd, peer: Lightningd, bitcoind: Bitcoind) -> str:
+def open_channel(node: Lightningd, peer: Lightningd, port: int, bitcoind: Bitcoind) -> str:
     """A channel of the two, funded by ``node``: its short_channel_id."""
     address = node.rpc("newaddr", "bech32")["bech32"]
     bitcoind.cli("generatetoaddress", "101", bitcoind.cli("getnewaddress"))
     bitcoind.cli("-named", "sendtoaddress", f"address={address}", "amount=1", "fee_rate=25")
     bitcoind.cli("generatetoaddress", "1", bitcoind.cli("getnewaddress"))
     eventually(lambda: node.rpc("listfunds")["outputs"])
-    connect(node, peer)
+    connect(node, peer, port)
     node.rpc("fundchannel", peer.rpc("getinfo")["id"], "1000000")
     bitcoind.cli("generatetoaddress", "6", bitcoind.cli("getnewaddress"))
     eventually(lambda: [state for _, state in states(node)] == ["CHANNELD_NORMAL"])
@@ -390,7 +397,7 @@ def states(node: Lightningd) -> list[tuple[str, str]]:
     return [(each.get("short_channel_id", ""), each["state"]) for each in channels]
 
 
-def pay(node: Lightningd, peer: Lightningd) -> None:
+def pay_once(node: Lightningd, peer: Lightningd) -> None:
     bolt11 = peer.rpc("invoice", "100000", f"label {time.time_ns()}", "paid")["bolt11"]
     assert node.rpc("--notifications=none", "pay", bolt11)["status"] == "complete"
 
@@ -531,6 +538,101 @@ def test_a_downgrade_and_the_upgrade_after_it(
     node.act(1)
     node.stop()
     assert_same(node, destination, tmp_path / "restored.sqlite3")
+
+
+# What an old state is good for
+
+
+def test_recoverchannel_takes_what_channels_gives(bitcoind: Bitcoind, tmp_path: Path) -> None:
+    """Of a node only a database or a backup is left: its peers close, and it has its money back.
+
+    A peer closes at once where the channel was not used yet. Otherwise Core Lightning 26.06.6 was
+    seen to warn only, as the error that follows comes too early for its channeld, until its
+    operator closes.
+    """
+    names = "alice", "again", "bob", "carol"
+    nodes = [Lightningd(tmp_path / name / "lightning", bitcoind) for name in names]
+    alice, again, *peers = nodes
+    backup = f"file://{tmp_path}/alice.bkp"
+    run_cli("init", "--lightning-dir", alice.directory, backup)
+    try:
+        alice.start(port=free_port())
+        for peer in peers:
+            peer.start(backup=False, port=free_port())
+        open_channels(bitcoind, alice, peers)
+        pay(alice, peers[1])
+        theirs = alice.rpc("staticbackup")["scb"]
+        alice.stop()
+        for source in (alice.database, backup):
+            ours = run_cli("channels", "--static", source)
+            assert sorted(ours.stdout.split()) == sorted(theirs)
+            assert "never start lightningd on it" in ours.stderr
+        channels = json.loads(run_cli("channels", "--json", backup).stdout)["channels"]
+        seen = [channels_of(peer)[0] for peer in peers]
+        for channel, peer, sees in zip(channels, peers, seen, strict=True):
+            info = peer.rpc("getinfo")
+            assert channel["peer_id"] == info["id"]
+            assert channel["address"] == f"127.0.0.1:{info['binding'][0]['port']}"
+            assert channel["short_channel_id"] == sees["short_channel_id"]
+            assert channel["funding"] == f"{sees['funding_txid']}:{sees['funding_outnum']}"
+            assert channel["our_msat"] + sees["to_us_msat"] == channel["capacity_sat"] * 1000
+        shutil.copy(alice.directory / "hsm_secret", again.directory)
+        again.start(backup=False, port=free_port())
+        for scb in ours.stdout.split():
+            (stub,) = again.rpc("recoverchannel", f'["{scb}"]')["stubs"]
+            assert stub in [sees["channel_id"] for sees in seen]
+        wait_until(lambda: is_spent(bitcoind, channels[0]))
+        with contextlib.suppress(subprocess.CalledProcessError):  # It may have done so by itself.
+            peers[1].rpc("close", seen[1]["channel_id"], "1")
+        wait_until(lambda: is_spent(bitcoind, channels[1]))
+        bitcoind.mine(1)
+        wait_until(lambda: len(again.rpc("listfunds")["outputs"]) == 2)
+    finally:
+        for node in nodes:
+            node.end()
+
+
+def open_channels(bitcoind: Bitcoind, node: Lightningd, peers: Sequence[Lightningd]) -> None:
+    """A channel from ``node`` to each of ``peers``."""
+    bitcoind.mine(101)
+    for _ in peers:
+        address = node.rpc("newaddr")["p2tr"]
+        bitcoind.cli("-named", "sendtoaddress", f"address={address}", "amount=0.1", "fee_rate=5")
+    bitcoind.mine(1)
+    wait_until(lambda: len(node.rpc("listfunds")["outputs"]) == len(peers))
+    for peer in peers:
+        info = peer.rpc("getinfo")
+        node.rpc("connect", info["id"], "127.0.0.1", str(info["binding"][0]["port"]))
+        node.rpc("fundchannel", info["id"], "1000000")
+    bitcoind.mine(6)
+    wait_until(lambda: all(map(is_normal, (node, *peers))))
+
+
+def pay(node: Lightningd, peer: Lightningd) -> None:
+    """Payments, so that both have a share of the channel, and it has revoked secrets."""
+    for number in range(3):
+        node.rpc("pay", peer.rpc("invoice", "10000000", f"pay {number}", "")["bolt11"])
+    wait_until(lambda: not any(each["htlcs"] for each in channels_of(node)))
+
+
+def channels_of(node: Lightningd) -> Any:
+    return node.rpc("listpeerchannels")["channels"]
+
+
+def is_spent(bitcoind: Bitcoind, channel: dict[str, Any]) -> bool:
+    """Also if it is in the mempool only."""
+    return not bitcoind.cli("gettxout", *channel["funding"].split(":"))
+
+
+def is_normal(node: Lightningd) -> bool:
+    return all(channel["state"] == "CHANNELD_NORMAL" for channel in channels_of(node))
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + READY_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # What must not be

@@ -560,10 +560,11 @@ def steps(examples: int) -> settings:
     )
 
 
-TestFileLife = FileLife.TestCase
-TestFileLife.settings = steps(60)
-TestSocketLife = SocketLife.TestCase
-TestSocketLife.settings = steps(40)
+unmeasured = pytest.mark.usefixtures("unmeasured")
+TestFileLife = unmeasured(FileLife.TestCase)
+TestFileLife.settings = steps(30)
+TestSocketLife = unmeasured(SocketLife.TestCase)
+TestSocketLife.settings = steps(20)
 
 
 @pytest.mark.soak

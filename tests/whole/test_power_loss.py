@@ -26,7 +26,7 @@ from tests.disk import SECTOR, Disk, Fault, Inode, Killed, Model, Op, standing_i
 from tests.scenarios import SCENARIOS
 from wallet import restore
 
-IN_TEST = 50_000
+IN_TEST = 25_000
 IN_SOAK = 1_000_000
 BATCH = 8
 """Scenarios that a process runs before it says how many states it saw."""

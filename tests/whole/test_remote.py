@@ -25,6 +25,8 @@ from tests.peers import ServerProcess
 from tests.test_server import eventually
 from wallet.database import compare, version_of
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 PROTOCOL_1 = "import protocol; protocol.NEWEST = 1"
 PATCHES = {"protocol 1": PROTOCOL_1, "protocol 2": ""}
 

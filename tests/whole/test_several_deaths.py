@@ -1,0 +1,207 @@
+"""Deaths at chosen moments of a node with several destinations, and what is restored then."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import mirrorbackend
+from backend import Change, Session, new_owner, outcome
+from errors import BackupError, ConfigError
+from filelog import appender
+from filelog.layout2 import Head
+from mirrorbackend import MirrorBackend
+from quorum import Roster
+from several import hearing, joining
+from tests import support
+from tests.whole.test_several_model import Flaky, Place
+
+CALLS = support.first_changes(9)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrorbackend, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(mirrorbackend, "RETRY_FOR_S", 0.05)
+    monkeypatch.setattr(mirrorbackend, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(appender, "RETRY_FOR_S", 0.0)
+
+
+class Several:
+    """A backup at some files, whose disks do what they are told."""
+
+    def __init__(self, directory: Path, count: int, acks: int) -> None:
+        self.places: list[Place] = []
+        for number in range(count):
+            (directory / str(number)).mkdir()
+            self.places.append(Place(f"file://{directory}/{number}/node.bkp"))
+        self.by_url = {place.url: place for place in self.places}
+        self.roster = Roster(1, acks, tuple(self.by_url))
+        self.owner = new_owner()
+        self.mirror().create(None, self.owner)
+
+    def make(self, url: str) -> Flaky:
+        return Flaky(self.by_url[url])
+
+    def mirror(self) -> MirrorBackend:
+        return MirrorBackend(self.roster, self.make)
+
+    def up(self, *numbers: int) -> None:
+        for number, place in enumerate(self.places):
+            place.up = number in numbers
+
+    def run(self, *versions: int) -> None:
+        """A run of the node that writes ``versions``, and is killed."""
+        mirror = self.mirror()
+        with contextlib.closing(mirror):
+            mirror.open(self.owner)
+            session = Session(mirror, "DIR")
+            for version in versions:
+                session.write(Change(version, None, CALLS[version - 1][1]))
+
+    def restored(self, numbers: Sequence[int]) -> int:
+        """The version that a restore from some of them gives."""
+        for place in self.places:
+            place.up = True
+        found = hearing.hear([self.make(self.places[number].url) for number in numbers])
+        chosen, _ = hearing.choose(found)
+        with contextlib.closing(chosen.replica.read()) as reading:
+            return outcome(reading).version
+
+
+def test_starts_that_came_no_further_do_not_outvote_what_was_acknowledged(tmp_path: Path) -> None:
+    """Each took a number, and only one destination has heard of it."""
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    several.run(1, 2)
+    for _ in range(3):
+        several.up(0, 2)
+        several.places[0].fails = "before"
+        with pytest.raises(BackupError):
+            several.run(3)
+    several.up(0, 1)
+    several.places[0].fails = ""
+    several.run(3)
+    for two in itertools.combinations(range(3), 2):
+        assert several.restored(two) == 3
+    several.up(1, 2)
+    several.run(4)
+    for two in itertools.combinations(range(3), 2):
+        assert several.restored(two) == 4
+
+
+def rewritten(several: Several, urls: Sequence[str], acks: int) -> None:
+    """An attach of ``urls`` by another owner."""
+    plan = joining.plan(urls, acks, several.roster, several.make)
+    joining.bring_all(plan, several.make, lambda *_: None)
+    owner = new_owner()
+    unaware = joining.take_over(plan, owner, several.make)
+    assert not unaware
+    several.owner, several.roster = owner, plan.roster
+
+
+def test_the_node_of_before_is_shut_out_of_the_whole_former_list(tmp_path: Path) -> None:
+    """Another node goes on with one of three, and a new one: two of the three are left."""
+    several = Several(tmp_path, 4, 2)
+    urls = [place.url for place in several.places]
+    before = several.roster, several.owner
+    several.up(0, 1, 2, 3)
+    several.run(1, 2)
+    rewritten(several, urls[:1], 1)
+    after = several.roster, several.owner
+    several.roster, several.owner = before
+    several.up(1, 2, 3)
+    with pytest.raises(BackupError):
+        several.run(3)
+    several.roster, several.owner = after
+
+
+def test_one_that_was_dropped_says_so(tmp_path: Path) -> None:
+    """Alone it looks like a whole backup, and where all acknowledge one is enough."""
+    several = Several(tmp_path, 3, 3)
+    urls = [place.url for place in several.places]
+    several.up(0, 1, 2)
+    several.run(1, 2)
+    rewritten(several, urls[:2], 2)
+    several.run(3)
+    with pytest.raises(hearing.Silent, match="none of them"):
+        several.restored([2])
+    assert several.restored([2, 0]) == 3
+
+
+def test_a_copy_that_is_older_does_not_stand_for_its_original(tmp_path: Path) -> None:
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    several.run(1, 2)
+    copy = Place(f"file://{tmp_path}/copy.bkp")
+    copy.path.write_bytes(several.places[0].path.read_bytes())
+    several.up(0, 2)
+    several.run(3)
+    several.places.append(copy)
+    several.by_url[copy.url] = copy
+    for some in itertools.permutations([3, 0, 1]):
+        assert several.restored(some) == 3
+    with pytest.raises(hearing.Silent):
+        several.restored([3, 0])
+    with pytest.raises(ConfigError, match="copy"):
+        joining.plan([copy.url, several.places[0].url], 2, several.roster, several.make)
+
+
+def test_a_copy_that_an_attach_left_halfway_has_no_vote(tmp_path: Path) -> None:
+    several = Several(tmp_path, 4, 2)
+    urls = [place.url for place in several.places]
+    several.places[3].path.unlink()
+    several.roster = several.roster._replace(urls=tuple(urls[:3]))
+    for place in several.places[:3]:
+        place.path.unlink()
+    several.mirror().create(None, several.owner)
+    several.up(0, 1, 2, 3)
+    several.run(1, 2)
+    plan = joining.plan(urls, 2, several.roster, several.make)
+    joining.bring_all(plan, several.make, lambda *_: None)
+    several.up(0, 1)
+    several.run(3)  # It was killed there, and the node goes on as before.
+    with pytest.raises(hearing.Silent):
+        several.restored([2, 3])
+    assert several.restored([1, 2, 3]) == 3
+
+
+@pytest.mark.parametrize("deaths", range(7))
+def test_an_attach_that_dies_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    """Whatever it came to, one list alone can go on, and each that restores restores all."""
+    several = Several(tmp_path, 3, 2)
+    urls = [place.url for place in several.places]
+    several.up(0, 1, 2)
+    several.run(1, 2)
+    left, add = deaths, Flaky.add_record
+
+    def dying(flaky: Flaky, head: Head, payload: bytes) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        add(flaky, head, payload)
+
+    before = several.roster, several.owner
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Flaky, "add_record", dying)
+        rewritten(several, urls[:1], 1)
+    several.roster, several.owner = before
+    newest = 2
+    with contextlib.suppress(BackupError):
+        several.up(1, 2)
+        several.run(3)
+        newest = 3
+    assert newest == (2 if deaths > 1 else 3)
+    for some in itertools.chain.from_iterable(
+        itertools.permutations(range(3), n) for n in (1, 2, 3)
+    ):
+        with contextlib.suppress(hearing.Silent):
+            assert several.restored(some) == newest, some
+    assert several.restored([0, 1, 2]) == newest
