@@ -440,3 +440,21 @@ def test_too_few_of_several_are_not_taken_over(
         (tmp_path / f"away{number}").rename(tmp_path / f"disk{number}")
     with PluginProcess(node_dir) as plugin:
         plugin.write(*CALLS[10])
+
+
+def test_one_of_two_goes_on_alone(node_dir: Path, second: Path, tmp_path: Path) -> None:
+    """Where both had to acknowledge, any one of them has everything and shuts the old node out."""
+    urls = [f"file://{tmp_path}/disk{number}/node.bkp" for number in range(2)]
+    for number in range(2):
+        (tmp_path / f"disk{number}").mkdir()
+    run_cli("init", "--lightning-dir", node_dir, *urls)
+    with PluginProcess(node_dir) as plugin, StandbyProcess(second, urls[1]) as standby:
+        write(plugin, CALLS[:10])
+        standby.wait_for_version(9)
+    promote.main(["--lightning-dir", str(second)], standalone_mode=False)
+    with PluginProcess(node_dir) as plugin, pytest.raises(Refused, match=TOOK_OVER):
+        plugin.write(*CALLS[10])
+    with PluginProcess(second) as plugin:
+        write(plugin, CALLS[10:12])
+    run_cli("restore", *urls, tmp_path / "restored.sqlite3")
+    assert database.version_of(str(tmp_path / "restored.sqlite3")) == 12
