@@ -62,6 +62,7 @@ def _in_postgres(url: str) -> Replica:
 class FileDestination(FileBackend, Replica):
     """A FileBackend and its upkeep, which it cannot know itself: that imports FileBackend."""
 
+    takes_quickly = True
     _compactor: Compactor | None = None
     _housekeeper: Housekeeper | None = None
 

@@ -20,15 +20,15 @@ from backend import (
     Status,
     log,
 )
-from errors import CLI, BackupBusy, BackupError, ConfigError, OtherOwner
+from errors import CLI, BackupBusy, BackupError, ConfigError, Damaged, OtherOwner
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head
 from monitoring.fields import IN_STEP
 from protocol import NackCode
-from quorum import Part, Relation, Roster, compare, may_go_on, may_start
+from quorum import Part, Relation, Roster, may_go_on, may_start
 from replica import Followable, Pause, Record, Replica
 from several import following, hearing
-from several.catchup import CatchUp, continues, marks
+from several.catchup import CatchUp, continues, stand
 from several.hearing import Branched, Heard, Make, Silent, end_of, hear
 
 FIRST_START = 1
@@ -56,6 +56,7 @@ class Member:
         done: how many of the mirror's records it has on stable storage.
         heard: it has answered, and what it holds is known.
         votes: it has all that it ever acknowledged, see quorum.Roster.
+        was_mended: it was replaced, as a check had found it unsound.
         failed: its first try to answer has failed.
     """
 
@@ -67,7 +68,7 @@ class Member:
         self.since_ns = time.time_ns()
         self.error: BackupError | None = None
         self.done = 0
-        self.heard = self.failed = self.votes = False
+        self.heard = self.failed = self.votes = self.was_mended = False
         self.thread: threading.Thread | None = None
         self.reconnects = 0
         self.busy_since_s: float | None = None
@@ -312,7 +313,8 @@ class MirrorBackend(Followable):
                 return error
         told = [f"{url}: {error.problem}" for url, error in errors]
         told += [
-            f"{m.url} is being copied to, or keeps another list than backup.lock."
+            f"{m.url} has no vote: it was being given the whole backup, or keeps another list of"
+            f" destinations than backup.lock (see `{CLI} status`, then `resync` or `attach`)."
             for m in self._members
             if m.heard and not m.votes
         ]
@@ -351,6 +353,8 @@ class MirrorBackend(Followable):
         """What ``member`` holds is not known after all."""
         with self._changed:
             member.heard = member.votes = False
+            if isinstance(error, Damaged) or getattr(error, "code", None) is NackCode.DAMAGED:
+                member.backend.unsound = str(error)
             self._lag(member, error)
 
     @staticmethod
@@ -544,6 +548,7 @@ class MirrorBackend(Followable):
         while not self._is_closing(changed):
             self._bring_up(member)
             self._follow(member)
+            self._mend(member)
 
     def _open(self, backend: Replica) -> None:
         try:
@@ -568,8 +573,7 @@ class MirrorBackend(Followable):
         while not self._is_closing(changed):
             if self._join(member, catch_up):
                 return
-            source = self._source(member)
-            if source is not None and self._bring(member, catch_up, source):
+            if self._bring(member, catch_up):
                 continue
             with changed:
                 changed.wait_for(lambda: self._is_closing(changed), pause_s)
@@ -623,25 +627,55 @@ class MirrorBackend(Followable):
             found = self._first + len(self._tail)
         return found
 
-    def _source(self, member: Member) -> Replica | None:
-        """One that has more than ``member``: another in step, or the one that led the start."""
+    def _sources(self, member: Member) -> list[Replica]:
+        """Those that may have more than ``member``: all in step, and the one that led the start."""
         with self._changed:
-            for other in self._members:
-                if other is not member and other.part is Part.IN_STEP:
-                    return self._make(other.url)
+            others = [m for m in self._members if m is not member and m.part is Part.IN_STEP]
+            others.sort(key=lambda other: other.backend.unsound is not None)
+            found = [self._make(other.url) for other in others]
             leader = self._leader
-        return leader if leader is not None and leader.url != member.url else None
+        if leader is not None and leader.url not in [member.url, *(each.url for each in found)]:
+            found.append(leader)
+        return found
 
-    def _bring(self, member: Member, catch_up: CatchUp, source: Replica) -> bool:
-        """Bring it to what ``source`` has; False if that is no more than it has already."""
-        with source.records() as records:
-            relation, place = compare(end_of(member.backend.newest), marks(records))
-        if relation is Relation.APART:
-            raise Branched(member.url, source.url)
-        if relation is Relation.EQUAL:
+    def _bring(self, member: Member, catch_up: CatchUp) -> bool:
+        """Bring it to what another one has; False if that is no more than it has already."""
+        failure: BackupError | None = None
+        for source in self._sources(member):
+            try:
+                standing = stand(end_of(member.backend.newest), source)
+            except BackupError as error:  # Another one may be sound.
+                failure = error
+                continue
+            if standing.relation is Relation.APART:
+                raise Branched(member.url, source.url)
+            if standing.relation is Relation.EQUAL:
+                return False
+            catch_up.bring(source, standing)
+            return True
+        if failure is not None:
+            raise failure
+        return False
+
+    def _may_mend(self, member: Member) -> bool:
+        """Whether a check found it unsound, and there are enough others that are sound."""
+        if member.backend.unsound is None or member.was_mended or member.part is not Part.IN_STEP:
             return False
-        catch_up.bring(source, relation, place)
-        return True
+        in_step = [other for other in self._members if other.part is Part.IN_STEP]
+        # Enough to start with: no change waits for it, and nothing is on it alone.
+        return sum(each.backend.unsound is None for each in in_step) >= self._rule.to_start
+
+    def _mend(self, member: Member) -> None:
+        """A check found ``member`` unsound: replace it by the whole of a sound one."""
+        with self._changed:
+            if not self._may_mend(member):
+                return
+            member.was_mended = True  # Not again and again, if it is not the file.
+            what = f"{member.backend.unsound} It gets the whole backup from another one."
+            self._lag(member, BackupError(what))
+        owner = self._owner or self._session
+        catch_up = CatchUp(member.backend, member.lock, owner, member.votes)
+        catch_up.begin_anew(self._sources(member)[0])
 
     def _follow(self, member: Member) -> None:
         """Give it what comes, until it falls behind or all ends."""
@@ -651,11 +685,14 @@ class MirrorBackend(Followable):
                 changed.wait_for(
                     lambda: (
                         member.part is not Part.IN_STEP
+                        or self._may_mend(member)
                         or member.done < self._first + len(self._tail)
                         or self._is_closing(changed)
                     )
                 )
                 if member.part is not Part.IN_STEP or changed is not self._changed:
+                    return
+                if self._may_mend(member):
                     return
                 if member.done == self._first + len(self._tail):
                     return  # All ends.

@@ -213,6 +213,11 @@ class PostgresBackend(Replica):
         self._delivery.go_on_as(owner)
 
     @property
+    def known(self) -> State | None:
+        """What it holds, as far as the writer has heard; None if it is not open."""
+        return self._delivery.known
+
+    @property
     def _known(self) -> State:
         known = self._delivery.known
         assert known is not None, "open comes first"
@@ -258,7 +263,7 @@ class PostgresBackend(Replica):
             building.fold(link, state, last, path)
 
     def begins_anew(self, state: State) -> None:
-        """A compaction is done; ``state`` was asked while nothing was written."""
+        """A compaction is done, and has left ``state``; nothing is written meanwhile."""
         self._delivery.compacted(state)
 
 

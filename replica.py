@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,7 +86,13 @@ class Followable(Destination):
 
 
 class Replica(Followable):
-    """A Destination that can be one of several."""
+    """A Destination that can be one of several.
+
+    Attributes:
+        takes_quickly: ``take_all`` is quicker than to add many records.
+    """
+
+    takes_quickly = False
 
     @abstractmethod
     def look(self) -> Look:
@@ -112,6 +119,16 @@ class Replica(Followable):
             head: continues ``newest``.
         """
 
+    def add_records(self, records: Iterable[Record], lock: threading.Lock) -> None:
+        """``add_record`` for each of many; all are durable on return.
+
+        Args:
+            lock: held while something is added.
+        """
+        for head, payload in records:
+            with lock:
+                self.add_record(head, payload)
+
     def take_all(self, records: Iterator[Record], owner: bytes) -> str | None:
         """Start over with all the records of another one, and go on with them; only once open.
 
@@ -125,14 +142,22 @@ class Replica(Followable):
             snapshot, first = _unpacked(records, f"{base}.sqlite3")
             self.close()
             # Of this owner, in no term: whoever is cut off here goes on from here.
-            kept = self.replace(snapshot, owner[:TAG_SIZE].ljust(len(NOBODY), b"\0"))
+            session = owner[:TAG_SIZE].ljust(len(NOBODY), b"\0")
+            # A snapshot that is older than what is there only begins what comes.
+            older = snapshot is not None and snapshot.version < self.version
+            kept = self.replace(snapshot, session, override=older)
             self.open(owner)
             last_owner = b""
-            for record in itertools.chain([first] if first else [], records):
-                if record[0].kind == Kind.OWNER:
-                    last_owner = record[1]
-                # Until all is there it lacks what it had acknowledged.
-                self.add_record(*unvoting(record))
+
+            def passing() -> Iterator[Record]:
+                nonlocal last_owner
+                for record in itertools.chain([first] if first else [], records):
+                    if record[0].kind == Kind.OWNER:
+                        last_owner = record[1]
+                    # Until all is there it lacks what it had acknowledged.
+                    yield unvoting(record)
+
+            self.add_records(passing(), threading.Lock())
             if last_owner:
                 newest = self.newest
                 self.add_record(owner_behind(newest, newest.session, last_owner), last_owner)

@@ -7,7 +7,7 @@ import json
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import protocol
 from backend import (
@@ -188,6 +188,13 @@ class SocketBackend(Replica):
         """See Replica."""
         self._delivery.session = head.session
         self._delivery.deliver(head._replace(sequence=0), payload)
+
+    def add_records(self, records: Iterable[Record], lock: threading.Lock) -> None:
+        """See Replica. They are sent ahead of their answers, so that a long way costs once."""
+        with lock:
+            self._delivery.deliver_all(
+                (head._replace(sequence=0), payload) for head, payload in records
+            )
 
     @contextlib.contextmanager
     def records(self) -> Iterator[Iterator[tuple[Head, bytes]]]:

@@ -96,15 +96,13 @@ CATCH_UP = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
 from destinations import backend_for
-from quorum import compare
-from several.catchup import CatchUp, marks
+from several.catchup import CatchUp, stand
 from several.hearing import end_of
 source, target = backend_for(sys.argv[2]), backend_for(sys.argv[3])
 target.create(None)
 target.open()
-with source.records() as records:
-    found = compare(end_of(target.newest), marks(records))
-CatchUp(target, threading.Lock(), bytes(16)).bring(source, *found)
+found = stand(end_of(target.newest), source)
+CatchUp(target, threading.Lock(), bytes(16), True).bring(source, found)
 target.close()
 """
 COPY = "import os, sys, shutil; shutil.copyfile(*sys.argv[1:]); os.sync()"

@@ -382,7 +382,7 @@ def _describe(found: Status) -> str:
             ("damage", found.damage or ("none" if found.checked else NOT_CHECKED)),
             ("disk free", readable(found.disk_free)),
         ]
-    if found.destinations:
+    if found.destinations and found.votes:
         rows.append(("one of several", f"{found.acks} of {len(found.destinations)} acknowledge"))
         rows += [("destination", url) for url in found.destinations]
     rows += [("note", note) for note in found.notes]

@@ -72,17 +72,20 @@ def restore(
         backup-cli restore file:///mnt/disk2/node.bkp ~/.lightning/bitcoin
     """
     chosen = chosen_urls(urls, lightning_dir)
-    backend, incomplete = _leader(chosen, allow_missing)
+    backends, doubt = _leaders(chosen, allow_missing)
     url = shlex.join(chosen)
-    with at_hand(backend, f"{restoring.destination(dest)}.") as read:
+    for backend in backends[:-1]:
         try:
-            result = _restored(read, dest, allow_damaged, up_to)
-        except DoesNotReplay as error:
-            if not allow_damaged or not error.base:
-                raise BackupError(error.problem, error.way_out(chosen, dest)) from error
-            result = _restored(read, dest, allow_damaged, error.base)
-            incomplete = error
-    ending = result.ending
+            result, incomplete = _deliver(backend, chosen, dest, False, up_to)
+            break
+        except BackupError as error:
+            said = (
+                f"Warning: {backend.url}: {error.problem} Another one that holds the same is taken."
+            )
+            click.echo(said, err=True)
+    else:
+        result, incomplete = _deliver(backends[-1], chosen, dest, allow_damaged, up_to)
+    ending, incomplete = result.ending, incomplete or doubt
     click.echo(f"Restored version {ending.version} to {result.path}")
     when = f"Last change: {utc(ending.last_change_ns)}; " if ending.last_change_ns else ""
     click.echo(f"{when}{result.changes} changes replayed")
@@ -111,14 +114,29 @@ def restore(
         sys.exit(EXIT_UNSOUND)
 
 
-def _leader(urls: Sequence[str], allow_missing: bool) -> tuple[Backend, BackupError | None]:
-    """The destination that has all there is, and what makes that doubtful."""
+def _deliver(
+    backend: Backend, chosen: Sequence[str], dest: str, allow_damaged: bool, up_to: int | None
+) -> tuple[restoring.Restored, BackupError | None]:
+    """What ``backend`` delivered, and what did not replay."""
+    with at_hand(backend, f"{restoring.destination(dest)}.") as read:
+        try:
+            return _restored(read, dest, allow_damaged, up_to), None
+        except DoesNotReplay as error:
+            if not allow_damaged or not error.base:
+                raise BackupError(error.problem, error.way_out(chosen, dest)) from error
+            return _restored(read, dest, allow_damaged, error.base), error
+
+
+def _leaders(
+    urls: Sequence[str], allow_missing: bool
+) -> tuple[Sequence[Backend], BackupError | None]:
+    """The destinations that have all there is, and what makes that doubtful."""
     backends = [destinations.backend_for(url) for url in urls]
     found = hearing.hear(backends)
     if len(found) == 1 and found[0].look is None:
-        return backends[0], None  # Of an old layout, or damaged: a pass over it says more.
+        return backends, None  # Of an old layout, or damaged: a pass over it says more.
     chosen, doubt = hearing.choose(found, allow_missing)
-    return chosen.replica, doubt
+    return [heard.replica for heard in hearing.alike(found, chosen)], doubt
 
 
 def _restored(

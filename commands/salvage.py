@@ -106,12 +106,13 @@ def salvaged(images: Images, directory: str) -> Report:
     index = Index(directory, images.described())
     done = False
     try:
-        effort = scan.Effort(images.size)
-        with progress_bar("Scanning", 0) as advance:
-            scan.scan(images, index, effort, advance)
-        old.follow_all(images, index, effort)
-        pieces.join_all(images, index, effort)
-        found = _delivered(images, index, effort, directory)
+        with index.explaining():
+            effort = scan.Effort(images.size)
+            with progress_bar("Scanning", 0) as advance:
+                scan.scan(images, index, effort, advance)
+            old.follow_all(images, index, effort)
+            pieces.join_all(images, index, effort)
+            found = _delivered(images, index, effort, directory)
         done = True
         return found
     finally:

@@ -12,6 +12,7 @@ from errors import Damaged
 from filelog import layout2, proof
 from filelog.layout2 import BEFORE_FIRST, Head, Kind, Tail, TailKind
 from filelog.reader import LogReader
+from quorum import Roster
 
 LOOK_BACK = 16 << 20
 """Bytes at a log's end in which the last start is looked for."""
@@ -53,8 +54,19 @@ def status(url: str, path: str, check: bool) -> Status:
             epoch=roster.epoch if roster else None,
             votes=roster.votes if roster else None,
             disk_free=shutil.disk_usage(os.path.dirname(path)).free,
-            warnings=[*space.disk_warnings(path, tail.offset), *proof.warnings(known, url)],
+            warnings=[
+                *space.disk_warnings(path, tail.offset),
+                *proof.warnings(known, url),
+                *_warnings_of(roster),
+            ],
         )
+
+
+def _warnings_of(roster: Roster | None) -> list[str]:
+    if roster is None or roster.votes:
+        return []
+    urls = " and ".join(roster.urls)
+    return [f"It is none of the backup's destinations, or not yet: those are {urls}."]
 
 
 def _checked(reader: LogReader) -> tuple[Head, Tail, Damaged | None]:

@@ -45,6 +45,7 @@ class State(NamedTuple):
         first: sequence of the record that it begins with.
         newest: head of its last record, with the sequence as it is there.
         position, changes: up to that one, since the backup began with its snapshot.
+        began: both of them at the snapshot, over the life of the backup.
     """
 
     number: int
@@ -55,6 +56,7 @@ class State(NamedTuple):
     newest: Head
     position: int
     changes: int
+    began: tuple[int, int]
 
     @property
     def log_size(self) -> int:
@@ -70,6 +72,15 @@ class State(NamedTuple):
     def version_count(self) -> int:
         """See Backend."""
         return self.changes + bool(self.snapshot_size)
+
+    def beginning_as(self, other: State) -> State:
+        """The same end, where a compaction has let the backup begin as ``other`` does."""
+        position, changes = self.began
+        return other._replace(
+            newest=self.newest,
+            position=self.position + position - other.began[0],
+            changes=self.changes + changes - other.began[1],
+        )
 
 
 def look(link: Link, name: str, number: int = 0, url: str = "") -> State:
@@ -93,7 +104,8 @@ def state_of(row: Row) -> State:
     assert isinstance(size, int) and isinstance(first, int)
     assert isinstance(changes, int) and isinstance(position, int)
     newest, at, counted = head_of(tuple(rest), identity, bool(size))
-    return State(number, identity, snapshot, size, first, newest, at - position, counted - changes)
+    since = at - position, counted - changes
+    return State(number, identity, snapshot, size, first, newest, *since, (position, changes))
 
 
 def head_of(row: Row, identity: bytes, has_snapshot: bool) -> tuple[Head, int, int]:

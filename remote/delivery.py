@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 
 from backend import NOBODY, log, session_over_2, taken_over
 from errors import BackupError
 from filelog import layout2
 from filelog.layout2 import Head, Kind
-from protocol import Metadata, NackCode
+from protocol import Metadata, NackCode, Packet
 from remote import protocol1
 from remote.address import SocketUrl
 from remote.fate import Fate, fate_by_content
@@ -17,6 +18,9 @@ from remote.link import Diverged, Link, NoHistory, NotTaken, Unreachable
 from remote.patience import Patience
 
 OWNER_TRIES = 3
+MOST_AHEAD = 256
+"""Records on their way at once: the answers to them fit into any buffer."""
+MOST_SIZE_AHEAD = 1 << 20
 
 
 class Delivery:
@@ -96,6 +100,40 @@ class Delivery:
             self._refusal = error
             raise
 
+    def deliver_all(self, records: Iterable[tuple[Head, bytes]]) -> None:
+        """Send records ahead of their ACKs, each of which follows the one before.
+
+        Raises:
+            BackupError: not all are known to be stored. Open it again, to hear which are.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        assert self._link is not None
+        link, known = self._link, self.known
+        ahead: deque[tuple[Packet, int, Metadata]] = deque()
+        size = 0
+        try:
+            for head, payload in records:
+                link.send_record(head, payload)
+                self.session, known = head.session, self._with_record(head, known)
+                ahead.append((link.ack_of(head), len(payload), known))
+                size += len(payload)
+                while len(ahead) > MOST_AHEAD or size > MOST_SIZE_AHEAD:
+                    size -= self._settled(link, *ahead.popleft())
+            while ahead:
+                self._settled(link, *ahead.popleft())
+        except OSError as error:
+            self._refusal = Unreachable(self._url.target, error)
+            raise self._refusal from error
+        except BackupError as error:
+            self._refusal = error
+            raise
+
+    def _settled(self, link: Link, expected: Packet, size: int, known: Metadata) -> int:
+        link.await_ack(expected, size)
+        self._note(known)
+        return size
+
     def _sent(self, head: Head, payload: bytes, patience: Patience) -> bool:
         """Send a record and wait for its ACK; False if the connection is lost meanwhile."""
         try:
@@ -103,7 +141,7 @@ class Delivery:
             self._link.still_s = patience.still_s
             self._link.send_record(head, payload)
             # While the server is at work.
-            stored, expected = self._with_record(head), self._link.ack_of(head)
+            stored, expected = self._with_record(head, self.known), self._link.ack_of(head)
             self._link.await_ack(expected, len(payload))
         except OSError as error:
             log.warning(f"Lost the backup server {self._url.target}: {error}")
@@ -138,9 +176,10 @@ class Delivery:
             if self._sent(head, payload, patience):
                 return
 
-    def _with_record(self, head: Head) -> Metadata:
-        """What METADATA will say when ``head`` is stored."""
-        known, details = self.known, self.known.details
+    @staticmethod
+    def _with_record(head: Head, known: Metadata) -> Metadata:
+        """What METADATA will say when ``head`` is stored behind what is ``known``."""
+        details = known.details
         if details is not None:
             details = details._replace(
                 sequence=details.sequence + 1,

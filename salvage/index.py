@@ -19,11 +19,13 @@ MOST_CHILDREN = 1000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS olds (place INTEGER PRIMARY KEY, is_header INTEGER, version INTEGER);
+CREATE TABLE IF NOT EXISTS log_ends (place INTEGER PRIMARY KEY, low INTEGER);
 CREATE TABLE IF NOT EXISTS pieces (id INTEGER PRIMARY KEY, place INTEGER, payload INTEGER,
   layout INTEGER, whole INTEGER, split INTEGER, tail INTEGER, head BLOB, kind INTEGER, backup BLOB,
   sequence INTEGER, offset INTEGER, ends INTEGER, version INTEGER, before BLOB, chain BLOB);
 """
 _INDEXES = """
+CREATE INDEX IF NOT EXISTS by_low ON log_ends (low);
 CREATE INDEX IF NOT EXISTS by_before ON pieces (before, kind, whole, chain);
 CREATE INDEX IF NOT EXISTS by_chain ON pieces (chain, kind, whole, sequence);
 CREATE INDEX IF NOT EXISTS by_offset ON pieces (backup, offset);
@@ -99,17 +101,25 @@ class Index:
     def _unusable(self, error: Exception) -> Exception:
         if isinstance(error, OSError):
             return DiskError(self.path, error, "use")
-        return ConfigError(f"{self.path} cannot be used: {error}.", "Remove it, and begin again.")
+        return ConfigError(
+            f"{self.path} cannot be used: {error}.",
+            "Make room if that disk is full; else remove the file, and begin again.",
+        )
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """What SQLite refuses meanwhile, as on a full disk, leaves as BackupError."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """What is changed meanwhile is kept together, or not at all."""
-        try:
-            self._db.execute("BEGIN")
-            yield
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:  # A full disk, say.
-            raise self._unusable(error) from error
+        self._db.execute("BEGIN")
+        yield
+        self._db.execute("COMMIT")
 
     def note(self, name: str) -> str | None:
         """What ``set_note`` kept."""
@@ -127,6 +137,15 @@ class Index:
     def add_olds(self, rows: Iterable[tuple[int, bool, int]]) -> None:
         """Add where a file of layout 1 may begin: place, whether with its header, version."""
         self._db.executemany("INSERT OR REPLACE INTO olds VALUES (?, ?, ?)", rows)
+
+    def add_log_ends(self, rows: Iterable[tuple[int, int]]) -> None:
+        """Add where a log may end: place, and the low bytes of an offset in a trailer."""
+        self._db.executemany("INSERT OR REPLACE INTO log_ends VALUES (?, ?)", rows)
+
+    def log_ends(self, low: int, most: int) -> list[int]:
+        """Places that ``add_log_ends`` took with ``low``."""
+        query = "SELECT place FROM log_ends WHERE low = ? LIMIT ?"
+        return [place for (place,) in self._db.execute(query, (low, most))]
 
     def olds(self) -> Iterator[tuple[int, bool, int]]:
         """What ``add_olds`` took, in the order of places."""

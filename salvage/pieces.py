@@ -2,8 +2,9 @@
 
 A file's next extent may be anywhere on the disk. Where a record is cut by that, its head says
 where it ends in its own file, and the next record's head says that it begins there: so the tail
-stands before the next record. Between the two the cut is at one of the sectors, and the checksum
-(of a change its chain, too) says at which. A record in more than two pieces is not put together.
+stands before the next record; that of the last one before the zeros that are behind each log.
+Between the two the cut is at one of the sectors, and the checksum (of a change its chain, too)
+says at which. A record in more than two pieces is not put together.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def _join_payload(images: Images, index: Index, effort: Effort, broken: Piece) -
         f"backup = ? AND offset = ? AND place != ? LIMIT {TAILS}",
         *(head.backup_id, head.end, broken.place + size),
     )
-    for place in {piece.place for piece in following if _may_follow(head, piece.head)}:
+    places = {piece.place for piece in following if _may_follow(head, piece.head)}
+    low = int.from_bytes(layout2.trailer(head.offset)[:3], "big")
+    for place in places or index.log_ends(low, TAILS):
         tail = place - size
         if not effort.allow(2 * size):
             continue

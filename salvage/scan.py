@@ -20,6 +20,8 @@ SQLITE = b"SQLite format 3\0"
 _BEFORE = layout1.ENTRY.size
 """What stands before the snapshot in an entry of layout 1."""
 _OVERLAP = max(HEAD.size, layout1.FIRST_ENTRY)
+_LOG_END = b"\n" + bytes(31)
+"""The end of a trailer, and of the zeros that are behind the newest record."""
 _NO_PADDING = bytes(layout1.FIRST_ENTRY - layout1.HEADER.size)
 
 
@@ -71,10 +73,13 @@ def scan(images: Images, index: Index, effort: Effort, progress: Progress) -> No
 
 def _scan_window(images: Images, index: Index, effort: Effort, low: int, high: int) -> None:
     data = images.read(low, high - low + _OVERLAP)
+    if data == bytes(len(data)):  # As most of an empty disk is.
+        return
     with index.changing():
         index.add(_records(images, effort, data, low, high))
         index.add_olds(_headers(images, data, low, high))
         index.add_olds(_snapshots(images, data, low, high))
+        index.add_log_ends(_log_ends(data, low, high))
         index.set_note("scanned", high)
 
 
@@ -126,6 +131,14 @@ def _checks_in_steps(images: Images, head: Head, place: int, seen: memoryview) -
     if crc != head.payload_crc:
         return False
     return head.kind != Kind.CHANGE or chain.digest() == head.chain
+
+
+def _log_ends(data: bytes, low: int, high: int) -> Iterator[tuple[int, int]]:
+    at = data.find(_LOG_END)
+    while 0 <= at < high - low:
+        if at >= 3:  # Else it is the end of a record that is not cut there.
+            yield low + at + 1, int.from_bytes(data[at - 3 : at], "big")
+        at = data.find(_LOG_END, at + 1)
 
 
 def _headers(images: Images, data: bytes, low: int, high: int) -> Iterator[tuple[int, bool, int]]:

@@ -4,35 +4,74 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from backend import EMPTY_CHAIN, TAG_SIZE, log
 from errors import BackupError
 from filelog.layout2 import Head, Kind, rewind_behind
-from quorum import Mark, Relation
-from replica import Record, Replica, unvoting
+from quorum import End, Mark, Relation, compare
+from replica import Pause, Record, Replica, unvoting
 
 
 class Moved(BackupError):
     """What was read does not continue what is there: one of the two has changed meanwhile."""
 
 
-def marks(records: Iterable[Record]) -> Iterator[Mark]:
-    """What the records of a log tell of its history; the snapshot, or nothing, is the first."""
-    begun = False
+def marks(
+    records: Iterable[Record], passed: Callable[[int, Head], None] = lambda *_: None
+) -> Iterator[Mark]:
+    """What the records of a log tell of its history; the snapshot, or nothing, is the first.
+
+    Args:
+        passed: called with each record, and the number of marks up to it.
+    """
+    count = 0
     for head, _ in records:
-        if not begun:
+        if not count:
+            count = 1
             snapshot = head.kind == Kind.SNAPSHOT
             yield Mark(head.chain, False, head.version) if snapshot else Mark(EMPTY_CHAIN, False, 0)
-            begun = True
         if head.kind != Kind.SNAPSHOT:
+            count += 1
             yield Mark(head.chain, head.rewindable, head.version)
-    if not begun:
+        passed(count, head)
+    if not count:
         yield Mark(EMPTY_CHAIN, False, 0)
 
 
+class Standing(NamedTuple):
+    """How a destination stands to a source (see quorum.compare).
+
+    Attributes:
+        after: the source's record behind which it goes on; None: from the beginning.
+    """
+
+    relation: Relation
+    after: Head | None
+
+
+def stand(end: End, source: Replica) -> Standing:
+    """How a destination that ends in ``end`` stands to ``source``.
+
+    Raises:
+        BackupError: that does not answer, or is damaged.
+    """
+    possible: dict[int, Head] = {}
+
+    def passed(count: int, head: Head) -> None:
+        if head.chain in (end.chain, end.chain_before):
+            possible[count] = head
+
+    with source.records() as records:
+        relation, place = compare(end, marks(records, passed))
+    return Standing(relation, possible.get(place))
+
+
 def continues(newest: Head, head: Head) -> bool:
-    """Whether the record ``head``, no snapshot, fits behind ``newest``."""
+    """Whether the record ``head`` fits behind ``newest``; a snapshot never does."""
+    if head.kind == Kind.SNAPSHOT:
+        return False
     if head.kind == Kind.OWNER:
         return head.chain == newest.chain
     if head.kind == Kind.REWIND:
@@ -61,30 +100,38 @@ class CatchUp:
 
     def add(self, head: Head, payload: bytes) -> None:
         """Add one record, durably; Moved if it does not fit."""
-        with self._lock:
-            if not continues(self._target.newest, head):
-                raise Moved(f"{self._target.url} has changed while it was brought up to date.")
-            self._target.add_record(head, payload)
+        self._add_all([(head, payload)])
 
-    def bring(self, source: Replica, relation: Relation, place: int) -> None:
+    def _add_all(self, records: Iterable[Record]) -> None:
+        self._target.add_records(self._continuing(records), self._lock)
+
+    def _continuing(self, records: Iterable[Record]) -> Iterator[Record]:
+        newest = self._target.newest
+        for head, payload in records:
+            if not continues(newest, head):
+                raise Moved(f"{self._target.url} has changed while it was brought up to date.")
+            yield head, payload
+            newest = head
+
+    def bring(self, source: Replica, standing: Standing) -> None:
         """Give it all that ``source`` has.
 
         Args:
-            relation, place: how it stands to that: see quorum.compare; not APART.
+            standing: how it stands to that; not APART.
 
         Raises:
             BackupError: either of the two failed, or has changed meanwhile.
         """
-        if relation in (Relation.FOLDED, Relation.ONE_MORE_FOR_GOOD):
-            return self._begin_anew(source)
-        with source.records() as records:
-            rest: Iterator[Record] = itertools.islice(_behind_snapshot(records), place - 1, None)
-            if relation is Relation.ONE_MORE:
+        is_all = standing.after is None and self._target.takes_quickly
+        if is_all or standing.relation in (Relation.FOLDED, Relation.ONE_MORE_FOR_GOOD):
+            return self.begin_anew(source)
+        with source.follow(standing.after) as found:
+            rest = _all_there_is(found)
+            if standing.relation is Relation.ONE_MORE:
                 first = next(rest, None)
                 self._take_back(first)
                 rest = itertools.chain([first] if first else [], rest)
-            for head, payload in self._as_it_votes(rest):
-                self.add(head, payload)
+            self._add_all(self._as_it_votes(rest))
 
     def _take_back(self, following: Record | None) -> None:
         """Take back the one change that nobody else has."""
@@ -95,7 +142,7 @@ class CatchUp:
         head = rewind_behind(newest, session, newest.time_ns)
         self.add(head, b"")
 
-    def _begin_anew(self, source: Replica) -> None:
+    def begin_anew(self, source: Replica) -> None:
         """Replace it by all that ``source`` has; what it was is kept."""
         target = self._target
         with source.records() as records, self._lock:
@@ -109,5 +156,8 @@ def _next_session(session: bytes) -> bytes:
     return session[:TAG_SIZE] + number.to_bytes(len(session) - TAG_SIZE, "big")
 
 
-def _behind_snapshot(records: Iterable[Record]) -> Iterator[Record]:
-    return (record for record in records if record[0].kind != Kind.SNAPSHOT)
+def _all_there_is(found: Iterable[Record | Pause]) -> Iterator[Record]:
+    for each in found:
+        if isinstance(each, Pause):
+            return
+        yield each

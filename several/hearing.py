@@ -196,6 +196,16 @@ def choose(found: Sequence[Heard], allow_missing: bool = False) -> tuple[Heard, 
             heard.look, heard.error = None, unread.error
 
 
+def alike(found: Sequence[Heard], chosen: Heard) -> list[Heard]:
+    """``chosen``, and those that hold just the same by their newest record."""
+    same = [h for h in found if h is not chosen and h.look is not None]
+    return [chosen, *[h for h in same if _place(h.head) == _place(chosen.head)]]
+
+
+def _place(head: Head) -> tuple[bytes, bool]:
+    return head.chain, head.rewindable
+
+
 class Unreadable(Exception):
     """The destination of this number had to be read, and could not be."""
 
@@ -216,6 +226,8 @@ def standing(heard: Heard, leader: Heard) -> str:
     if heard.look is None or leader.look is None:
         return f"unknown: {heard.error}"
     mine, theirs = end_of(heard.look.newest), end_of(leader.look.newest)
+    if heard.roster != leader.roster:
+        return NO_VOTE
     if (mine.chain, mine.rewindable) == (theirs.chain, theirs.rewindable):
         return IN_STEP
     with leader.replica.records() as records:
@@ -227,5 +239,6 @@ def standing(heard: Heard, leader: Heard) -> str:
     return str(relation.value)
 
 
+NO_VOTE = "none of the destinations, or not yet"
 Make = Callable[[str], Replica]
 """The destination of a URL, not open yet; ConfigError for a URL of no known form."""

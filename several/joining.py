@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from backend import EMPTY_CHAIN, Progress, log
 from errors import BackupError, BackupMissing, ConfigError
 from filelog import layout2
-from quorum import Relation, Roster, compare
+from quorum import Relation, Roster
 from replica import Replica
-from several.catchup import CatchUp, marks
+from several.catchup import CatchUp, Standing, stand
 from several.hearing import (
     Branched,
     Heard,
@@ -46,7 +46,7 @@ class Plan:
     leader: Heard
     roster: Roster
     start: int
-    relations: dict[str, tuple[Relation, int] | None]
+    relations: dict[str, Standing | None]
     former: Roster | None
     members: list[Heard]
     dropped: list[Heard]
@@ -119,18 +119,18 @@ def _is_empty(heard: Heard) -> bool:
     return heard.look is None or heard.look.newest.chain == EMPTY_CHAIN
 
 
-def _relation(heard: Heard, leader: Heard) -> tuple[Relation, int] | None:
+def _relation(heard: Heard, leader: Heard) -> Standing | None:
     if heard.look is None:
         return None
     assert leader.look is not None
     newest, leading = heard.head, leader.head
-    with leader.replica.records() as records:
-        relation, place = compare(end_of(newest), marks(records))
+    standing = stand(end_of(newest), leader.replica)
     # Where nothing shows whether it is of this history, it is not of this node's either.
-    foreign = relation is Relation.FOLDED and newest.tag != leading.tag and not _is_empty(heard)
-    if relation is Relation.APART or foreign:
+    is_folded = standing.relation is Relation.FOLDED
+    foreign = is_folded and newest.tag != leading.tag and not _is_empty(heard)
+    if standing.relation is Relation.APART or foreign:
         raise Branched(heard.url, leader.url)
-    return relation, place
+    return standing
 
 
 def bring_all(plan: Plan, make: Make, progress: Progress) -> None:
@@ -144,17 +144,15 @@ def bring_all(plan: Plan, make: Make, progress: Progress) -> None:
         replica, found = make(url), plan.relations[url]
         if found is None:
             replica.create(None)
-            with plan.leader.replica.records() as records:
-                found = compare(end_of(replica.look().newest), marks(records))
-        relation, place = found
-        if url == plan.leader.url or relation is Relation.EQUAL:
+            found = stand(end_of(replica.look().newest), plan.leader.replica)
+        if url == plan.leader.url or found.relation is Relation.EQUAL:
             continue
         with contextlib.closing(replica):
             replica.open()
             owner = plan.leader.head.session
             votes = any(heard.url == url for heard in plan.members)
             catch_up = CatchUp(replica, threading.Lock(), owner, votes)
-            catch_up.bring(plan.leader.replica, relation, place)
+            catch_up.bring(plan.leader.replica, found)
 
 
 def take_over(plan: Plan, owner: bytes, make: Make) -> list[str]:

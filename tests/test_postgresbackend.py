@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from backend import Change, Destination, Snapshot, new_owner
+from backend import Beginning, Change, Destination, Ending, Snapshot, new_owner
 from destinations import backend_for
 from errors import BackupError, BackupExists, BackupMissing, ConfigError, OtherOwner
 from tests import support
@@ -19,6 +19,8 @@ from tests.clusters import Cluster, Pair, until
 from tests.support import Call
 
 pytest.importorskip("psycopg")
+
+from postgres import look
 
 CHANGES = [support.change(version, f"-- {version}") for version in range(1, 40)]
 
@@ -467,18 +469,85 @@ def test_a_full_disk_is_told_and_nothing_of_it_stays(
     dbname = url.partition("?")[0].rpartition("/")[2]
     pair.primary.sql(f"CREATE TABLESPACE small LOCATION '{small_disk_of}'")
     pair.primary.sql("ALTER TABLE cln_backup.records SET TABLESPACE small", dbname=dbname)
-    calls: list[Call] = []
+    calls = [support.change(version, "-- " + "x" * 500_000) for version in range(1, 12)]
     with opened(of_more(pair, url, pair.primary, standbys="0", retry_for="1")) as backend:
-
-        def fill() -> None:
-            for version in range(1, 12):
-                call = support.change(version, "-- " + "x" * 500_000)
-                add(backend, call)
-                calls.append(call)
-
         with pytest.raises(BackupError, match="No space left on device"):
-            fill()
-        assert 0 < len(calls) < 11
+            add(backend, *calls)
+        assert 0 < backend.version < 11
         with pytest.raises(BackupError, match="No space left on device"):
-            add(backend, CHANGES[len(calls)])
+            add(backend, CHANGES[backend.version])
+    del calls[backend.version :]
     assert stored(of_more(pair, url, pair.primary)) == calls
+
+
+# Reading
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of five records."""
+    monkeypatch.setattr(look, "_PAGE", look._PAGE.replace(f"LIMIT {look.PAGE_ROWS}", "LIMIT 5"))
+
+
+def test_a_pass_that_a_compaction_overtakes_begins_anew(small_pages: None, url: str) -> None:
+    calls = support.first_changes(30)
+    with opened(url) as backend:
+        add(backend, *calls)
+    found: list[Call] = []
+    snapshots = 0
+    with contextlib.closing(backend_for(url).read()) as reading:
+        for step in reading:
+            if isinstance(step.found, Beginning):
+                found.clear()
+                snapshots += 1
+            elif isinstance(step.found, Change) and step.found.transaction is not None:
+                found.append((step.found.version, list(step.found.transaction)))
+                if len(found) == 7 and not snapshots:
+                    backend_for(url).compact()
+    assert isinstance(step.found, Ending) and step.found.damage is None
+    assert snapshots == 1 and found == calls[-1:]
+
+
+def test_a_pass_goes_on_after_its_connection_was_ended(
+    small_pages: None, pair: Pair, url: str
+) -> None:
+    with opened(url) as backend:
+        add(backend, *CHANGES)
+    with contextlib.closing(backend_for(url).read()) as reading:
+        steps = iter(reading)
+        found = [next(steps).found for _ in range(7)]
+        pair.primary.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'backup'"
+        )
+        found += [step.found for step in steps]
+    assert [each.version for each in found[:-1]] == [version for version, _ in CHANGES]
+    assert isinstance(found[-1], Ending) and found[-1].damage is None
+
+
+DAMAGE = {
+    "a record is gone": "DELETE FROM cln_backup.records WHERE sequence = 3",
+    "a record is another": "UPDATE cln_backup.records SET payload = payload || 'x' WHERE sequence"
+    " = 3",
+    "a record is another's": "UPDATE cln_backup.records SET chain = decode(repeat('00', 16), 'hex')"
+    " WHERE sequence = 3",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_named(name: str, pair: Pair, url: str) -> None:
+    with opened(url) as backend:
+        add(backend, *CHANGES[:6])
+    pair.primary.sql(DAMAGE[name], dbname=url.partition("?")[0].rpartition("/")[2])
+    found = backend_for(url).status(check=True)
+    assert found.damage and "good up to version 2, versions 3 to 6 stand behind" in found.damage
+    assert support.passed(backend_for(url).read()).calls == CHANGES[:2]
+
+
+def test_a_piece_of_a_snapshot_that_does_not_check(pair: Pair, tmp_path: Path) -> None:
+    url, first = pair.url(dbname=pair.database()), snapshot(tmp_path, 3)
+    backend_for(url).create(first)
+    dbname = url.partition("?")[0].rpartition("/")[2]
+    pair.primary.sql("UPDATE cln_backup.pieces SET data = data || 'x'", dbname=dbname)
+    assert "piece 0 of the snapshot does not check" in str(backend_for(url).status(True).damage)
+    pair.primary.sql("DELETE FROM cln_backup.pieces", dbname=dbname)
+    assert "piece 0 of the snapshot is missing" in str(backend_for(url).status(True).damage)

@@ -57,8 +57,8 @@ class PostgresDestination(PostgresBackend, Destination):
                 not_before = time.monotonic() + AFTER_FAILURE_S
 
     def _is_due(self, least: int) -> bool:
-        known = self._known
-        return known.log_size > max(least, known.snapshot_size)
+        known = self.known
+        return known is not None and known.log_size > max(least, known.snapshot_size)
 
     def compact(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
         """See Destination."""
@@ -73,8 +73,8 @@ class PostgresDestination(PostgresBackend, Destination):
                         progress(message["done"], message["of"])
         finally:
             restore.remove_database(f"{prefix}.sqlite3")
+        after = self.state()
         with self._lock or contextlib.nullcontext():
-            after = self.state()
             self.begins_anew(after)
         return {
             "before": {"backupsize": before.size, "version_count": before.version_count},

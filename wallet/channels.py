@@ -19,7 +19,7 @@ import scratch
 import space
 from backend import MAX_VERSION
 from errors import DiskError, printable
-from wallet import confined, database, scb
+from wallet import confined, database, live, scb
 from wallet.confined import Confined, Refused
 
 MAX_CHANNELS = 100_000
@@ -132,8 +132,7 @@ def _stands_alone(path: str) -> bool:
     if any(os.path.exists(path + suffix) for suffix in database.SIDE_FILES):
         return False
     try:
-        with open(path, "rb") as file:
-            return file.read(20)[18:] != b"\2\2"  # Journal mode WAL: SQLite makes files beside it.
+        return not live.is_wal(path)  # SQLite makes files beside it.
     except OSError as error:
         raise DiskError(path, error, "read") from error
 

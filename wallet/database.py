@@ -182,9 +182,15 @@ def copy_files(source: str, target: str) -> None:
             shutil.copyfile(source + suffix, target + suffix)
 
 
+_ROWS_ONLY = ("UPDATE ", "INSERT ", "DELETE ")
+"""How statements begin that leave the schema alone; others may do so, too."""
+
+
 class Replayer:
     """Applies changes to the database file ``path``, as the node's own connection did.
 
+    Many of them share a transaction of SQLite, and nothing can tell: each statement checks what
+    it did. Only what a COMMIT would check, deferred foreign keys, keeps each change by itself.
     It keeps no journal, or one UPDATE of a large table would take as much memory: after an
     error the file is garbage.
 
@@ -197,6 +203,8 @@ class Replayer:
         "synchronous = OFF",
         "locking_mode = EXCLUSIVE",
     )
+    transaction_size = 4 << 20
+    """Bytes of changes after which it commits; 0: after each."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -211,26 +219,48 @@ class Replayer:
         )
         self._execute = self._connection.cursor().execute
         self._off = False
+        self._has_deferred: bool | None = None
+        self._open_size = 0
+        """Bytes of the changes in the transaction that is open."""
         self._statement = ""
         """The one that is executed."""
 
     def apply(self, change: Change) -> None:
-        """Execute one transaction. A PRAGMA call runs outside of any, as on the node."""
+        """Execute one change. A PRAGMA call runs outside of any transaction, as on the node."""
         assert change.transaction is not None
         with self._naming(change):
             if change.is_pragma:
+                self._commit()
                 for self._statement in change.transaction:
                     if self._statement not in (FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON):
                         raise Refused("it is no PRAGMA that lightningd announces")
                     self._execute(self._statement)
                 self._off = change.transaction == [FOREIGN_KEYS_OFF]
                 return
-            self._execute("BEGIN")
+            if not self._connection.in_transaction:
+                self._execute("BEGIN")
+                self._open_size = 0
             self._execute_all(change)
-            self._execute("COMMIT")
+            self._open_size += len(change.payload)
+            if self._stands_alone(change) or self._open_size > self.transaction_size:
+                self._commit()
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
                 self._off = False
+
+    def _stands_alone(self, change: Change) -> bool:
+        """Whether ``change``, just executed, has to be committed before another one comes."""
+        assert change.transaction is not None
+        is_plain = all(statement.startswith(_ROWS_ONLY) for statement in change.transaction)
+        if not is_plain or self._has_deferred is None:
+            found = self._execute("SELECT 1 FROM sqlite_master WHERE sql LIKE '%deferr%' LIMIT 1")
+            self._has_deferred = found.fetchone() is not None
+        # A change of the schema may have had some for a while.
+        return self._off or self._has_deferred or not is_plain
+
+    def _commit(self) -> None:
+        if self._connection.in_transaction:
+            self._execute("COMMIT")
 
     @contextlib.contextmanager
     def _naming(self, change: Change) -> Iterator[None]:
@@ -276,6 +306,7 @@ class Replayer:
         """Close the database in the journal mode it had; its data_version."""
         try:
             with self._connection.explaining(self.path):
+                self._commit()
                 self._connection.allow(confined.READ_LIMIT_S)
                 version = data_version(self._connection)
                 self._connection.release()

@@ -38,6 +38,7 @@ class LiveDatabase(database.Replayer):
 
     # WAL: a check of the whole of it reads beside the changes.
     journal = ("journal_mode = WAL", "synchronous = FULL")
+    transaction_size = 0  # Which change is committed is decided here.
 
     def __init__(self, path: str) -> None:
         super().__init__(path)

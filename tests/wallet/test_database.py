@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from backend import Change, bump
-from errors import DatabaseError
+from errors import DatabaseError, DoesNotReplay
 from filebackend import FileBackend
 from tests import support
 from tests.support import run_cli
@@ -232,6 +233,115 @@ def test_replay_from_nothing(tmp_path: Path) -> None:
     support.apply_calls(tmp_path / "node", calls)
     assert database.compare(str(tmp_path / "node"), str(tmp_path / "there")) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["node", "there"]
+
+
+LATE = "CREATE TABLE late (id INTEGER PRIMARY KEY, parent INTEGER REFERENCES parents (id) {})"
+DEFERRED = LATE.format("DEFERRABLE INITIALLY DEFERRED")
+
+
+def one_by_one(path: Path, calls: Sequence[list[str]]) -> int | None:
+    """Execute ``calls`` as a node does; the place of the first that fails."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA foreign_keys = ON")
+        is_off = False
+        for place, statements in enumerate(calls):
+            is_pragma = statements in (OFF, ON)
+            try:
+                for statement in statements if is_pragma else ["BEGIN", *statements, "COMMIT"]:
+                    connection.execute(statement)
+            except sqlite3.Error:
+                return place
+            if is_off:
+                connection.execute("PRAGMA foreign_keys = ON")
+            is_off = statements == OFF
+    return None
+
+
+def grouped(path: Path, calls: Sequence[list[str]]) -> int | None:
+    """The same of a replay."""
+    try:
+        with contextlib.closing(Replayer(str(path))) as replayer:
+            for place, statements in enumerate(calls):
+                replayer.apply(Change(place, None, statements))
+            replayer.finish()
+    except DoesNotReplay as error:
+        return error.version
+    return None
+
+
+@pytest.mark.parametrize(
+    ("calls", "fails"),
+    [
+        (
+            [
+                [DEFERRED],
+                ["INSERT INTO late VALUES (1, 9)"],
+                ["INSERT INTO parents VALUES (9, '')"],
+            ],
+            2,
+        ),
+        ([[DEFERRED, "INSERT INTO late VALUES (1, 9)"], ["DELETE FROM late"]], 1),
+        (
+            [[DEFERRED, "INSERT INTO late VALUES (1, 9)", "DELETE FROM late"], ["DROP TABLE late"]],
+            None,
+        ),
+        ([[DEFERRED.lower()], ["INSERT INTO late VALUES (1, 9)"], ["DELETE FROM late"]], 2),
+        ([[LATE.format("")], ["INSERT INTO late VALUES (1, 9)"], ["DELETE FROM late"]], 2),
+        ([["DELETE FROM parents"], ["INSERT INTO parents VALUES (9, '')"], ["nonsense"]], 3),
+        (
+            [OFF, ["INSERT INTO children VALUES (3, 9)"], ["INSERT INTO children VALUES (4, 9)"]],
+            3,
+        ),
+    ],
+)
+def test_the_first_change_that_fails_is_named(
+    calls: list[list[str]], fails: int | None, tmp_path: Path
+) -> None:
+    """Also if the next one would have put it right before a COMMIT of both."""
+    assert one_by_one(tmp_path / "node", [FAMILY, *calls]) == fails
+    assert grouped(tmp_path / "there", [FAMILY, *calls]) == fails
+
+
+def some_history(chance: random.Random) -> list[list[str]]:
+    """Changes of three tables that point to each other; every third history or so fails."""
+
+    def statement() -> str:
+        number, parent = chance.randrange(1000), 3 if chance.random() < 0.03 else 2
+        usual = [
+            f"INSERT OR IGNORE INTO children VALUES ({number}, {parent})",
+            f"INSERT OR REPLACE INTO parents VALUES ({parent}, 'x{number}')",
+            f"UPDATE children SET parent = 2 WHERE id < {number}",
+            f"DELETE FROM children WHERE id > {number}",
+        ]
+        rare = [
+            *(DEFERRED, "DROP TABLE late", LATE.format(""), "DELETE FROM parents WHERE id = 1"),
+            *(f"INSERT INTO late VALUES ({number}, {parent})", "DELETE FROM late"),
+            f"ALTER TABLE children ADD x{number} INTEGER",
+        ]
+        return chance.choice(rare if chance.random() < 0.05 else usual)
+
+    calls = [FAMILY]
+    for _ in range(chance.randrange(5, 25)):
+        change = [statement() for _ in range(chance.randrange(1, 4))]
+        calls += [OFF, change, ON] if chance.random() < 0.1 else [change]
+    return calls
+
+
+@pytest.mark.parametrize("size", [300, 4 << 20])
+def test_changes_that_share_a_transaction_do_what_each_does_alone(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Replayer, "transaction_size", size)
+    whole = 0
+    for seed in range(40):
+        calls = some_history(random.Random(seed))
+        node, there = tmp_path / f"node-{seed}", tmp_path / f"there-{seed}"
+        fails = one_by_one(node, calls)
+        assert grouped(there, calls) == fails
+        if fails is None:
+            assert database.compare(str(node), str(there)) == []
+            whole += 1
+    assert 10 < whole < 35
 
 
 def test_replay_enforces_foreign_keys_as_the_node_does(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_another_destination_when_one_fails(tmp_path: Path) -> None:
         with writing(urls, 2) as node:
             add(node, 1, 5)
             until(lambda: follower.held and follower.held[-1][0].version == 5)
-            until(lambda: follower.sources)
+            until(lambda: follower.sources)  # They are told when all that was there is given.
             first = follower.sources[-1]
             disk = Path(first.removeprefix("file://")).parent
             disk.rename(tmp_path / "away")

@@ -19,7 +19,6 @@ import pytest
 
 from tests import support
 from tests.peers import ServerProcess, free_port
-from tests.stopping import eventually
 from tests.support import run_cli
 from wallet import database
 
@@ -108,16 +107,17 @@ class Lightningd:
         self.log = base.parent / "node.log"
         self._bitcoind = bitcoind
         self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
         self.directory.mkdir(parents=True)
 
-    def start(self, *options: str, backup: bool = True, port: int | None = None) -> None:
+    def start(self, *options: str, backup: bool = True, listen: bool = False) -> None:
         """Start; returns once it answers. Refusal if it ends instead.
 
         Args:
-            port: of 127.0.0.1, for peers; None: it knows no network.
+            listen: at ``port``, for peers; otherwise it knows no network.
         """
         bitcoin = self._bitcoind
-        reach = "--offline" if port is None else f"--bind-addr=127.0.0.1:{port}"
+        reach = f"--bind-addr=127.0.0.1:{self.port}" if listen else "--offline"
         command = [
             *("lightningd", "--network=regtest", f"--lightning-dir={self.base}"),
             *("--developer", "--dev-fast-gossip", "--dev-bitcoind-poll=1", reach),
@@ -340,10 +340,10 @@ def test_a_standby_takes_the_place_of_a_node_that_runs(
     fresh = Lightningd(tmp_path / "new-machine" / "lightning", bitcoind)
     standby = None
     try:
-        ports = free_port(), free_port(), free_port()
-        peer.start("--dev-no-reconnect", backup=False, port=ports[0])
-        node.start(port=ports[1])
-        channel = open_channel(node, peer, ports[0], bitcoind)
+        peer.start("--dev-no-reconnect", backup=False, listen=True)
+        node.start(listen=True)
+        open_channels(bitcoind, node, [peer])
+        ((channel, _),) = states(node)
         shutil.copy(node.directory / "hsm_secret", fresh.directory)
         words = ["standby", "--lightning-dir", str(fresh.directory), destination]
         standby = subprocess.Popen([sys.executable, support.CLI, *words])
@@ -355,15 +355,15 @@ def test_a_standby_takes_the_place_of_a_node_that_runs(
         node.wait()
         assert standby.wait(timeout=READY_S) == 0
         assert node.logged("took it over at")
-        fresh.start(port=ports[2])
+        fresh.start(listen=True)
         assert fresh.rpc("getinfo")["id"] == peer.rpc("listpeerchannels")["channels"][0]["peer_id"]
-        connect(fresh, peer, ports[0])
-        eventually(lambda: states(fresh) == [(channel, "CHANNELD_NORMAL")])
-        pay_once(fresh, peer)
+        connect(fresh, peer)
+        wait_until(lambda: states(fresh) == [(channel, "CHANNELD_NORMAL")])
+        pay(fresh, peer)
         with pytest.raises(Refusal):
-            node.start()
+            node.start(listen=True)
         assert node.logged("**BROKEN** plugin-backup.py") >= 2
-        pay_once(fresh, peer)
+        pay(fresh, peer)
         fresh.stop()
         assert_same(fresh, destination, tmp_path / "restored.sqlite3")
     finally:
@@ -373,22 +373,8 @@ def test_a_standby_takes_the_place_of_a_node_that_runs(
             standby.kill()
 
 
-def connect(node: Lightningd, peer: Lightningd, port: int) -> None:
-    node.rpc("connect", peer.rpc("getinfo")["id"], "127.0.0.1", str(port))
-
-
-def open_channel(node: Lightningd, peer: Lightningd, port: int, bitcoind: Bitcoind) -> str:
-    """A channel of the two, funded by ``node``: its short_channel_id."""
-    address = node.rpc("newaddr", "bech32")["bech32"]
-    bitcoind.cli("generatetoaddress", "101", bitcoind.cli("getnewaddress"))
-    bitcoind.cli("-named", "sendtoaddress", f"address={address}", "amount=1", "fee_rate=25")
-    bitcoind.cli("generatetoaddress", "1", bitcoind.cli("getnewaddress"))
-    eventually(lambda: node.rpc("listfunds")["outputs"])
-    connect(node, peer, port)
-    node.rpc("fundchannel", peer.rpc("getinfo")["id"], "1000000")
-    bitcoind.cli("generatetoaddress", "6", bitcoind.cli("getnewaddress"))
-    eventually(lambda: [state for _, state in states(node)] == ["CHANNELD_NORMAL"])
-    return states(node)[0][0]
+def connect(node: Lightningd, peer: Lightningd) -> None:
+    node.rpc("connect", peer.rpc("getinfo")["id"], "127.0.0.1", str(peer.port))
 
 
 def states(node: Lightningd) -> list[tuple[str, str]]:
@@ -397,7 +383,7 @@ def states(node: Lightningd) -> list[tuple[str, str]]:
     return [(each.get("short_channel_id", ""), each["state"]) for each in channels]
 
 
-def pay_once(node: Lightningd, peer: Lightningd) -> None:
+def pay(node: Lightningd, peer: Lightningd) -> None:
     bolt11 = peer.rpc("invoice", "100000", f"label {time.time_ns()}", "paid")["bolt11"]
     assert node.rpc("--notifications=none", "pay", bolt11)["status"] == "complete"
 
@@ -556,11 +542,11 @@ def test_recoverchannel_takes_what_channels_gives(bitcoind: Bitcoind, tmp_path: 
     backup = f"file://{tmp_path}/alice.bkp"
     run_cli("init", "--lightning-dir", alice.directory, backup)
     try:
-        alice.start(port=free_port())
+        alice.start(listen=True)
         for peer in peers:
-            peer.start(backup=False, port=free_port())
+            peer.start(backup=False, listen=True)
         open_channels(bitcoind, alice, peers)
-        pay(alice, peers[1])
+        pay_some(alice, peers[1])
         theirs = alice.rpc("staticbackup")["scb"]
         alice.stop()
         for source in (alice.database, backup):
@@ -577,7 +563,7 @@ def test_recoverchannel_takes_what_channels_gives(bitcoind: Bitcoind, tmp_path: 
             assert channel["funding"] == f"{sees['funding_txid']}:{sees['funding_outnum']}"
             assert channel["our_msat"] + sees["to_us_msat"] == channel["capacity_sat"] * 1000
         shutil.copy(alice.directory / "hsm_secret", again.directory)
-        again.start(backup=False, port=free_port())
+        again.start(backup=False, listen=True)
         for scb in ours.stdout.split():
             (stub,) = again.rpc("recoverchannel", f'["{scb}"]')["stubs"]
             assert stub in [sees["channel_id"] for sees in seen]
@@ -608,7 +594,7 @@ def open_channels(bitcoind: Bitcoind, node: Lightningd, peers: Sequence[Lightnin
     wait_until(lambda: all(map(is_normal, (node, *peers))))
 
 
-def pay(node: Lightningd, peer: Lightningd) -> None:
+def pay_some(node: Lightningd, peer: Lightningd) -> None:
     """Payments, so that both have a share of the channel, and it has revoked secrets."""
     for number in range(3):
         node.rpc("pay", peer.rpc("invoice", "10000000", f"pay {number}", "")["bolt11"])

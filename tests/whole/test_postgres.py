@@ -138,6 +138,32 @@ def test_plugin_killed_while_its_change_waits(node_dir: Path, url: str, pair: Pa
     assert calls_of(url) == calls
 
 
+def test_plugin_killed_before_its_change_is_committed(node_dir: Path, url: str, pair: Pair) -> None:
+    """Its server does not go on with it when the next plugin has looked."""
+    support.run_cli("init", "--lightning-dir", node_dir, url)
+    calls = support.first_changes(2)
+    blocked = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with contextlib.ExitStack() as stack:
+        plugin = stack.enter_context(support.PluginProcess(node_dir))
+        plugin.manifest()
+        plugin.write(*calls[0])
+        blocker = stack.enter_context(contextlib.closing(pair.primary.connect(dbname(url))))
+        blocker.autocommit = False
+        blocker.execute("LOCK TABLE cln_backup.records IN SHARE MODE")
+        plugin.send("db_write", {"data_version": 2, "writes": calls[1][1]})
+        until(lambda: pair.primary.sql(blocked), "it waits for the lock")
+        first = pair.primary.sql(blocked)
+        plugin.kill()
+        again = stack.enter_context(support.PluginProcess(node_dir))
+        again.manifest()
+        number = again.send("db_write", {"data_version": 2, "writes": calls[1][1]})
+        until(lambda: set(pair.primary.sql(blocked)) - set(first), "the next one waits")
+        assert not set(pair.primary.sql(blocked)) & set(first), "the one before is ended"
+        blocker.rollback()
+        assert again.answer(number) == {"result": "continue"}
+    assert calls_of(url) == calls
+
+
 def waiting(pair: Pair) -> list[object]:
     return pair.primary.sql("SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
 

@@ -205,3 +205,75 @@ def test_an_attach_that_dies_in_the_middle(
         with contextlib.suppress(hearing.Silent):
             assert several.restored(some) == newest, some
     assert several.restored([0, 1, 2]) == newest
+
+
+def settle(mirror: MirrorBackend) -> None:
+    """Wait until each of them has all."""
+
+    def is_settled() -> bool:
+        number = mirror._first + len(mirror._tail)
+        return all(mirror._has(member, number) for member in mirror._members)
+
+    with mirror._changed:
+        assert mirror._changed.wait_for(is_settled, 60)
+
+
+def broken(place: Place) -> None:
+    """A bit turns in the middle of the log, which nobody sees who looks at its end."""
+    support.flip(place.path, support.records_of(place.path)[2][0].end - 6)
+
+
+def test_damage_in_the_middle_is_no_reason_to_stand_still(tmp_path: Path) -> None:
+    """What is behind has to be compared with one that can be read."""
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    several.run(1, 2)
+    several.up(0, 1)
+    several.run(3, 4)
+    broken(several.places[0])
+    assert several.restored([0, 1, 2]) == 4
+    with pytest.raises(hearing.Silent):
+        several.restored([0, 2])
+    mirror = several.mirror()
+    with contextlib.closing(mirror):
+        mirror.open(several.owner)
+        Session(mirror, "DIR").write(Change(5, None, CALLS[4][1]))
+        with mirror._changed:
+            assert mirror._changed.wait_for(lambda: mirror._members[0].was_mended, 60)
+        settle(mirror)
+    for numbers in ([0, 1], [0, 2], [1, 2]):
+        assert several.restored(numbers) == 5
+
+
+def test_restore_takes_another_one_that_holds_the_same(tmp_path: Path) -> None:
+    several = Several(tmp_path, 3, 3)
+    several.up(0, 1, 2)
+    several.run(1, 2, 3)
+    broken(several.places[0])
+    urls = [place.url for place in several.places]
+    done = support.run_cli("restore", *urls, tmp_path / "restored.sqlite3")
+    assert "Restored version 3" in done.stdout and "holds the same is taken" in done.stderr
+    support.run_cli("restore", urls[0], tmp_path / "none.sqlite3", check=1)
+
+
+def test_one_that_a_check_found_unsound_is_replaced(tmp_path: Path) -> None:
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    mirror = several.mirror()
+    with contextlib.closing(mirror):
+        mirror.open(several.owner)
+        session = Session(mirror, "DIR")
+        for version in (1, 2, 3):
+            session.write(Change(version, None, CALLS[version - 1][1]))
+        settle(mirror)
+        broken(several.places[1])
+        was = several.places[1].path.read_bytes()
+        mirror._members[1].backend.unsound = "found by a check"
+        session.write(Change(4, None, CALLS[3][1]))
+        with mirror._changed:
+            assert mirror._changed.wait_for(lambda: mirror._members[1].was_mended, 60)
+        settle(mirror)
+        assert mirror._members[1].backend.unsound is None
+    kept = [path for path in several.places[1].path.parent.iterdir() if ".old-" in path.name]
+    assert len(kept) == 1 and kept[0].read_bytes()[: 1 << 10] == was[: 1 << 10]
+    assert several.restored([1, 2]) == 4
