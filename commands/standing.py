@@ -98,7 +98,8 @@ def _state(directory: str, urls: tuple[str, ...], check_every_s: float) -> State
     elif state.owner is not None:
         raise ConfigError(
             f"The standby in {directory} is being promoted.",
-            f"Run `{CLI} promote --lightning-dir {shlex.quote(directory)}` again.",
+            f"Run `{CLI} promote --lightning-dir {shlex.quote(directory)}` again, or to follow on,"
+            f" which begins again: `{keeping.remedy(directory)}`.",
         )
     state = dataclasses.replace(state, urls=urls, check_every_s=check_every_s, error=None)
     keeping.write(directory, state)
@@ -159,6 +160,12 @@ def _report_former(directory: str) -> None:
 
 
 def _report_start(directory: str) -> None:
+    if not os.path.exists(os.path.join(directory, "hsm_secret")):
+        click.echo(
+            f"Warning: there is no hsm_secret in {directory}: without the node's this database is"
+            " useless, and lightningd makes another node.",
+            err=True,
+        )
     click.echo(f"Add to lightningd's config: important-plugin={PLUGIN}")
     click.echo(
         f"Start lightningd on {directory}, with the node's hsm_secret there."

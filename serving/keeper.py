@@ -221,7 +221,8 @@ class Keeper:
 
         def add() -> None:
             session = head.session
-            if head.flags & OVERRIDE and decode_roster(payload) is not None:
+            roster = decode_roster(payload)
+            if head.flags & OVERRIDE and roster is not None and len(roster.urls) > 1:
                 # Its sender may not know the newest term.
                 session = session[:TAG_SIZE] + self.backend.newest.session[TAG_SIZE:]
             self.backend.add_owner(session, payload)

@@ -77,15 +77,13 @@ class Applier:
         self._newest = self._off = None
         self._has_come = False
         self._abandon()
+        # Opened anew: what failed may have left a PRAGMA in force.
+        self._close()
         place = self.state.place
         if place is None:
-            self._close()
             self._anew = _Anew(os.path.join(self._directory, keeping.BEGINNING_NAME))
             return None
-        if self._live is None:
-            self._open(place)
-        else:
-            self._live.commit()
+        self._open(place)
         self._place = place
         return place
 

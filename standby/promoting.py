@@ -82,6 +82,8 @@ class Promotion:
         self._roster: Roster | None = None
         self._directory = directory
         self._make = make
+        self._has_tried = state.owner is not None
+        """A destination may have been taken over."""
         self._path = os.path.join(directory, keeping.STANDBY_NAME)
         self._target = os.path.join(directory, node.DATABASE_NAME)
 
@@ -98,20 +100,37 @@ class Promotion:
         if self.state.complete:
             return
         self._require_no_database()
-        self._catch_up(self._choose(self._heard()))
+        if not self.state.taken:
+            self._shut_out()
+        assert self.state.owner is not None
+        taken = self._taken(self.state.owner)
+        if not self.state.listed:
+            self._list(taken, self.state.owner)
+        self._complete(self._choose(taken), self.state.owner)
+
+    def _shut_out(self) -> None:
+        """Let nobody else write to enough of the destinations."""
+        found = self._heard()
+        self._catch_up(self._choose(found))
         owner = self.state.owner or new_owner()
         # First, so that whoever is killed goes on as the same one.
         self._change(owner=owner)
-        taken = self._seize(owner)
-        self._change(taken=True, **self._destinations())
-        self._complete(self._choose(taken), owner)
+        try:
+            self._seize(found, owner)
+        except BackupError:
+            if not self._has_tried:  # The old node goes on, and so may the standby.
+                self._change(owner=None)
+            raise
+        self._change(taken=True, needed=self._needed(), **self._destinations())
 
-    def _destinations(self) -> dict[str, int]:
-        """How the new node goes on with several."""
-        if self._roster is None or len(self.state.urls) == 1:
+    def _destinations(self) -> dict[str, Any]:
+        """How the new node goes on."""
+        roster, urls = self._roster, self.state.urls
+        if roster is None:
             return {}
-        rule = rule_of(self._roster, len(self.state.urls))
-        return {"acks": rule.k, "epoch": self._roster.epoch}
+        listed = roster.urls == urls
+        epoch = roster.epoch if listed else roster.epoch + 1
+        return {"acks": rule_of(roster, len(urls)).k, "epoch": epoch, "listed": listed}
 
     def _require_no_database(self) -> None:
         for name in (self._target, *(self._target + each for each in database.SIDE_FILES)):
@@ -126,16 +145,21 @@ class Promotion:
         if len(found) == 1 and found[0].error is not None:
             raise found[0].error
         self._roster = self._roster or hearing.newest_roster(found, None)
-        if self._roster is None and len(found) > 1 and not self.state.taken:
+        if self._roster is None and len(found) > 1:
             raise ConfigError("These URLs are not the destinations of one backup.", "Check them.")
-        self._require([heard for heard in found if heard.look is not None], found)
-        return [heard for heard in found if heard.look is not None]
+        there = [heard for heard in found if heard.look is not None]
+        if self._roster is not None:  # Others do not have all that they acknowledged.
+            there = hearing.voters(there, self._roster)
+        self._require(there, found, self._needed())
+        return there
 
-    def _require(self, there: Sequence[Heard], all_of_them: Sequence[Heard]) -> None:
+    def _needed(self) -> int:
+        return _needed(self._roster, len(self.state.urls))
+
+    @staticmethod
+    def _require(there: Sequence[Heard], all_of_them: Sequence[Heard], needed: int) -> None:
         """Raise Silent if those of ``there`` are not enough to shut the node out, and to go on."""
-        needed = _needed(self._roster, len(self.state.urls))
-        voting = there if self._roster is None else hearing.voters(there, self._roster)
-        has = len({heard.look.backup_id for heard in voting if heard.look is not None})
+        has = len({heard.look.backup_id for heard in there if heard.look is not None})
         if has >= needed:
             return
         told = " ".join(f"{h.url}: {h.error.problem}" for h in all_of_them if h.error is not None)
@@ -144,29 +168,76 @@ class Promotion:
             f" the old node could go on. {told}"
         )
 
+    def _taken(self, owner: bytes) -> list[Heard]:
+        """Those that are ``owner``'s, with equal votes."""
+        found = hearing.hear([self._make(url) for url in self.state.urls])
+        if len(found) == 1 and found[0].error is not None:
+            raise found[0].error
+        there = [(heard, heard.look) for heard in found if heard.look is not None]
+        ours = [heard for heard, look in there if look.newest.tag == owner[:TAG_SIZE]]
+        others = [heard for heard, _ in there if heard not in ours]
+        if len(ours) < self.state.needed and others:
+            taken = "it was taken over again since this standby did"
+            raise OtherOwner(others[0].url, taken)
+        self._require(ours, found, self.state.needed)
+        if len(self.state.urls) > 1:  # Some may keep the new list already.
+            for heard in ours:
+                heard.roster = self._new_list()
+        return ours
+
+    def _new_list(self) -> Roster:
+        """Of the destinations that the new node goes on with."""
+        return Roster(self.state.epoch, self.state.acks, self.state.urls)
+
     def _choose(self, found: Sequence[Heard]) -> Replica:
         chosen, _ = hearing.choose(found, allow_missing=True)
         return chosen.replica
 
     # Taking over
 
-    def _seize(self, owner: bytes) -> list[Heard]:
+    def _seize(self, found: Sequence[Heard], owner: bytes) -> None:
         """Make ``owner`` the owner of as many destinations as can be, and of enough of them."""
-        found = self._heard()
         for heard in found:
             try:
-                _seize(heard, owner, self.state.taken, several=len(self.state.urls) > 1)
+                self._seize_one(heard, owner)
             except BackupError as error:
-                if len(found) == 1 or isinstance(error, OtherOwner):
+                if len(found) == 1:
                     raise
                 heard.look, heard.error = None, error
-        taken = [heard for heard in found if heard.look is not None]
-        self._require(taken, found)
-        again = hearing.hear([heard.replica for heard in taken])
-        for heard, before in zip(again, taken, strict=True):
-            heard.roster = before.roster if heard.roster is None else heard.roster
-        self._require([heard for heard in again if heard.look is not None], again)
-        return again
+        self._require(found, found, self._needed())
+
+    def _seize_one(self, heard: Heard, owner: bytes) -> None:
+        """Make ``owner`` the owner of one destination, durably."""
+        until_s = time.monotonic() + TRY_FOR_S
+        while True:
+            try:
+                return self._seize_once(heard, owner)
+            except (Refused, Diverged) as error:
+                # The answer was lost; or the node has written since the look, and the server is
+                # of an earlier release.
+                if error.code not in AGAIN or time.monotonic() > until_s:
+                    raise
+
+    def _seize_once(self, heard: Heard, owner: bytes) -> None:
+        replica, roster = heard.replica, heard.roster
+        with contextlib.closing(replica):
+            replica.open()
+            if replica.newest.tag == owner[:TAG_SIZE]:
+                return
+            self._has_tried = True
+            # A node that writes all the time would always be quicker: what it wrote is read later.
+            _claim(replica, owner, roster, roster, OVERRIDE)
+
+    def _list(self, taken: Sequence[Heard], owner: bytes) -> None:
+        """Have them keep the list that the new node goes on with."""
+        roster = self._new_list()
+        for heard in taken:
+            former = heard.replica.roster()
+            if former != roster:
+                with contextlib.closing(heard.replica):
+                    heard.replica.open()
+                    _claim(heard.replica, owner, former, roster)
+        self._change(listed=True)
 
     # Applying
 
@@ -206,6 +277,8 @@ class Promotion:
                 )
             applier.finish()
             self.state = applier.state
+        with open(self._path, "rb") as file:
+            durable.flush(file.fileno())
         found = database.version_of(self._path)
         if found != newest.version:
             raise BackupError(
@@ -248,41 +321,16 @@ def rule_of(roster: Roster, urls: int) -> Rule:
     return Rule(urls, min(roster.acks, urls))
 
 
-def _seize(heard: Heard, owner: bytes, taken: bool, several: bool) -> None:
-    """Make ``owner`` the owner of one destination, durably.
-
-    Args:
-        taken: that was so before.
-        several: it stays one of several.
-
-    Raises:
-        OtherOwner: somebody else has taken it since.
-    """
-    until_s = time.monotonic() + TRY_FOR_S
-    while True:
-        try:
-            return _seize_once(heard, owner, taken, several)
-        except (Refused, Diverged) as error:
-            # The answer was lost; or the node has written since the look, and the server is of an
-            # earlier release.
-            if error.code not in AGAIN or time.monotonic() > until_s:
-                raise
-
-
-def _seize_once(heard: Heard, owner: bytes, taken: bool, several: bool) -> None:
-    replica = heard.replica
-    with contextlib.closing(replica):
-        replica.open()
-        newest = replica.newest
-        if newest.tag == owner[:TAG_SIZE]:
-            return
-        if taken:
-            raise OtherOwner(replica.url, "it was taken over again since this standby did")
-        roster = heard.roster if several else None
+def _claim(
+    replica: Replica, owner: bytes, former: Roster | None, roster: Roster | None, flags: int = 0
+) -> None:
+    """Write to ``replica`` that it is of ``owner``, and keeps ``roster``."""
+    newest, session = replica.newest, owner
+    if roster is not None and len(roster.urls) > 1:
         # In the term that it is in: which of several has all there is must not change.
+        is_of_several = former is not None and len(former.urls) > 1
         term, start = layout2.term_of(newest.session), layout2.start_of(newest.session)
-        session = layout2.session_of(owner, term, start) if several else owner
-        payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
-        head = layout2.owner_behind(newest, session, payload)
-        # A node that writes all the time would always be quicker: what it wrote is read later.
-        replica.add_record(head._replace(flags=head.flags | OVERRIDE), payload)
+        session = layout2.session_of(owner, *((term, start) if is_of_several else (0, 0)))
+    payload = layout2.encode_owner(time.time_ns(), platform.node(), roster)
+    head = layout2.owner_behind(newest, session, payload)
+    replica.add_record(head._replace(flags=head.flags | flags), payload)

@@ -59,7 +59,9 @@ class State:
         error: why the backup is not followed just now, or None.
         owner: who takes the backup over, once that was asked for.
         taken: that one has it.
-        acks, epoch: of the list of several destinations that it goes on with, see quorum.Roster.
+        needed: how many destinations must be that one's.
+        acks, epoch: of the list of destinations that it goes on with, see quorum.Roster.
+        listed: they keep that list.
         complete: the database has everything, and only needs its name.
     """
 
@@ -72,8 +74,10 @@ class State:
     error: str | None = None
     owner: bytes | None = None
     taken: bool = False
+    needed: int = 1
     acks: int = 1
     epoch: int = 0
+    listed: bool = True
     complete: bool = False
 
 

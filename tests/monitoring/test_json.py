@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.standby.common import begun
 from tests.support import (
     ROOT,
     PluginProcess,
@@ -47,7 +48,7 @@ def check(found: dict[str, Any], promised: dict[str, list[str]]) -> None:
 
 
 def check_status(found: dict[str, Any], more: dict[str, list[str]] | None = None) -> None:
-    check(found, contract("`backup-cli status --json`") | (more or {}))
+    check(found, contract("`backup-cli status --json`\n") | (more or {}))
     for row in found["destinations"]:
         check(row, contract("A destination"))
 
@@ -110,6 +111,13 @@ def test_channels(tmp_path: Path) -> None:
         assert len(found["channels"]) == 2
         for channel in found["channels"]:
             check(channel if options else {**channel, "scb": None}, promised)
+
+
+def test_a_standby(backup: str, tmp_path: Path) -> None:
+    directory = begun(tmp_path / "regtest", backup)
+    found = json.loads(run_cli("status", "--json", "--lightning-dir", directory, check=1).stdout)
+    check(found, contract("`backup-cli status --json` of a standby"))
+    assert found["errors"] and found["backup_version"] == 3
 
 
 def test_the_contract_is_checked(backup: str) -> None:

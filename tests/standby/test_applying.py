@@ -6,6 +6,7 @@ import contextlib
 import random
 import shutil
 import sqlite3
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,9 @@ class Oracle:
 
 
 @pytest.mark.parametrize("name", ["payer", "crash"])
-def test_promoted_at_every_50th_moment(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    base = Path(support.FAST or tmp_path_factory.getbasetemp()) / f"standby-{name}"
-    base.mkdir()
-    try:
-        follow_and_promote(name, base)
-    finally:
-        shutil.rmtree(base)
+def test_promoted_at_every_50th_moment(name: str) -> None:
+    with tempfile.TemporaryDirectory(dir=support.FAST) as base:
+        follow_and_promote(name, Path(base))
 
 
 def follow_and_promote(name: str, base: Path) -> None:
