@@ -250,10 +250,10 @@ def keep_metrics(hook: Hook, path: str) -> None:
             found, exit_code = look(hook)
             metrics.write(path, metrics.render(found, exit_code, time.time()))
             told = ""
-        except BackupError as error:
+        except (BackupError, OSError) as error:  # Also if there is no memory for a process.
             if str(error) != told:
                 told = str(error)
-                log.warning(told)
+                log.warning(f"No metrics: {told}")
         time.sleep(METRICS_EVERY_S)
 
 

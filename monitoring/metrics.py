@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import durable
-from errors import DiskError
+from errors import ConfigError, DiskError
 from monitoring.fields import IN_STEP
 
 PREFIX = "cln_backup_"
@@ -130,8 +130,12 @@ def write(path: str, text: str) -> None:
     It is read by another user, and only figures and the names of destinations stand in it.
 
     Raises:
+        ConfigError: something else than a file is there.
         DiskError: it cannot be written.
     """
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # Root would replace /dev/null by it.
+        raise ConfigError(f"{path} is no file: no metrics are written to it.", "Name a file.")
     # A name that no collector takes: it reads *.prom.
     beside = f"{path}.{secrets.token_hex(4)}"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import time
 from pathlib import Path
@@ -68,6 +69,21 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     make_backup(url)
     done = run_cli("status", "--metrics", tmp_path / "none" / "backup.prom", url, check=1)
     assert "Could not write the metrics to" in done.stderr
+
+
+def test_where_it_is(tmp_path: Path) -> None:
+    """A relative path, a link, which stays one, and what is no file, which root could replace."""
+    url = f"file://{tmp_path}/node.bkp"
+    make_backup(url)
+    run_cli("status", "--metrics", "here.prom", url, cwd=tmp_path)
+    (tmp_path / "link.prom").symlink_to("there.prom")
+    run_cli("status", "--metrics", tmp_path / "link.prom", url)
+    for name in "here", "link", "there":
+        assert read(tmp_path / f"{name}.prom")["sound"] == 1
+    assert (tmp_path / "link.prom").is_symlink()
+    os.mkfifo(tmp_path / "fifo")
+    done = run_cli("status", "--metrics", tmp_path / "fifo", url, check=1)
+    assert "is no file" in done.stderr and stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
 
 
 def test_the_plugin_writes_them_with_the_hooks_times(node_dir: Path, tmp_path: Path) -> None:
