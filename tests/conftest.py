@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from tests import clusters, support
 
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare what the processes that tests start inherit."""
+    # Under nohup or `&` it would be ignored, and stay so for all that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not one of those thousands shall compile the program anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # Servers measure their coverage, too.
