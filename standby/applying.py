@@ -19,7 +19,7 @@ from replica import Record
 from standby import state as keeping
 from standby.state import State
 from wallet import database, restore
-from wallet.live import LiveDatabase, is_wal
+from wallet.live import LiveDatabase, is_damage, is_wal
 
 SAVE_AFTER_S = 1.0
 """How old the place in backup.standby may be; what the database has beyond, its version tells."""
@@ -90,6 +90,13 @@ class Applier:
     def _open(self, place: Head) -> None:
         if not os.path.exists(self._path):
             raise Unfit(f"{self._path} is gone.", f"Begin again: `{self._remedy()}`.")
+        node_id, known = database.node_id_of(self._path), self.state.node_id
+        if known not in (None, node_id):
+            raise Unfit(
+                f"{self._path} is of node {node_id}, and was of node {known}.",
+                f"Begin again: `{self._remedy()}`.",
+            )
+        self.state = dataclasses.replace(self.state, node_id=node_id)
         live = LiveDatabase(self._path)
         if live.version < place.version:
             live.close()
@@ -102,13 +109,20 @@ class Applier:
     def _remedy(self) -> str:
         return keeping.remedy(self._directory)
 
-    def go_back(self, error: BackupError) -> None:
-        """Be ready for another ``begin`` after ``error``: with all of the backup if it must be."""
+    def go_back(self, error: BackupError) -> bool:
+        """Be ready for another ``begin`` after ``error``: with all of the backup if it must be.
+
+        Returns:
+            Whether that can do better at once.
+        """
+        if not (isinstance(error, (PlaceGone, Unfit)) or is_damage(error)):
+            return False
         # What is gone may be the newest change only, which is not applied: then go on as before.
         newest_gone = isinstance(error, PlaceGone) and self._has_come
-        if isinstance(error, (PlaceGone, Unfit)) and not newest_gone:
+        if not newest_gone:
             log.log(NOTICE, "Beginning again with all of the backup")
             self.state = dataclasses.replace(self.state, place=None)
+        return True
 
     def feed(self, head: Head, payload: bytes) -> None:
         """Take the next record.

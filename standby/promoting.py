@@ -14,7 +14,7 @@ from typing import Any
 
 import durable
 from backend import TAG_SIZE, new_owner
-from errors import CLI, BackupError, BackupExists, ConfigError, DiskError, OtherOwner, PlaceGone
+from errors import CLI, BackupError, BackupExists, ConfigError, DiskError, OtherOwner
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from protocol import OVERRIDE, NackCode
@@ -24,7 +24,7 @@ from replica import Pause, Replica
 from several import hearing
 from several.hearing import Heard, Make, Silent
 from standby import state as keeping
-from standby.applying import Applier, Unfit
+from standby.applying import Applier
 from standby.state import State
 from wallet import database, node, restore
 
@@ -260,11 +260,10 @@ class Promotion:
                             applier.rest()
                             return found.newest
                         applier.feed(*found)
-            except (PlaceGone, Unfit) as error:
+            except BackupError as error:
                 tries -= 1
-                if not tries:
+                if not applier.go_back(error) or not tries:
                     raise
-                applier.go_back(error)
 
     def _complete(self, replica: Replica, owner: bytes) -> None:
         """Apply what is left, the newest change too; the database is a node's then."""
@@ -285,7 +284,8 @@ class Promotion:
                 f"The database is at version {found}, and the backup at {newest.version}.",
                 "Restore the backup, and find out why.",
             )
-        self._change(place=newest, complete=True)
+        node_id = database.node_id_of(self._path)
+        self._change(place=newest, node_id=node_id, complete=True)
 
     def name(self) -> None:
         """Give the complete database its name, never in place of another."""
@@ -295,14 +295,21 @@ class Promotion:
                 durable.remove(path)  # Killed in between.
             elif os.path.lexists(path):
                 self._require_no_database()
-                durable.publish(path, target)
+                durable.keep(path, target)  # Before the only name that it has is gone.
+                durable.remove(path)
             elif not os.path.lexists(target):
-                raise ConfigError(f"{path} is gone, and {target} is not there.")
+                raise ConfigError(
+                    f"{path} is gone, and {target} is not there.",
+                    f"The backup has everything: run `{self._restoring()}`, then this again.",
+                )
             durable.sync_dir(self._directory)
         except FileExistsError as error:
             raise BackupExists(target) from error
         except OSError as error:
             raise DiskError(target, error, "name") from error
+
+    def _restoring(self) -> str:
+        return f"{CLI} restore {shlex.join([*self.state.urls, self._directory])}"
 
 
 def _needed(roster: Roster | None, urls: int) -> int:
