@@ -458,6 +458,7 @@ def test_several_are_taken_over_with_one_away(
         with pytest.raises(Refused, match=TOOK_OVER):
             write(plugin, CALLS[15:17])
         assert time.monotonic() - began_s < mirrorbackend.RETRY_FOR_S / 2
+        node_database(node_dir / "lightningd.sqlite3", 15)
         done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=1)
         assert "must stay off" in done.stderr and "--override" not in done.stderr
         found = database.version_of(str(second / "lightningd.sqlite3"))
