@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from backend import NOTICE, log
-from errors import BackupError
+from errors import BackupError, DiskError
 from replica import Followable, Pause
 from standby import state as keeping
 from standby.applying import Applier, Foreign, Unfit
@@ -67,7 +67,8 @@ class Standby:
         self._is_in_step = False
         if self._applier.state.error != str(error):
             log.warning(str(error))
-            self._change(error=str(error))
+            with contextlib.suppress(DiskError):  # Its disk is full, most likely: it goes on.
+                self._change(error=str(error))
 
     def _change(self, *, error: str | None = None, proof: Proof | None = None) -> None:
         """Save the state, with what ``status`` is to tell."""

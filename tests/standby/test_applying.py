@@ -18,7 +18,7 @@ import destinations
 import durable
 from backend import FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON, Change, Session
 from destinations import FileDestination
-from errors import ConfigError, DatabaseError, DiskError, DoesNotReplay, PlaceGone
+from errors import ConfigError, DiskError, DoesNotReplay, PlaceGone
 from filelog import layout2
 from standby import state as keeping
 from standby.applying import Applier, Foreign
@@ -245,17 +245,22 @@ def test_a_database_that_is_none_of_this_node_begins_again(
     assert database.compare(str(tmp_path / "expected.sqlite3"), str(found)) == []
 
 
-def test_a_full_disk_does_not_begin_it_again(tmp_path: Path, url: str) -> None:
-    support.make_backup(url, support.first_changes(9))
+def test_a_full_disk_is_no_fault_of_a_change(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = support.first_changes(9)
+    support.make_backup(url, calls)
     directory = begun(tmp_path / "standby", url)
     caught_up(directory, FileDestination(url))
+    more = [support.change(10, f"INSERT INTO items VALUES (10, '{'x' * 99999}')")]
+    support.add_session(url, [*more, support.change(11, "SELECT 1")])
     state = keeping.read(str(directory))
     assert state is not None
+    monkeypatch.setattr(LiveDatabase, "journal", (*LiveDatabase.journal, "max_page_count = 8"))
     with contextlib.closing(Applier(str(directory), state)) as applier:
-        for text in ("database or disk is full", "database is locked"):
-            error = DatabaseError("path", text)
-            error.__cause__ = sqlite3.OperationalError(text)
-            assert not applier.go_back(error) and applier.state.place is not None
+        with pytest.raises(DiskError, match=f"Make room on that disk: `df -h {directory}") as full:
+            bring(applier, FileDestination(url))
+        assert not applier.go_back(full.value) and applier.state.place is not None
 
 
 @pytest.mark.parametrize(

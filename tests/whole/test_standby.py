@@ -410,6 +410,26 @@ def test_a_backup_that_is_not_sound_does_not_begin_for_ever(second: Path, url: s
     assert "Warning: SQLite's checks of it found: foreign_key_check" in done.stderr
 
 
+FULL = """
+import errno
+from standby import state
+inner = state.write
+def full(directory, found):
+    if found.error is not None:
+        state.write = inner
+        raise state.DiskError(directory, OSError(errno.ENOSPC, "full"), "write")
+    inner(directory, found)
+state.write = full
+"""
+
+
+def test_an_error_that_cannot_be_noted_does_not_end_it(second: Path, url: str) -> None:
+    with StandbyProcess(second, url, patch=FULL) as standby:
+        standby.wait_for("There is no backup at")
+        support.make_backup(url, CALLS[:10])
+        standby.wait_for("in step")
+
+
 def test_two_promotes_at_once(second: Path, url: str) -> None:
     support.make_backup(url, CALLS[:10])
     with StandbyProcess(second, url) as standby:
