@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -115,7 +116,7 @@ class Applier:
         Returns:
             Whether that can do better at once.
         """
-        if not (isinstance(error, (PlaceGone, Unfit)) or is_damage(error)):
+        if not (isinstance(error, (PlaceGone, Unfit)) or is_damage(error) or self._failed(error)):
             return False
         # What is gone may be the newest change only, which is not applied: then go on as before.
         newest_gone = isinstance(error, PlaceGone) and self._has_come
@@ -123,6 +124,10 @@ class Applier:
             log.log(NOTICE, "Beginning again with all of the backup")
             self.state = dataclasses.replace(self.state, place=None)
         return True
+
+    def _failed(self, error: BackupError) -> bool:
+        """Whether a write or flush of the database failed: what it shows may not be on the disk."""
+        return isinstance(error, DiskError) and (error.path, error.errno) == (self._path, errno.EIO)
 
     def feed(self, head: Head, payload: bytes) -> None:
         """Take the next record.

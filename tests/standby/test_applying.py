@@ -261,6 +261,10 @@ def test_a_full_disk_is_no_fault_of_a_change(
         with pytest.raises(DiskError, match=f"Make room on that disk: `df -h {directory}") as full:
             bring(applier, FileDestination(url))
         assert not applier.go_back(full.value) and applier.state.place is not None
+        # As a disk's failed flush: what is read back then may never have reached it.
+        path = str(directory / keeping.STANDBY_NAME)
+        assert applier.go_back(DiskError(path, OSError(errno.EIO, "failed"), "write"))
+        assert applier.state.place is None
 
 
 @pytest.mark.parametrize(
