@@ -20,6 +20,7 @@ import pytest
 import mirrorbackend
 from backend import FOREIGN_KEYS_OFF, new_owner
 from commands.standing import promote
+from errors import CLI
 from filebackend import FileBackend
 from socketbackend import SocketBackend
 from tests import support
@@ -521,9 +522,15 @@ def test_one_of_two_goes_on_alone(node_dir: Path, second: Path, tmp_path: Path) 
     for number in range(2):
         (tmp_path / f"disk{number}").mkdir()
     run_cli("init", "--lightning-dir", node_dir, *urls)
-    with PluginProcess(node_dir) as plugin, StandbyProcess(second, urls[1]) as standby:
+    with PluginProcess(node_dir) as plugin, StandbyProcess(second, *urls) as standby:
         write(plugin, CALLS[:10])
         standby.wait_for_version(9)
+    (tmp_path / "disk0").rename(tmp_path / "away")
+    done = run_cli("promote", "--lightning-dir", second, check=1)
+    assert f"`{CLI} standby --lightning-dir {second} {urls[1]}` until it" in done.stderr
+    with StandbyProcess(second, urls[1]) as standby:
+        standby.wait_for("in step")
+    (tmp_path / "away").rename(tmp_path / "disk0")
     promote.main(["--lightning-dir", str(second)], standalone_mode=False)
     with PluginProcess(node_dir) as plugin, pytest.raises(Refused, match=TOOK_OVER):
         plugin.write(*CALLS[10])
