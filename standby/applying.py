@@ -80,10 +80,11 @@ class Applier:
         self._abandon()
         # Opened anew: what failed may have left a PRAGMA in force.
         self._close()
-        place = self.state.place
+        place, beginning = self.state.place, os.path.join(self._directory, keeping.BEGINNING_NAME)
         if place is None:
-            self._anew = _Anew(os.path.join(self._directory, keeping.BEGINNING_NAME))
+            self._anew = _Anew(beginning)
             return None
+        restore.remove_database(beginning, durable.remove)  # Of one that was killed.
         self._open(place)
         self._place = place
         return place

@@ -126,7 +126,8 @@ class Standby:
         after_ns = int(applier.state.check_every_s * 1e9)
         if self._prover.is_running or not applier.version:
             return False
-        if last is not None and time.time_ns() - last.time_ns < after_ns:
+        # One of the future is by a clock that was wrong.
+        if last is not None and 0 <= time.time_ns() - last.time_ns < after_ns:
             return False
         if not is_fresh:
             return True

@@ -231,7 +231,7 @@ def swap(path: Path) -> None:
     support.apply_calls(path, node_calls("bb", 9))
 
 
-@pytest.mark.parametrize("harm", [cut_off, garble, swap, Path.unlink])
+@pytest.mark.parametrize("harm", [cut_off, garble, swap, Path.unlink, Path.touch])
 def test_a_database_that_is_none_of_this_node_begins_again(
     harm: Callable[[Path], None], tmp_path: Path, url: str
 ) -> None:
@@ -240,9 +240,11 @@ def test_a_database_that_is_none_of_this_node_begins_again(
     directory = begun(tmp_path / "standby", url)
     caught_up(directory, FileDestination(url))
     harm(directory / keeping.STANDBY_NAME)
+    (directory / keeping.BEGINNING_NAME).touch()  # Another was killed before.
     found = promoted(directory, tmp_path / "promoted", url)
     support.apply_calls(tmp_path / "expected.sqlite3", calls)
     assert database.compare(str(tmp_path / "expected.sqlite3"), str(found)) == []
+    assert not (tmp_path / "promoted" / keeping.BEGINNING_NAME).exists()
 
 
 def test_a_full_disk_is_no_fault_of_a_change(
