@@ -32,6 +32,7 @@ from commands.shared import (
     scratch_option,
     scratch_prefix,
 )
+from decisions import may_write
 from errors import (
     CLI,
     BackupError,
@@ -84,10 +85,10 @@ def status(
     With several URLs, or --lightning-dir for those of a node: how each of them stands. For the
     directory of a standby: its version, how far behind it is, and its last proof.
 
-    Exit code for cron: 0 sound, 1 unreadable or damaged, or too few of several destinations are
-    in step; 4 a warning, or not all of several are in step. Of a standby: 1 it could not take the
-    node's place as it should. Of a wallet on PostgreSQL: 0 each commit is on two machines, 1 it is
-    not; 4 a warning.
+    Exit code for cron: 0 sound, 1 unreadable or damaged, another node's by now, or too few of
+    several destinations are in step; 4 a warning, or not all of several are in step. Of a standby:
+    1 it could not take the node's place as it should. Of a wallet on PostgreSQL: 0 each commit is
+    on two machines, 1 it is not; 4 a warning.
 
     \b
     Example:
@@ -111,6 +112,8 @@ def status(
         if metrics is not None:
             write_metrics(metrics, render(shown, error.exit_code, time.time()))
         raise
+    if lightning_dir is not None and standby is None:
+        found.errors.extend(_whose(lightning_dir, found.shown["owner"]))
     click.echo(json.dumps(found.shown, indent=2) if as_json else found.text)
     for warning in found.warnings:
         click.echo(f"Warning: {warning}", err=True)
@@ -119,6 +122,14 @@ def status(
     if metrics is not None:
         write_metrics(metrics, render(found.shown, found.exit_code, time.time()))
     sys.exit(found.exit_code)
+
+
+def _whose(lightning_dir: str, owner: str | None) -> list[str]:
+    """Why the node may not write to a backup of ``owner``, if it may not."""
+    lock_file = node.read_lock_file(node.network_dir(lightning_dir))
+    if owner is None or may_write(bytes.fromhex(owner), lock_file.owner):
+        return []
+    return ["It is another node's now: a start of this one is refused, and says who took it over."]
 
 
 class Found(NamedTuple):

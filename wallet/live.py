@@ -29,7 +29,8 @@ def is_wal(path: str) -> bool:
         return file.read(WAL_BYTES.stop)[WAL_BYTES] == b"\2\2"
 
 
-_DAMAGE = re.compile("malformed|not a database")
+_DAMAGE = re.compile("malformed|not a database|^$")
+"""What SQLite says; Python 3.10 has no text for bytes that are none."""
 
 
 def is_damage(error: BackupError) -> bool:

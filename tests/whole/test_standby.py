@@ -136,6 +136,9 @@ def test_from_nothing_to_a_fail_over(
         plugin.write(*CALLS[40])
     # Not how an old state gets back into the backup.
     assert "must stay off" in str(caught.value) and "--override" not in str(caught.value)
+    done = run_cli("status", "--lightning-dir", node_dir, check=1)
+    assert "another node's now" in done.stderr
+    run_cli("status", "--lightning-dir", second)
     assert "attach" in run_cli("promote", "--lightning-dir", node_dir, check=1).stderr
     with PluginProcess(second) as plugin:
         write(plugin, CALLS[40:42])
