@@ -88,15 +88,16 @@ class Index:
             self._db.execute("PRAGMA synchronous = OFF")  # What a loss of power takes is redone.
             self._db.execute("PRAGMA cache_size = -8000")
             self._db.executescript(_SCHEMA)
+            known = self.note("images")
+            if known is None:
+                self.set_note("images", json.dumps(images))
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error
-        known = self.note("images")
         if known not in (None, json.dumps(images)):
             self._db.close()
             raise ConfigError(
                 f"{self.path} is of other images, or they have changed.", "Name another OUTDIR."
             )
-        self.set_note("images", json.dumps(images))
 
     def _unusable(self, error: Exception) -> Exception:
         if isinstance(error, OSError):
