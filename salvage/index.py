@@ -28,10 +28,11 @@ _INDEXES = """
 CREATE INDEX IF NOT EXISTS by_low ON log_ends (low);
 CREATE INDEX IF NOT EXISTS by_before ON pieces (before, kind, whole, chain);
 CREATE INDEX IF NOT EXISTS by_chain ON pieces (chain, kind, whole, sequence);
-CREATE INDEX IF NOT EXISTS by_offset ON pieces (backup, offset);
+CREATE INDEX IF NOT EXISTS by_offset ON pieces (backup, offset, sequence);
 CREATE INDEX IF NOT EXISTS by_sequence ON pieces (backup, sequence, offset);
 CREATE INDEX IF NOT EXISTS broken ON pieces (id) WHERE whole = 0;
-CREATE INDEX IF NOT EXISTS snapshots ON pieces (chain, offset) WHERE kind = 1;
+CREATE INDEX IF NOT EXISTS snapshots ON pieces (backup, chain, sequence, version, offset)
+  WHERE kind = 1;
 """
 _INSERT = f"INSERT INTO pieces VALUES (NULL{', ?' * 15})"
 _ROW = "id, place, payload, layout, whole, split, tail, head"
