@@ -185,6 +185,7 @@ class MirrorBackend(Followable):
         sessions = [heard.look.newest.session for heard in found if heard.look is not None]
         start = 1 + max(map(layout2.start_of, sessions), default=0)
         kept, errors = [], []
+        taken: list[BackupError] = []
         for each in found:
             try:
                 # Whoever is of this number leads: what was before it is replaced.
@@ -194,6 +195,9 @@ class MirrorBackend(Followable):
                 kept.append(f"{each.url}: {where}" if where else "")
             except BackupError as error:
                 errors.append(f"{each.url}: {error.problem}")
+                taken += [error] if _is_taken(error) else []
+        if self._rule.n - len(taken) < self._rule.to_start:
+            raise taken[0]
         if len(kept) < self._rule.to_start:
             raise Silent(
                 f"{len(kept)} of {self._rule.n} destinations could be replaced, and"
@@ -807,7 +811,7 @@ def _is_taken(error: BackupError) -> bool:
     """Whether another node took the backup over."""
     if isinstance(error, OtherOwner):
         return bool(error.taken)
-    return getattr(error, "code", None) is NackCode.TAKEN_OVER
+    return getattr(error, "code", None) in (NackCode.OTHER_OWNER, NackCode.TAKEN_OVER)
 
 
 def _is_before(member: Member, start: Head) -> bool:

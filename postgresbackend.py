@@ -16,6 +16,7 @@ from postgres.cluster import Cluster, Unreachable
 from postgres.delivery import Delivery
 from postgres.link import Denied, Failed, Link
 from postgres.look import PostgresReading, Records, State
+from protocol import OVERRIDE
 from quorum import Roster
 from replica import Look, Pause, Record, Replica
 
@@ -149,6 +150,9 @@ class PostgresBackend(Replica):
 
     def add_record(self, head: Head, payload: bytes) -> None:
         """See Replica."""
+        if head.flags & OVERRIDE:  # Open it again to know behind what.
+            with self._writing() as link:
+                return building.take_over(link, self._name, self.url, head.session, payload)
         self._delivery.session = head.session
         self._delivery.deliver(head, payload)
 
