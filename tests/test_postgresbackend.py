@@ -23,13 +23,14 @@ from errors import (
     PlaceGone,
 )
 from replica import Followable, Pause
-from tests import support
+from tests import clusters, support
 from tests.clusters import Cluster, Pair, until
 from tests.support import Call
 
 pytest.importorskip("psycopg")
 
 from postgres import look
+from postgres.wallet import examine
 
 CHANGES = [support.change(version, f"-- {version}") for version in range(1, 40)]
 
@@ -212,6 +213,28 @@ def test_standbys_that_are_not_there(pair: Pair, url: str) -> None:
 
 def test_only_one_of_any_is_enough(pair: Pair, url: str) -> None:
     pair.primary.configure("synchronous_standby_names", "ANY 1 (b, c)")
+    with opened(of_more(pair, url, retry_for="0")) as backend:
+        add(backend, CHANGES[0])
+
+
+def test_who_follows_tables_only_is_no_standby(pair: Pair, url: str, tmp_path: Path) -> None:
+    """He takes part in the count of synchronous standbys, and confirms what he does not keep."""
+    primary = pair.primary
+    primary.sql("ALTER SYSTEM SET wal_level = logical")
+    primary.stop()
+    primary.start()
+    pair.await_streaming()
+    primary.sql("SELECT pg_create_logical_replication_slot('tables', 'test_decoding')")
+    where = f"host={primary.sockets} port={primary.port} user=postgres dbname=postgres"
+    follow = [clusters.bindir() / "pg_recvlogical", "-d", f"{where} application_name=a"]
+    follow += ["-S", "tables", "--start", "-f", tmp_path / "tables", "-F", "1", "-s", "1"]
+    with subprocess.Popen(list(map(str, follow))) as follower:
+        counts = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'quorum'"
+        until(lambda: len(primary.sql(counts)) == 2, "it counts as a synchronous standby")
+        assert "a follows tables only" in refusal(of_more(pair, url, retry_for="0"))
+        assert examine(of_more(pair, url, primary)).server.confirming == 1
+        follower.kill()
+    until(lambda: len(primary.sql(counts)) == 1, "it has gone")
     with opened(of_more(pair, url, retry_for="0")) as backend:
         add(backend, CHANGES[0])
 
