@@ -64,6 +64,7 @@ class PostgresBackend(Replica):
 
     def require_absent(self) -> None:
         """See Backend."""
+        self._cluster.url.require_writable()
         with self._once(self._cluster.writer) as link, contextlib.suppress(BackupMissing):
             version = self._state(link).newest.version
             raise BackupExists(f"The backup {self._name} in that database, at version {version},")
@@ -72,6 +73,7 @@ class PostgresBackend(Replica):
         self, snapshot: Snapshot | None, owner: bytes = NOBODY, changes: Sequence[Change] = ()
     ) -> None:
         """See Backend. It makes the tables, too, where there are none."""
+        self._cluster.url.require_writable()
         with self._once(self._cluster.writer) as link:
             building.create(link, self._name, self.url, snapshot, owner)
         if changes:
@@ -190,6 +192,7 @@ class PostgresBackend(Replica):
 
     def open(self, owner: bytes | None = None) -> None:
         """See Backend. Waits for the cluster as long as a change would."""
+        self._cluster.url.require_writable()
         self._delivery.open(owner)
 
     def take_over(self, owner: bytes) -> None:

@@ -298,6 +298,27 @@ def test_urls_that_are_refused(url: str, said: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["node.old-2026", "node.new-1", "x.old-y"])
+def test_a_name_of_those_that_are_kept_is_none_to_write_to(name: str, url: str, pair: Pair) -> None:
+    backend = backend_for(of_more(pair, url, backup=name))
+    for write in (backend.require_absent, lambda: backend.create(None), backend.open):
+        with pytest.raises(ConfigError, match=f"backup={name} is no name to write to"):
+            write()
+    with pytest.raises(BackupMissing):
+        backend.read()
+
+
+def test_what_is_kept_of_the_longest_name_can_be_read(pair: Pair, url: str) -> None:
+    longest = made(of_more(pair, url, backup="n" * 100))
+    with opened(longest) as backend:
+        add(backend, *CHANGES[:2])
+    for _ in range(2):
+        kept = backend_for(longest).replace(None)
+        assert kept is not None
+    name = kept.partition("backup=")[2].split()[0]
+    assert stored(of_more(pair, url, backup=name)) == []
+
+
 # Who is asked
 
 
