@@ -539,8 +539,12 @@ class MirrorBackend(Followable):
             member.reconnects += member.backend.reconnects
             backend = self._make(member.url)
             backend.home = self.home
-            self._open(backend)
-            votes = backend.roster() == self.roster
+            try:
+                self._open(backend)
+                votes = backend.roster() == self.roster
+            except BaseException:
+                backend.close()  # Or it would be in its own way at the next try.
+                raise
             member.backend = backend
         with changed:
             member.heard, member.votes = True, votes

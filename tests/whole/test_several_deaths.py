@@ -12,7 +12,7 @@ import pytest
 
 import mirrorbackend
 from backend import Change, Session, new_owner, outcome
-from errors import BackupError, ConfigError
+from errors import BackupError, ConfigError, DiskError
 from filelog import appender
 from filelog.layout2 import Head, Kind, change_behind, session_of, start_of, term_of
 from mirrorbackend import MirrorBackend
@@ -208,6 +208,26 @@ def test_an_attach_that_dies_in_the_middle(
         with contextlib.suppress(hearing.Silent):
             assert several.restored(some) == newest, some
     assert several.restored([0, 1, 2]) == newest
+
+
+def test_one_that_fails_when_it_has_just_been_opened_is_not_in_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    failing, roster = [several.places[2].url], Flaky.roster
+
+    def fails_once(flaky: Flaky) -> Roster | None:
+        if flaky.url in failing:
+            failing.remove(flaky.url)
+            raise DiskError(flaky.path, OSError(5, "injected"), "read")
+        return roster(flaky)
+
+    monkeypatch.setattr(Flaky, "roster", fails_once)
+    mirror = several.mirror()
+    with contextlib.closing(mirror):
+        mirror.open(several.owner)
+        settle(mirror)
 
 
 def settle(mirror: MirrorBackend) -> None:
