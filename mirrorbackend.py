@@ -55,6 +55,7 @@ class Member:
         part: what it does; changed under the mirror's lock, as all that follows.
         done: how many of the mirror's records it has on stable storage.
         heard: it has answered, and what it holds is known.
+        kept: the list of destinations that it keeps.
         votes: it has all that it ever acknowledged, see quorum.Roster.
         was_mended: it was replaced, as a check had found it unsound.
         failed: its first try to answer has failed.
@@ -68,6 +69,7 @@ class Member:
         self.since_ns = time.time_ns()
         self.error: BackupError | None = None
         self.done = 0
+        self.kept: Roster | None = None
         self.heard = self.failed = self.votes = self.was_mended = False
         self.thread: threading.Thread | None = None
         self.reconnects = 0
@@ -312,17 +314,32 @@ class MirrorBackend(Followable):
             if isinstance(error, BackupBusy):
                 return error
         told = [f"{url}: {error.problem}" for url, error in errors]
-        told += [
-            f"{m.url} has no vote: it was being given the whole backup, or keeps another list of"
-            f" destinations than backup.lock (see `{CLI} status`, then `resync` or `attach`)."
-            for m in self._members
-            if m.heard and not m.votes
-        ]
+        voiceless = [m for m in self._members if m.heard and not m.votes]
+        told += [f"{m.url} has no vote: {self._why(m)}." for m in voiceless]
+        way_out = ""
+        if voiceless and heard >= self._rule.to_start:  # There is nobody to be brought back.
+            moved = any(self._keeps_another_list(m) for m in voiceless)
+            way_out = (
+                f"Stop the node and run `{CLI} attach --lightning-dir DIR --acks K URL...` with"
+                " those that there are to be."
+                if moved
+                else f"Stop the node and run `{CLI} resync --lightning-dir DIR`: all of them begin"
+                " anew with the node's database, and what they held is kept."
+            )
         return Silent(
             f"{min(voting, heard)} of {self._rule.n} destinations answered, and"
             f" {self._rule.to_start} are needed: the newest change may be on those that are"
-            f" missing. {' '.join(told)}"
+            f" missing. {' '.join(told)}",
+            way_out,
         )
+
+    def _keeps_another_list(self, member: Member) -> bool:
+        return member.kept is not None and member.kept._replace(votes=True) != self.roster
+
+    def _why(self, member: Member) -> str:
+        if self._keeps_another_list(member):
+            return "it keeps another list of destinations than backup.lock"
+        return "it was being given the whole backup, and does not have all of it yet"
 
     def _begin(self) -> None:
         """Find out what was acknowledged, and let K of them have it, with a new term."""
@@ -541,13 +558,13 @@ class MirrorBackend(Followable):
             backend.home = self.home
             try:
                 self._open(backend)
-                votes = backend.roster() == self.roster
+                kept = backend.roster()
             except BaseException:
                 backend.close()  # Or it would be in its own way at the next try.
                 raise
             member.backend = backend
         with changed:
-            member.heard, member.votes = True, votes
+            member.heard, member.kept, member.votes = True, kept, kept == self.roster
             changed.notify_all()
             changed.wait_for(lambda: self._started or self._is_closing(changed))
         while not self._is_closing(changed):

@@ -14,7 +14,16 @@ import mirrorbackend
 from backend import Change, Session, new_owner, outcome
 from errors import BackupError, ConfigError, DiskError
 from filelog import appender
-from filelog.layout2 import Head, Kind, change_behind, session_of, start_of, term_of
+from filelog.layout2 import (
+    Head,
+    Kind,
+    change_behind,
+    encode_owner,
+    owner_behind,
+    session_of,
+    start_of,
+    term_of,
+)
 from mirrorbackend import MirrorBackend
 from quorum import Relation, Roster
 from several import hearing, joining
@@ -228,6 +237,27 @@ def test_one_that_fails_when_it_has_just_been_opened_is_not_in_its_own_way(
     with contextlib.closing(mirror):
         mirror.open(several.owner)
         settle(mirror)
+
+
+def test_what_to_type_where_one_has_no_vote(tmp_path: Path) -> None:
+    several = Several(tmp_path, 2, 1)
+    several.up(0, 1)
+    several.run(1, 2)
+    copied_to = several.make(several.places[1].url)
+    payload = encode_owner(0, "here", several.roster._replace(votes=False))
+    with contextlib.closing(copied_to):
+        copied_to.open(several.owner)
+        newest = copied_to.newest
+        copied_to.add_record(owner_behind(newest, newest.session, payload), payload)
+    with pytest.raises(hearing.Silent, match=r"was being given the whole.*resync --lightning-dir"):
+        several.run(3)
+    several.up(0)
+    with pytest.raises(hearing.Silent, match="Bring them back"):
+        several.run(3)
+    several.up(0, 1)
+    several.roster = several.roster._replace(epoch=2)
+    with pytest.raises(hearing.Silent, match=r"another list of.*attach --lightning-dir"):
+        several.run(3)
 
 
 def settle(mirror: MirrorBackend) -> None:
