@@ -146,6 +146,9 @@ class MirrorBackend(Followable):
 
     def require_absent(self) -> None:
         """See Backend."""
+        files = [each.scratch_paths(None) for each in self._all() if each.directories]
+        if len(set(files)) < len(files):
+            raise ConfigError("Two of the destinations are one file, by two names.", "Name it once.")
         for each in self._all():
             each.require_absent()
 
