@@ -20,6 +20,7 @@ from backend import (
     Status,
     log,
 )
+from decisions import may_replace
 from errors import CLI, BackupBusy, BackupError, ConfigError, Damaged, OtherOwner
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head
@@ -148,7 +149,9 @@ class MirrorBackend(Followable):
         """See Backend."""
         files = [each.scratch_paths(None) for each in self._all() if each.directories]
         if len(set(files)) < len(files):
-            raise ConfigError("Two of the destinations are one file, by two names.", "Name it once.")
+            raise ConfigError(
+                "Two of the destinations are one file, by two names.", "Name it once."
+            )
         for each in self._all():
             each.require_absent()
 
@@ -183,6 +186,11 @@ class MirrorBackend(Followable):
 
     def _replace(self, snapshot: Snapshot | None, owner: bytes, override: bool) -> str | None:
         found = hear(self._all())
+        for heard in found if not override else ():
+            # Of a cluster another node may have taken them over while this one was idle.
+            if heard.look is not None and not may_replace(heard.look.newest.tag, owner):
+                with contextlib.closing(heard.replica):
+                    heard.replica.open(owner)  # It knows who took it over.
         sessions = [heard.look.newest.session for heard in found if heard.look is not None]
         start = 1 + max(map(layout2.start_of, sessions), default=0)
         kept, errors = [], []

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import mirrorbackend
-from backend import Change, Session, new_owner, outcome
-from errors import BackupError, ConfigError, DiskError
+from backend import Change, Session, Snapshot, new_owner, outcome
+from errors import BackupError, ConfigError, DiskError, OtherOwner
 from filelog import appender
 from filelog.layout2 import (
     Head,
@@ -258,6 +258,20 @@ def test_what_to_type_where_one_has_no_vote(tmp_path: Path) -> None:
     several.roster = several.roster._replace(epoch=2)
     with pytest.raises(hearing.Silent, match=r"another list of.*attach --lightning-dir"):
         several.run(3)
+
+
+def test_what_another_node_took_over_is_not_started_over(tmp_path: Path) -> None:
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    several.run(1)
+    before = [place.path.read_bytes() for place in several.places]
+    support.apply_calls(tmp_path / "node.sqlite3", CALLS[:3])
+    snapshot = Snapshot(str(tmp_path / "node.sqlite3"), 3)
+    with pytest.raises(OtherOwner):
+        several.mirror().replace(snapshot, new_owner())
+    assert [place.path.read_bytes() for place in several.places] == before
+    several.mirror().replace(snapshot, several.owner)
+    assert several.restored([0, 1, 2]) == 3
 
 
 def settle(mirror: MirrorBackend) -> None:
