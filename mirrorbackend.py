@@ -760,12 +760,19 @@ class MirrorBackend(Followable):
     def compact(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
         """See Destination: of all that are in step, or of all; their sizes in sum."""
         total = {when: {"backupsize": 0, "version_count": 0} for when in ("before", "after")}
+        failed = []
         for each in self._to_compact():
-            found = each.compact(progress)
+            try:
+                found = each.compact(progress)
+            except BackupError as error:  # That is no reason for the others to stay large.
+                failed.append(f"{each.url}: {error}")
+                continue
             for when, sizes in total.items():
                 sizes["backupsize"] += found[when]["backupsize"]
                 count = found[when]["version_count"]
                 sizes["version_count"] = max(sizes["version_count"], count)
+        if failed:
+            raise BackupError(f"Not all of them could be compacted: {' '.join(failed)}")
         return total
 
     def _to_compact(self) -> Iterator[Replica]:

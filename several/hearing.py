@@ -162,7 +162,8 @@ def missing(found: Sequence[Heard], roster: Roster) -> Silent | None:
     reasons |= {url: error.problem for url, error in errors.items()}
     told = [f"{url} ({reasons[url]})" if url in reasons else url for url in silent]
     strange = [url for url in others if url not in roster.urls]
-    none_of_them = f" {' and '.join(strange)} is none of them." if strange else ""
+    are = "are" if len(strange) > 1 else "is"
+    none_of_them = f" {' and '.join(strange)} {are} none of them." if strange else ""
     return Silent(
         f"{count} of the backup's {len(roster.urls)} destinations answered, and"
         f" {roster.rule.to_read} are needed: the newest change may be on those that are missing,"

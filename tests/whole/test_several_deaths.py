@@ -274,6 +274,16 @@ def test_what_another_node_took_over_is_not_started_over(tmp_path: Path) -> None
     assert several.restored([0, 1, 2]) == 3
 
 
+def test_one_that_cannot_be_compacted_keeps_no_other_from_it(tmp_path: Path) -> None:
+    several = Several(tmp_path, 2, 2)
+    several.up(0, 1)
+    several.run(1, 2, 3)
+    several.up(1)
+    with pytest.raises(BackupError, match=f"compacted: {several.places[0].url}: .*injected"):
+        several.mirror().compact()
+    assert several.make(several.places[1].url).status().changes == 1
+
+
 def settle(mirror: MirrorBackend) -> None:
     """Wait until each of them has all."""
 
