@@ -694,9 +694,14 @@ class MirrorBackend(Followable):
         """Whether a check found it unsound, and there are enough others that are sound."""
         if member.backend.unsound is None or member.was_mended or member.part is not Part.IN_STEP:
             return False
-        in_step = [other for other in self._members if other.part is Part.IN_STEP]
         # Enough to start with: no change waits for it, and nothing is on it alone.
-        return sum(each.backend.unsound is None for each in in_step) >= self._rule.to_start
+        return len(self._as_far_as(member)) >= self._rule.to_start
+
+    def _as_far_as(self, member: Member) -> list[Member]:
+        """Those in step that are sound, and have all that ``member`` has acknowledged."""
+        others = [other for other in self._members if other.part is Part.IN_STEP]
+        sound = [other for other in others if other.backend.unsound is None]
+        return [other for other in sound if other.done >= member.done]
 
     def _mend(self, member: Member) -> None:
         """A check found ``member`` unsound: replace it by the whole of a sound one."""
@@ -705,10 +710,10 @@ class MirrorBackend(Followable):
                 return
             member.was_mended = True  # Not again and again, if it is not the file.
             what = f"{member.backend.unsound} It gets the whole backup from another one."
+            source = self._make(self._as_far_as(member)[0].url)
             self._lag(member, BackupError(what))
         owner = self._owner or self._session
-        catch_up = CatchUp(member.backend, member.lock, owner, member.votes)
-        catch_up.begin_anew(self._sources(member)[0])
+        CatchUp(member.backend, member.lock, owner, member.votes).begin_anew(source)
 
     def _follow(self, member: Member) -> None:
         """Give it what comes, until it falls behind or all ends."""

@@ -356,6 +356,30 @@ def test_one_that_a_check_found_unsound_is_replaced(tmp_path: Path) -> None:
     assert several.restored([1, 2]) == 4
 
 
+def test_an_unsound_one_is_never_replaced_by_one_that_has_less(tmp_path: Path) -> None:
+    """What it acknowledged counts: without that it would still vote."""
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    mirror, slow = several.mirror(), several.places[0]
+    with contextlib.closing(mirror):
+        mirror.open(several.owner)
+        session = Session(mirror, "DIR")
+        session.write(Change(1, None, CALLS[0][1]))
+        settle(mirror)
+        slow.hangs = threading.Event()
+        session.write(Change(2, None, CALLS[1][1]))
+        unsound = mirror._members[2]
+        with mirror._changed:
+            unsound.backend.unsound = "found by a check"
+            assert not mirror._may_mend(unsound)
+            mirror._changed.notify_all()
+        slow.hangs.set()
+        with mirror._changed:
+            assert mirror._changed.wait_for(lambda: unsound.was_mended, 60)
+        settle(mirror)
+    assert several.restored([0, 2]) == 2
+
+
 def test_a_compaction_keeps_the_term(tmp_path: Path) -> None:
     """Also where nothing is left behind the snapshot but whose the backup is."""
     several = Several(tmp_path, 3, 2)
