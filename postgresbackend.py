@@ -158,7 +158,7 @@ class PostgresBackend(Replica):
     def records(self) -> Iterator[Iterator[Record]]:
         """See Replica."""
         with self.passing() as found:
-            yield iter(found)
+            yield _with_owner(found)
 
     @contextlib.contextmanager
     def follow(self, after: Head | None) -> Iterator[Iterator[Record | Pause]]:
@@ -265,6 +265,19 @@ class PostgresBackend(Replica):
     def begins_anew(self, state: State) -> None:
         """A compaction is done, and has left ``state``; nothing is written meanwhile."""
         self._delivery.compacted(state)
+
+
+def _with_owner(records: Records) -> Iterator[Record]:
+    """``records`` with the owner that is folded into the snapshot, as a file has it behind that."""
+    payload = records.folded_owner()
+    snapshot: Head | None = None
+    for head, data in records:
+        if head.kind == Kind.SNAPSHOT:
+            snapshot = head
+        elif snapshot is not None and payload:
+            yield layout2.owner_behind(snapshot, snapshot.session, payload), payload
+            snapshot = None
+        yield head, data
 
 
 def _damage_of(reading: Reading) -> str | None:

@@ -324,6 +324,12 @@ class Records:
             raise self.as_damage("it does not begin with a snapshot")
         return base
 
+    def folded_owner(self) -> bytes:
+        """The payload of the owner record that the snapshot stands for, too; b"" if none."""
+        asked = "SELECT payload FROM cln_backup.records WHERE backup = $1 AND sequence = $2"
+        rows = self._rows(asked, self.state.number, self.state.first)
+        return rows[0][0] if rows and isinstance(rows[0][0], bytes) else b""
+
     def _missing(self, reason: str) -> NoReturn:
         """Why a row is not there: a compaction, or damage."""
         self.close()  # A page may be on its way.

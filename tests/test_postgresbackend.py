@@ -22,7 +22,11 @@ from errors import (
     OtherOwner,
     PlaceGone,
 )
-from replica import Followable, Pause
+from filelog.layout2 import encode_owner, owner_behind, session_of
+from quorum import Roster
+from replica import Followable, Pause, Replica
+from several.catchup import CatchUp, stand
+from several.hearing import end_of
 from tests import clusters, support
 from tests.clusters import Cluster, Pair, until
 from tests.support import Call
@@ -427,6 +431,32 @@ def test_an_open_backup_goes_on_with_what_replaces_it(url: str, tmp_path: Path) 
         assert (backend.version, backend.prev_version, backend.version_count) == (5, 5, 1)
         add(backend, support.change(6))
     assert stored(url) == [support.change(6)]
+
+
+def test_a_copy_of_a_compacted_one_keeps_the_list_of_destinations(url: str, tmp_path: Path) -> None:
+    """Without it the copy would be an only one, whose state is never doubted."""
+    roster, owner = Roster(1, 1, (url, "file:///elsewhere")), new_owner()
+    payload = encode_owner(0, "here", roster)
+    with opened(url) as backend:
+        assert isinstance(backend, Replica)
+        head = owner_behind(backend.newest, session_of(owner, 2, 2), payload)
+        backend.add_record(head, payload)
+        add(backend, *support.first_changes(3))
+    backend_for(url).compact()
+    assert (backend_for(url).roster(), backend_for(url).status().changes) == (roster, 1)
+    copy = backend_for(f"file://{tmp_path}/copy")
+    copy.create(None)
+    with contextlib.closing(copy), backend_for(url).records() as records:
+        copy.open()
+        copy.take_all(records, owner)
+    assert copy.roster() == roster
+    with opened(url) as backend:  # And it is a place to go on from.
+        add(backend, support.first_changes(4)[3])
+    with contextlib.closing(copy):
+        copy.open()
+        catch_up = CatchUp(copy, threading.Lock(), owner, True)
+        catch_up.bring(backend_for(url), stand(end_of(copy.newest), backend_for(url)))
+    assert stored(copy.url) == stored(url)
 
 
 def snapshot(directory: Path, version: int) -> Snapshot:
