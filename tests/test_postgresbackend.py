@@ -651,3 +651,16 @@ def test_who_follows_goes_on_behind_a_compaction_or_is_told(url: str) -> None:
         assert [head.version for head, _ in found] == [8, 9]
         with destination.follow(heads[3]) as records, pytest.raises(PlaceGone):
             next(iter(records))
+
+
+def test_a_record_that_became_the_snapshot_is_no_damage(url: str) -> None:
+    """It is the next one that comes, and is what a compaction has just let the backup begin with."""
+    changes = support.first_changes(4)
+    with opened(url) as backend:
+        add(backend, *changes[:2])
+        with backend_for(url).follow(None) as records:
+            assert isinstance(list(itertools.islice(records, 3))[2], Pause)
+            add(backend, *changes[2:])
+            backend_for(url).compact()
+            with pytest.raises(PlaceGone):
+                next(records)
