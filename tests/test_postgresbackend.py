@@ -654,7 +654,7 @@ def test_who_follows_goes_on_behind_a_compaction_or_is_told(url: str) -> None:
 
 
 def test_a_record_that_became_the_snapshot_is_no_damage(url: str) -> None:
-    """It is the next one that comes, and is what a compaction has just let the backup begin with."""
+    """It is the next one that is to come, and a compaction lets the backup begin with it."""
     changes = support.first_changes(4)
     with opened(url) as backend:
         add(backend, *changes[:2])
