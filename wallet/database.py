@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import math
 import os
@@ -182,6 +183,8 @@ def copy_files(source: str, target: str) -> None:
             shutil.copyfile(source + suffix, target + suffix)
 
 
+_OF_THE_DISK = {"database or disk is full": errno.ENOSPC, "disk I/O error": errno.EIO}
+"""What SQLite says that is no fault of a statement."""
 _ROWS_ONLY = ("UPDATE ", "INSERT ", "DELETE ")
 """How statements begin that leave the schema alone; others may do so, too."""
 
@@ -196,6 +199,7 @@ class Replayer:
 
     Raises:
         DoesNotReplay: a change does not replay.
+        DiskError: the disk is full, or fails.
     """
 
     journal: Sequence[str] = (
@@ -264,13 +268,17 @@ class Replayer:
 
     @contextlib.contextmanager
     def _naming(self, change: Change) -> Iterator[None]:
-        """What fails in the block is the fault of ``change``."""
+        """What fails in the block is the fault of ``change``, but for a full or broken disk."""
         self._connection.allow(confined.LIMIT_S)
         self._statement = ""
         try:
             yield
         except confined.ERRORS as error:
             reason = self._connection.reason(error)
+            if isinstance(error, sqlite3.OperationalError) and reason in _OF_THE_DISK:
+                raise DiskError(
+                    self.path, OSError(_OF_THE_DISK[reason], reason), "write"
+                ) from error
             raise DoesNotReplay(
                 self.path, change.version, change.base, reason, self._statement
             ) from error
