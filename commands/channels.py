@@ -90,12 +90,13 @@ def channels(source: str, as_json: bool, static: bool, scratch: str | None) -> N
 
 def _from(source: str, scratch: str | None) -> tuple[Found, list[str]]:
     """What is found in ``source``, and what is wrong with it."""
-    if source.startswith(("file:", "socket:")):
+    if source.startswith(("file:", "socket:", "postgresql:", "postgres:")):
         return _from_backup(source, scratch)
     if not os.path.isfile(source):
         raise ConfigError(
             f"{source!r} is no file and no backup URL.",
-            "A URL is file:///path/to/file, socket:unix:/path/to/socket or socket:host:port.",
+            "A URL is file:///path/to/file, socket:unix:/path/to/socket, socket:host:port or"
+            " postgresql://user@host1,host2/dbname.",
         )
     if scratch is not None and not os.path.isdir(scratch):
         raise ConfigError(f"The directory {scratch} does not exist.", "Check --scratch.")

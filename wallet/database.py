@@ -15,7 +15,7 @@ from typing import Any
 
 import durable
 from backend import FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON, MAX_VERSION, Change, Snapshot
-from errors import DatabaseError, DiskError, DoesNotReplay
+from errors import DatabaseError, DiskError, DoesNotReplay, printable
 from wallet import confined
 from wallet.confined import Confined, Refused
 
@@ -351,8 +351,8 @@ def _foreign_key_problems(path: str) -> list[str]:
             rows = connection.execute("PRAGMA foreign_key_check").fetchmany(MAX_REPORTED)
     except DatabaseError as error:  # The schema itself may be one that it cannot check.
         return [f"foreign_key_check: {error}"]
-    return [
-        f"foreign_key_check: row {row} of {table} points to no row of {parent}"
+    return [  # Names out of a backup.
+        printable(f"foreign_key_check: row {row} of {table} points to no row of {parent}")
         for table, row, parent, _ in rows
     ]
 
@@ -364,7 +364,7 @@ def integrity_problems(path: str) -> list[str]:
             rows = connection.execute(f"PRAGMA integrity_check({MAX_REPORTED})").fetchall()
     except DatabaseError as error:
         return [f"integrity_check: {error}"]
-    return [f"integrity_check: {text}" for (text,) in rows if text != "ok"]
+    return [printable(f"integrity_check: {text}") for (text,) in rows if text != "ok"]
 
 
 def compare(

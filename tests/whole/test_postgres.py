@@ -74,6 +74,8 @@ def test_recorded_node_is_restored_exactly(
     node = support.trace_database(name, tmp_path)
     assert database.compare(str(node), str(restored)) == []
     assert database.version_of(str(restored)) == database.version_of(str(node)) > 0
+    listed = [support.run_cli("channels", "--json", source).stdout for source in (url, node)]
+    assert listed[0] == listed[1] and json.loads(listed[0])["channels"]
 
 
 def test_all_commands(tmp_path: Path, node_dir: Path, url: str) -> None:
