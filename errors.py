@@ -109,8 +109,9 @@ class BackupMissing(BackupError):
         self.url = url
         super().__init__(
             f"There is no backup at {url}.",
-            "If its disk is not mounted, mount it. If the backup was moved, run"
-            f" `{CLI} attach`. For a new backup run `{CLI} init`.",
+            "Check the URL, and that its disk is mounted. If the backup was moved, run"
+            f" `{CLI} attach --lightning-dir DIR URL`. If it is lost, and the node's database is"
+            f" not, move backup.lock away and run `{CLI} init --lightning-dir DIR URL`.",
         )
 
 
@@ -187,12 +188,14 @@ class Damaged(BackupError):
         self.last_good = last_good
         self.lost = lost
         self.newest = newest
+        before = f"{CLI} restore --allow-damaged URL DEST"
+        if not last_good:  # Nothing stands before it.
+            before = f"{CLI} salvage FILE OUTDIR"
         super().__init__(
             f"The backup {path} is damaged at offset {offset}: {reason};"
             f" it is good up to version {last_good}, {lost}.",
             f"With the node's own database intact, stop the node and run `{CLI} resync"
-            " --lightning-dir DIR`. If it is lost, run"
-            f" `{CLI} restore --allow-damaged URL DEST`.",
+            f" --lightning-dir DIR`. If it is lost, run `{before}`.",
         )
 
 
