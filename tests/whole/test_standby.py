@@ -124,6 +124,8 @@ def test_from_nothing_to_a_fail_over(
         shown = json.loads(done.stdout)
         assert (shown["version"], shown["backup_version"], shown["behind"]) == (39, 40, 1)
         assert "sound at version 40" in run_cli("verify", "--lightning-dir", second).stdout
+        done = run_cli("resync", "--lightning-dir", second, check=1)
+        assert "A standby is kept there" in done.stderr and "promote --lig" in done.stderr
         assert shown["process"] == standby.process.pid and shown["last_proven_ns"]
         assert not (second / "lightningd.sqlite3").exists()
         done = run_cli("promote", "--lightning-dir", second)
