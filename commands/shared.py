@@ -67,7 +67,7 @@ def main() -> None:
     Its state:           backup-cli status file:///mnt/disk2/node.bkp
     After a disaster:    backup-cli restore file:///mnt/disk2/node.bkp ~/.lightning/bitcoin
 
-    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 restored but not sound,
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 delivered but not to be trusted,
     4 sound with a warning.
     """
     handler = logging.StreamHandler()
