@@ -58,6 +58,8 @@ class Member:
         votes: it has all that it ever acknowledged, see quorum.Roster.
         was_mended: it was replaced, as a check had found it unsound.
         failed: its first try to answer has failed.
+        is_carried: the hook's own thread is giving it the newest record.
+        failure: why it did not get that; for its own thread, which tries again.
     """
 
     def __init__(self, url: str, make: Make) -> None:
@@ -69,6 +71,8 @@ class Member:
         self.error: BackupError | None = None
         self.done = 0
         self.heard = self.failed = self.votes = self.was_mended = False
+        self.is_carried = False
+        self.failure: BaseException | None = None
         self.thread: threading.Thread | None = None
         self.reconnects = 0
         self.busy_since_s: float | None = None
@@ -420,7 +424,13 @@ class MirrorBackend(Followable):
             self._tail_size += len(payload)
             number = self._first + len(self._tail)
             self._trim()
-            self._changed.notify_all()
+            carried = self._carried()
+            for member in carried:
+                member.is_carried = True
+            if len(carried) < len(self._members):
+                self._changed.notify_all()
+        self._carry(carried, (head, payload))
+        with self._changed:
             while True:
                 stored = sum(self._has(member, number) for member in self._members)
                 late = time.monotonic() - began_s > RETRY_FOR_S
@@ -435,6 +445,44 @@ class MirrorBackend(Followable):
             self.version_count += layout2.CHANGES_STEP[head.kind]
             self._settle()
             self._trim()
+
+    def _carried(self) -> list[Member]:
+        """Those that the hook's thread serves by itself: where it has to wait for each of them
+        anyway, all that can be at work at once by one thread. To wake others takes its time."""
+        if self._rule.k < self._rule.n or any(m.part is not Part.IN_STEP for m in self._members):
+            return []
+        elsewhere = [m for m in self._members if m.backend.works_elsewhere]
+        here = [m for m in self._members if not m.backend.works_elsewhere]
+        return elsewhere + here[:1]
+
+    def _carry(self, members: Sequence[Member], record: Record) -> None:
+        """Give ``record`` to each of ``members``, while those before it are at work on it."""
+        waiting, done = deque(members), []
+
+        def carry_next() -> None:
+            if not waiting:
+                return
+            member = waiting.popleft()
+            try:
+                with member.lock:
+                    member.backend.add_record_while(*record, carry_next)
+                done.append(member)
+            except Exception as error:
+                member.failure = error
+
+        try:
+            while waiting:
+                carry_next()
+        finally:
+            with self._changed:
+                for member in members:
+                    member.is_carried = False
+                    if member in done:
+                        member.done += 1
+                    elif member.failure is None:  # Cut short: whether it has it is not known.
+                        member.failure = BackupError(f"{member.url}: interrupted.")
+                if len(done) < len(members) or any(map(self._may_mend, members)):
+                    self._changed.notify_all()
 
     @staticmethod
     def _has(member: Member, number: int) -> bool:
@@ -685,12 +733,19 @@ class MirrorBackend(Followable):
             with changed:
                 changed.wait_for(
                     lambda: (
-                        member.part is not Part.IN_STEP
-                        or self._may_mend(member)
-                        or member.done < self._first + len(self._tail)
-                        or self._is_closing(changed)
+                        not member.is_carried
+                        and (
+                            member.part is not Part.IN_STEP
+                            or member.failure is not None
+                            or self._may_mend(member)
+                            or member.done < self._first + len(self._tail)
+                            or self._is_closing(changed)
+                        )
                     )
                 )
+                if member.failure is not None:
+                    failure, member.failure = member.failure, None
+                    raise failure
                 if member.part is not Part.IN_STEP or changed is not self._changed:
                     return
                 if self._may_mend(member):

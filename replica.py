@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,9 +100,11 @@ class Replica(Followable):
 
     Attributes:
         takes_quickly: ``take_all`` is quicker than to add many records.
+        works_elsewhere: ``add_record_while`` has time to spare.
     """
 
     takes_quickly = False
+    works_elsewhere = False
 
     @abstractmethod
     def look(self) -> Look:
@@ -128,6 +130,10 @@ class Replica(Followable):
         Args:
             head: continues ``newest``.
         """
+
+    def add_record_while(self, head: Head, payload: bytes, meanwhile: Callable[[], None]) -> None:
+        """``add_record``, and ``meanwhile`` at most once while another machine is at work on it."""
+        self.add_record(head, payload)
 
     def add_records(self, records: Iterable[Record], lock: threading.Lock) -> None:
         """``add_record`` for each of many; all are durable on return.

@@ -47,6 +47,8 @@ class SocketBackend(Replica):
         url: see parse_socket_url; ConfigError if it is not of that form.
     """
 
+    works_elsewhere = True
+
     def __init__(self, url: str) -> None:
         super().__init__(url)
         try:
@@ -186,8 +188,12 @@ class SocketBackend(Replica):
 
     def add_record(self, head: Head, payload: bytes) -> None:
         """See Replica."""
+        self.add_record_while(head, payload, lambda: None)
+
+    def add_record_while(self, head: Head, payload: bytes, meanwhile: Callable[[], None]) -> None:
+        """See Replica."""
         self._delivery.session = head.session
-        self._delivery.deliver(head._replace(sequence=0), payload)
+        self._delivery.deliver(head._replace(sequence=0), payload, meanwhile)
 
     def add_records(self, records: Iterable[Record], lock: threading.Lock) -> None:
         """See Replica. They are sent ahead of their answers, so that a long way costs once."""

@@ -73,7 +73,9 @@ def draw_hooks(axes: Any, options: Options) -> None:
     axes.set(
         title="A commit waits for the backup", xlabel="ms", ylabel="% of commits", xscale="log"
     )
-    axes.legend(fontsize=7)
+    _ticks(axes.xaxis, (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5))
+    # Below the curves: they fill the corners.
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def _curve(axes: Any, times_s: Sequence[float], label: str, **how: str) -> None:

@@ -205,14 +205,18 @@ def _row(heard: Heard, leader: Heard, check: bool) -> Fields:
     with contextlib.suppress(BackupError):
         found = heard.replica.status(check)
     error = str(heard.error) if heard.error else None
-    return fields.destination(heard.url, found, hearing.standing(heard, leader), error)
+    row = fields.destination(heard.url, found, hearing.standing(heard, leader), error)
+    if row["standing"].startswith(hearing.LAGGING):
+        row["since_ns"] = row["last_change_ns"]
+    return row
 
 
 def _describe_row(row: Fields) -> str:
     last = utc(row["last_change_ns"]) if row["last_change_ns"] else "none"
-    version = "unknown" if row["version"] is None else row["version"]
+    version = "not known" if row["version"] is None else row["version"]
     lines = [("destination", row["url"]), ("version", version), ("last change", last)]
     lines += [("", row["standing"])]
+    lines += [("since", utc(row["since_ns"]))] if row["since_ns"] else []
     lines += [("damage", row["damage"])] if row["damage"] else []
     lines += [("warning", warning) for warning in row["warnings"]]
     return "\n".join(f"{name + ':' if name else '':16}{value}" for name, value in lines)

@@ -78,8 +78,12 @@ class Delivery:
         """Write as ``owner`` from now on."""
         self._owner, self.session = owner, session_over_2(owner)
 
-    def deliver(self, head: Head, payload: bytes) -> None:
+    def deliver(
+        self, head: Head, payload: bytes, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Send a record until its ACK came, or METADATA shows that it is stored.
+
+        ``meanwhile`` is called when it was sent the first time, if that did not fail.
 
         All tries together end after ``retry_for``; the one in hand then goes on as long as it
         moves, so that a large record has the time that its line takes.
@@ -92,7 +96,7 @@ class Delivery:
             raise self._refusal
         patience, before = Patience(self._url), self.known
         try:
-            if not self._sent(head, payload, patience):
+            if not self._sent(head, payload, patience, meanwhile):
                 self._send_again(head, payload, patience)
             if self._counts.stored(head, before, self.known):
                 self._look_again(head, patience)
@@ -134,7 +138,13 @@ class Delivery:
         self._note(known)
         return size
 
-    def _sent(self, head: Head, payload: bytes, patience: Patience) -> bool:
+    def _sent(
+        self,
+        head: Head,
+        payload: bytes,
+        patience: Patience,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Send a record and wait for its ACK; False if the connection is lost meanwhile."""
         try:
             assert self._link is not None
@@ -142,6 +152,7 @@ class Delivery:
             self._link.send_record(head, payload)
             # While the server is at work.
             stored, expected = self._with_record(head, self.known), self._link.ack_of(head)
+            meanwhile()
             self._link.await_ack(expected, len(payload))
         except OSError as error:
             log.warning(f"Lost the backup server {self._url.target}: {error}")

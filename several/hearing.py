@@ -235,10 +235,11 @@ def standing(heard: Heard, leader: Heard) -> str:
     if relation is Relation.EQUAL:
         return IN_STEP
     if relation in BY_RECORDS or relation is not Relation.APART:
-        return f"lagging: {relation.value}"
+        return f"{LAGGING}: {relation.value}"
     return str(relation.value)
 
 
+LAGGING = "lagging"
 NO_VOTE = "none of the destinations, or not yet"
 Make = Callable[[str], Replica]
 """The destination of a URL, not open yet; ConfigError for a URL of no known form."""

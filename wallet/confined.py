@@ -166,7 +166,10 @@ class Confined(sqlite3.Connection):
         if isinstance(error, UnicodeDecodeError):
             return refused or error.object.decode("utf-8", "replace")
         # What sqlite3 makes of SQLITE_NOMEM, which is also the answer to a program over VDBE_OP.
-        return refused or ("no memory" if isinstance(error, MemoryError) else str(error))
+        if isinstance(error, MemoryError):
+            return refused or "no memory"
+        # Python 3.10 gives no text that is not UTF-8.
+        return refused or str(error) or "something that is no text"
 
     @contextlib.contextmanager
     def explaining(self, path: str) -> Iterator[None]:

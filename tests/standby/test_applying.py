@@ -63,13 +63,17 @@ class Oracle:
 
 @pytest.mark.parametrize("name", ["payer", "crash"])
 def test_promoted_at_every_50th_moment(name: str) -> None:
-    with tempfile.TemporaryDirectory(dir=support.FAST) as base:
-        follow_and_promote(name, Path(base))
+    oracle = Oracle()
+    with (
+        tempfile.TemporaryDirectory(dir=support.FAST) as base,
+        contextlib.closing(oracle.committed),
+    ):
+        follow_and_promote(name, oracle, Path(base))
 
 
-def follow_and_promote(name: str, base: Path) -> None:
+def follow_and_promote(name: str, oracle: Oracle, base: Path) -> None:
     """Follow in steps of random length, ended by kills; promote a copy now and then."""
-    dice, oracle = random.Random(name), Oracle()
+    dice = random.Random(name)
     log = base / "node.bkp"
     backend = FileDestination(f"file://{log}")
     backend.create(None)

@@ -131,6 +131,23 @@ def test_one_that_fails_is_left_behind_and_comes_back(
             run_cli("status", "--lightning-dir", node_dir)
 
 
+def test_status_says_since_when_one_lags(node_dir: Path, tmp_path: Path) -> None:
+    urls = files(tmp_path, 2)
+    run_cli("init", "--lightning-dir", node_dir, "--acks", 1, *urls)
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 1, 3)
+    image = path_of(urls[1]).read_bytes()
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 4, 6)
+    path_of(urls[1]).write_bytes(image)
+    row = json.loads(run_cli("status", "--json", *urls, check=4).stdout)["destinations"][1]
+    assert row["standing"] == "lagging: it lacks the newest records"
+    assert row["since_ns"] == row["last_change_ns"]
+    assert "\nsince:  " in run_cli("status", *urls, check=4).stdout
+    path_of(urls[1]).unlink()
+    assert "version:        not known\n" in run_cli("status", *urls, check=1).stdout
+
+
 def test_fewer_than_k_halt_the_node(node_dir: Path, tmp_path: Path) -> None:
     urls = files(tmp_path, 2)
     run_cli("init", "--lightning-dir", node_dir, *urls)

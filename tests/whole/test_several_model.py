@@ -143,6 +143,11 @@ class Flaky(Failing, FileDestination):
 class FlakyServed(Failing, SocketBackend):
     """A server behind a line that fails."""
 
+    def add_record_while(self, head: Head, payload: bytes, meanwhile: Callable[[], None]) -> None:
+        fails = self.begin_to_add()
+        super().add_record_while(head, payload, meanwhile)
+        self.end_to_add(fails)
+
     def add_records(self, records: Iterable[Record], lock: threading.Lock) -> None:
         """Some, if it is to fail: what was sent ahead may have come."""
         fails = self.begin_to_add()
@@ -201,6 +206,7 @@ class SeveralLife:
             *[self.commit] * 8,
             *[self.migrate, self.crash, self.killed, self.commit_and_die, self.restart] * 2,
             *[self.goes, self.comes, self.fails, self.comes] * 3,
+            *[self.fails_in_the_middle] * 4,
             *[self.hangs, self.goes_on, self.compact, self.take_image, self.put_image_back],
             self.check,
         ]
@@ -325,6 +331,14 @@ class SeveralLife:
 
     def fails(self) -> None:
         self.any().fails = self.random.choice(["before", "after", "torn"])
+
+    def fails_in_the_middle(self) -> None:
+        """One fails in a session that is well."""
+        self.comes()
+        self.commit()
+        self.commit()
+        self.fails()
+        self.commit()
 
     def hangs(self) -> None:
         place = self.any()
