@@ -22,6 +22,7 @@ class Server(NamedTuple):
         names: its synchronous_standby_names.
         sees: the role may see what the standbys do; else those columns are NULL.
         confirming: standbys that stream, and whose confirmation a commit waits for.
+        subscribers: names of those that follow tables only, and yet may confirm a commit.
     """
 
     role: str
@@ -32,6 +33,7 @@ class Server(NamedTuple):
     names: str
     sees: bool
     confirming: int
+    subscribers: str = ""
 
 
 class Standby(NamedTuple):
@@ -53,6 +55,11 @@ class Standby(NamedTuple):
     def confirms(self) -> bool:
         """Whether it is there for a commit that waits."""
         return self.state == "streaming" and self.sync_state in CONFIRMING and not self.logical
+
+    @property
+    def is_mistaken(self) -> bool:
+        """Whether its confirmation may let a commit go on, though it does not keep it."""
+        return self.logical and self.sync_state != "async"
 
 
 class Slot(NamedTuple):
@@ -138,6 +145,12 @@ def _of_standbys(server: Server, wanted: int) -> list[str]:
         return [
             f"the role {server.role} may not see the standbys: as a superuser run"
             f" `{grant(server.role)}`"
+        ]
+    if server.subscribers:
+        return [
+            f"{server.subscribers} follows tables only (logical replication), and may confirm a"
+            f" commit all the same: let synchronous_standby_names ('{server.names}') name the"
+            " standbys and nobody else"
         ]
     # All that the setting demands: with fewer each commit waits.
     if server.confirming < demands:

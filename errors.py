@@ -57,6 +57,18 @@ OWN_STATE = (
     " backup is kept."
 )
 """How to go on where the backup may be a stranger's."""
+_STAY_OFF = (
+    "Where another machine took over, that one is the node now, and this one must stay off: two"
+    " nodes with the same keys lose the channels' funds. Only if the other one never ran, and never"
+    f" will: with this lightningd stopped run `{CLI} attach --lightning-dir DIR"
+)
+
+
+def stay_off(url: str = "URL") -> str:
+    """What a node is to do that is not the owner of the backup at ``url`` any more."""
+    return f"{_STAY_OFF} {url}`. Where nobody of yours took over: docs/errors.md, Another node."
+
+
 OLD_COPY = "If the node's database is an old copy, move it away and run"
 _UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]+")
 """Line breaks, and what a terminal would obey: messages quote what comes out of a backup."""
@@ -159,13 +171,15 @@ class OtherOwner(BackupError):
         self.url = url
         self.taken = taken
         problem = f"The backup {url} belongs to another node: {taken}."
+        next_step = stay_off(shlex.quote(url))
         if not taken:
             problem = f"The backup {url} is not the one that this node wrote: it is nobody's."
-        super().__init__(
-            problem,
-            "Never run two nodes with the same keys. If it is right that this node goes on with"
-            f" it, and no other does, run `{CLI} attach --lightning-dir DIR {shlex.quote(url)}`.",
-        )
+            next_step = (
+                "Never run two nodes with the same keys. If it is right that this node goes on"
+                " with it, and no other does, run"
+                f" `{CLI} attach --lightning-dir DIR {shlex.quote(url)}`."
+            )
+        super().__init__(problem, next_step)
 
 
 class Damaged(BackupError):

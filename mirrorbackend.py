@@ -20,6 +20,7 @@ from backend import (
     Status,
     log,
 )
+from decisions import may_replace
 from errors import CLI, BackupBusy, BackupError, ConfigError, Damaged, OtherOwner
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, Head
@@ -55,6 +56,7 @@ class Member:
         part: what it does; changed under the mirror's lock, as all that follows.
         done: how many of the mirror's records it has on stable storage.
         heard: it has answered, and what it holds is known.
+        kept: the list of destinations that it keeps.
         votes: it has all that it ever acknowledged, see quorum.Roster.
         was_mended: it was replaced, as a check had found it unsound.
         failed: its first try to answer has failed.
@@ -70,6 +72,7 @@ class Member:
         self.since_ns = time.time_ns()
         self.error: BackupError | None = None
         self.done = 0
+        self.kept: Roster | None = None
         self.heard = self.failed = self.votes = self.was_mended = False
         self.is_carried = False
         self.failure: BaseException | None = None
@@ -148,6 +151,11 @@ class MirrorBackend(Followable):
 
     def require_absent(self) -> None:
         """See Backend."""
+        files = [each.scratch_paths(None) for each in self._all() if each.directories]
+        if len(set(files)) < len(files):
+            raise ConfigError(
+                "Two of the destinations are one file, by two names.", "Name it once."
+            )
         for each in self._all():
             each.require_absent()
 
@@ -182,9 +190,15 @@ class MirrorBackend(Followable):
 
     def _replace(self, snapshot: Snapshot | None, owner: bytes, override: bool) -> str | None:
         found = hear(self._all())
+        for heard in found if not override else ():
+            # Of a cluster another node may have taken them over while this one was idle.
+            if heard.look is not None and not may_replace(heard.look.newest.tag, owner):
+                with contextlib.closing(heard.replica):
+                    heard.replica.open(owner)  # It knows who took it over.
         sessions = [heard.look.newest.session for heard in found if heard.look is not None]
         start = 1 + max(map(layout2.start_of, sessions), default=0)
         kept, errors = [], []
+        taken: list[BackupError] = []
         for each in found:
             try:
                 # Whoever is of this number leads: what was before it is replaced.
@@ -194,6 +208,9 @@ class MirrorBackend(Followable):
                 kept.append(f"{each.url}: {where}" if where else "")
             except BackupError as error:
                 errors.append(f"{each.url}: {error.problem}")
+                taken += [error] if _is_taken(error) else []
+        if self._rule.n - len(taken) < self._rule.to_start:
+            raise taken[0]
         if len(kept) < self._rule.to_start:
             raise Silent(
                 f"{len(kept)} of {self._rule.n} destinations could be replaced, and"
@@ -316,17 +333,32 @@ class MirrorBackend(Followable):
             if isinstance(error, BackupBusy):
                 return error
         told = [f"{url}: {error.problem}" for url, error in errors]
-        told += [
-            f"{m.url} has no vote: it was being given the whole backup, or keeps another list of"
-            f" destinations than backup.lock (see `{CLI} status`, then `resync` or `attach`)."
-            for m in self._members
-            if m.heard and not m.votes
-        ]
+        voiceless = [m for m in self._members if m.heard and not m.votes]
+        told += [f"{m.url} has no vote: {self._why(m)}." for m in voiceless]
+        way_out = ""
+        if voiceless and heard >= self._rule.to_start:  # There is nobody to be brought back.
+            moved = any(self._keeps_another_list(m) for m in voiceless)
+            way_out = (
+                f"Stop the node and run `{CLI} attach --lightning-dir DIR --acks K URL...` with"
+                " those that there are to be."
+                if moved
+                else f"Stop the node and run `{CLI} resync --lightning-dir DIR`: all of them begin"
+                " anew with the node's database, and what they held is kept."
+            )
         return Silent(
             f"{min(voting, heard)} of {self._rule.n} destinations answered, and"
             f" {self._rule.to_start} are needed: the newest change may be on those that are"
-            f" missing. {' '.join(told)}"
+            f" missing. {' '.join(told)}",
+            way_out,
         )
+
+    def _keeps_another_list(self, member: Member) -> bool:
+        return member.kept is not None and member.kept._replace(votes=True) != self.roster
+
+    def _why(self, member: Member) -> str:
+        if self._keeps_another_list(member):
+            return "it keeps another list of destinations than backup.lock"
+        return "it was being given the whole backup, and does not have all of it yet"
 
     def _begin(self) -> None:
         """Find out what was acknowledged, and let K of them have it, with a new term."""
@@ -587,11 +619,15 @@ class MirrorBackend(Followable):
             member.reconnects += member.backend.reconnects
             backend = self._make(member.url)
             backend.home = self.home
-            self._open(backend)
-            votes = backend.roster() == self.roster
+            try:
+                self._open(backend)
+                kept = backend.roster()
+            except BaseException:
+                backend.close()  # Or it would be in its own way at the next try.
+                raise
             member.backend = backend
         with changed:
-            member.heard, member.votes = True, votes
+            member.heard, member.kept, member.votes = True, kept, kept == self.roster
             changed.notify_all()
             changed.wait_for(lambda: self._started or self._is_closing(changed))
         while not self._is_closing(changed):
@@ -710,9 +746,14 @@ class MirrorBackend(Followable):
         """Whether a check found it unsound, and there are enough others that are sound."""
         if member.backend.unsound is None or member.was_mended or member.part is not Part.IN_STEP:
             return False
-        in_step = [other for other in self._members if other.part is Part.IN_STEP]
         # Enough to start with: no change waits for it, and nothing is on it alone.
-        return sum(each.backend.unsound is None for each in in_step) >= self._rule.to_start
+        return len(self._as_far_as(member)) >= self._rule.to_start
+
+    def _as_far_as(self, member: Member) -> list[Member]:
+        """Those in step that are sound, and have all that ``member`` has acknowledged."""
+        others = [other for other in self._members if other.part is Part.IN_STEP]
+        sound = [other for other in others if other.backend.unsound is None]
+        return [other for other in sound if other.done >= member.done]
 
     def _mend(self, member: Member) -> None:
         """A check found ``member`` unsound: replace it by the whole of a sound one."""
@@ -721,10 +762,10 @@ class MirrorBackend(Followable):
                 return
             member.was_mended = True  # Not again and again, if it is not the file.
             what = f"{member.backend.unsound} It gets the whole backup from another one."
+            source = self._make(self._as_far_as(member)[0].url)
             self._lag(member, BackupError(what))
         owner = self._owner or self._session
-        catch_up = CatchUp(member.backend, member.lock, owner, member.votes)
-        catch_up.begin_anew(self._sources(member)[0])
+        CatchUp(member.backend, member.lock, owner, member.votes).begin_anew(source)
 
     def _follow(self, member: Member) -> None:
         """Give it what comes, until it falls behind or all ends."""
@@ -783,12 +824,19 @@ class MirrorBackend(Followable):
     def compact(self, progress: Progress | None = None) -> dict[str, dict[str, int]]:
         """See Destination: of all that are in step, or of all; their sizes in sum."""
         total = {when: {"backupsize": 0, "version_count": 0} for when in ("before", "after")}
+        failed = []
         for each in self._to_compact():
-            found = each.compact(progress)
+            try:
+                found = each.compact(progress)
+            except BackupError as error:  # That is no reason for the others to stay large.
+                failed.append(f"{each.url}: {error}")
+                continue
             for when, sizes in total.items():
                 sizes["backupsize"] += found[when]["backupsize"]
                 count = found[when]["version_count"]
                 sizes["version_count"] = max(sizes["version_count"], count)
+        if failed:
+            raise BackupError(f"Not all of them could be compacted: {' '.join(failed)}")
         return total
 
     def _to_compact(self) -> Iterator[Replica]:
@@ -807,7 +855,7 @@ def _is_taken(error: BackupError) -> bool:
     """Whether another node took the backup over."""
     if isinstance(error, OtherOwner):
         return bool(error.taken)
-    return getattr(error, "code", None) is NackCode.TAKEN_OVER
+    return getattr(error, "code", None) in (NackCode.OTHER_OWNER, NackCode.TAKEN_OVER)
 
 
 def _is_before(member: Member, start: Head) -> bool:

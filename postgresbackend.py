@@ -16,6 +16,7 @@ from postgres.cluster import Cluster, Unreachable
 from postgres.delivery import Delivery
 from postgres.link import Denied, Failed, Link
 from postgres.look import PostgresReading, Records, State
+from protocol import OVERRIDE
 from quorum import Roster
 from replica import Look, Pause, Record, Replica
 
@@ -64,6 +65,7 @@ class PostgresBackend(Replica):
 
     def require_absent(self) -> None:
         """See Backend."""
+        self._cluster.url.require_writable()
         with self._once(self._cluster.writer) as link, contextlib.suppress(BackupMissing):
             version = self._state(link).newest.version
             raise BackupExists(f"The backup {self._name} in that database, at version {version},")
@@ -72,6 +74,7 @@ class PostgresBackend(Replica):
         self, snapshot: Snapshot | None, owner: bytes = NOBODY, changes: Sequence[Change] = ()
     ) -> None:
         """See Backend. It makes the tables, too, where there are none."""
+        self._cluster.url.require_writable()
         with self._once(self._cluster.writer) as link:
             building.create(link, self._name, self.url, snapshot, owner)
         if changes:
@@ -149,6 +152,9 @@ class PostgresBackend(Replica):
 
     def add_record(self, head: Head, payload: bytes) -> None:
         """See Replica."""
+        if head.flags & OVERRIDE:  # Open it again to know behind what.
+            with self._writing() as link:
+                return building.take_over(link, self._name, self.url, head.session, payload)
         self._delivery.session = head.session
         self._delivery.deliver(head, payload)
 
@@ -156,7 +162,7 @@ class PostgresBackend(Replica):
     def records(self) -> Iterator[Iterator[Record]]:
         """See Replica."""
         with self.passing() as found:
-            yield iter(found)
+            yield _with_owner(found)
 
     @contextlib.contextmanager
     def follow(self, after: Head | None) -> Iterator[Iterator[Record | Pause]]:
@@ -190,6 +196,7 @@ class PostgresBackend(Replica):
 
     def open(self, owner: bytes | None = None) -> None:
         """See Backend. Waits for the cluster as long as a change would."""
+        self._cluster.url.require_writable()
         self._delivery.open(owner)
 
     def take_over(self, owner: bytes) -> None:
@@ -262,6 +269,19 @@ class PostgresBackend(Replica):
     def begins_anew(self, state: State) -> None:
         """A compaction is done, and has left ``state``; nothing is written meanwhile."""
         self._delivery.compacted(state)
+
+
+def _with_owner(records: Records) -> Iterator[Record]:
+    """``records`` with the owner that is folded into the snapshot, as a file has it behind that."""
+    payload = records.folded_owner()
+    snapshot: Head | None = None
+    for head, data in records:
+        if head.kind == Kind.SNAPSHOT:
+            snapshot = head
+        elif snapshot is not None and payload:
+            yield layout2.owner_behind(snapshot, snapshot.session, payload), payload
+            snapshot = None
+        yield head, data
 
 
 def _damage_of(reading: Reading) -> str | None:

@@ -337,6 +337,7 @@ class NackCode(enum.IntEnum):
     NO_ROOM = 10
     OTHER_NODE = 11
     MANY_KEPT = 12
+    OTHER_OWNER = 13
     NO_SUCH_PLACE = 16
 
 

@@ -152,7 +152,9 @@ def compare(end: End, marks: Iterable[Mark]) -> tuple[Relation, int]:
     if before:
         more = Relation.ONE_MORE if end.rewindable else Relation.ONE_MORE_FOR_GOOD
         return more, before if end.rewindable else 0
-    return (Relation.FOLDED if end.version <= folded else Relation.APART), 0
+    # Without its last change, which may be the one that nobody else has, it would be as old.
+    is_folded = end.version - end.rewindable <= folded
+    return (Relation.FOLDED if is_folded else Relation.APART), 0
 
 
 def lead(ends: Sequence[End], relation: Callable[[int, int], Relation]) -> int:

@@ -158,10 +158,11 @@ class Replica(Followable):
             snapshot, begins, first = _unpacked(records, f"{base}.sqlite3")
             # Who is cut off here goes on from here, and has not forgotten of which start it heard.
             session = session_of(owner, term_of(begins.session), start_of(self.newest.session))
-            self.close()
             # Until all is there it lacks some of what it had acknowledged, if that is newer.
             lacks = snapshot is None or snapshot.version < self.version
+            # As its writer: not if another node has taken it over meanwhile.
             kept = self.replace(snapshot, session, override=lacks)
+            self.close()
             self.open(owner)
             last_owner, changes = b"", False
 

@@ -100,9 +100,10 @@ def status(
             raise click.UsageError("Give --wallet alone, or with --json.")
         _status_of_wallet(wallet, as_json)
         return
-    standby = _standby_in(lightning_dir) if not urls else None
-    chosen = standby[1].urls if standby else chosen_urls(urls, lightning_dir)
+    chosen: Sequence[str] = urls or [str(lightning_dir)]
     try:
+        standby = _standby_in(lightning_dir) if not urls else None
+        chosen = standby[1].urls if standby else chosen_urls(urls, lightning_dir)
         found = _status_of_standby(*standby) if standby else look_at(chosen, check)
     except BackupError as error:
         shown = {"url": " ".join(chosen), "error": str(error)}

@@ -13,10 +13,10 @@ import click
 
 import durable
 from commands.shared import EXIT_UNSOUND, expand, main, progress_bar, warn_old_state
-from errors import BackupError, ConfigError, DiskError
+from errors import BackupError, ConfigError, DiskError, printable
 from salvage import delivery, histories, mapfile, old, pieces, report, scan
 from salvage.delivery import Delivered
-from salvage.images import Images
+from salvage.images import MOST_UNREADABLE, Images, devices_of
 from salvage.index import NAME, Index
 from salvage.report import MOST_DELIVERED, MOST_HOLES, Report
 
@@ -75,11 +75,13 @@ def salvage(images: tuple[str, ...], outdir: str, map_path: str | None, as_json:
 
 def _require_other_disk(images: tuple[str, ...], outdir: str) -> None:
     """Refuse to write to a device that is searched: its deleted files are in its free blocks."""
-    parent = os.path.dirname(os.path.realpath(outdir))
+    parent = os.path.realpath(outdir)
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
     for path in images:
         with contextlib.suppress(OSError):  # Who opens them says why.
-            found = os.stat(path)
-            if stat.S_ISBLK(found.st_mode) and found.st_rdev == os.stat(parent).st_dev:
+            found = os.stat(os.path.expanduser(path))
+            if stat.S_ISBLK(found.st_mode) and found.st_rdev in devices_of(parent):
                 raise ConfigError(
                     f"{outdir} would be on {path}, which is searched.",
                     "Name a directory on another disk.",
@@ -122,7 +124,8 @@ def salvaged(images: Images, directory: str) -> Report:
 def _delivered(images: Images, index: Index, effort: scan.Effort, directory: str) -> Report:
     all_of_them = histories.find(index)
     delivered: list[Delivered] = []
-    for history in all_of_them[:MOST_DELIVERED]:
+    chosen = histories.chosen(all_of_them, MOST_DELIVERED)
+    for history in chosen:
         with progress_bar(f"Version {history.tip.version}", 0) as advance:
             delivered.append(delivery.deliver(images, index, history, directory, advance))
     holes, hole_count = histories.behind_holes(index, MOST_HOLES)
@@ -132,10 +135,14 @@ def _delivered(images: Images, index: Index, effort: scan.Effort, directory: str
         records=records,
         broken=broken,
         delivered=delivered,
-        not_tried=[history.tip.version for history in all_of_them[MOST_DELIVERED:]],
+        not_tried=[history.tip.version for history in all_of_them if history not in chosen],
         holes=holes,
         hole_count=hole_count,
-        limits=[*_limits(images, effort), *_not_reached(images, index, delivered)],
+        limits=[
+            *_limits(images, effort),
+            *_not_looked_at(index, len(all_of_them)),
+            *_not_reached(images, index, delivered),
+        ],
     )
 
 
@@ -146,7 +153,19 @@ def _limits(images: Images, effort: scan.Effort) -> Iterator[str]:
             " hold, so somebody has forged them."
         )
     for path, offset in images.unreadable:
-        yield f"{path}: the block at offset {offset} could not be read."
+        yield f"{printable(path)}: the block at offset {offset} could not be read."
+    if len(images.unreadable) == MOST_UNREADABLE:
+        yield "There may be more such blocks. An image that ddrescue makes loses least."
+
+
+def _not_looked_at(index: Index, found: int) -> Iterator[str]:
+    if histories.snapshots_not_seen(index):
+        yield (
+            f"There are more than {histories.MOST_SNAPSHOTS} snapshots: only the highest versions"
+            " of them were looked at."
+        )
+    if found >= histories.MOST_TIPS:
+        yield f"There are more than {found} histories: not all of them were looked at."
 
 
 def _not_reached(images: Images, index: Index, delivered: list[Delivered]) -> Iterator[str]:
@@ -154,8 +173,8 @@ def _not_reached(images: Images, index: Index, delivered: list[Delivered]) -> It
     if version > max((found.version for found in delivered if found.path), default=0):
         path, offset = images.where(place)
         yield (
-            f"{path}: at offset {offset} a file of layout 1 begins whose header names version"
-            f" {version}, which was not reached."
+            f"{printable(path)}: at offset {offset} a file of layout 1 begins whose header names"
+            f" version {version}, which was not reached."
         )
 
 

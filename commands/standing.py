@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -19,7 +20,13 @@ import durable
 import unwind
 from backend import TAG_SIZE, log
 from commands.serve import log_mode_option, log_to_stderr
-from commands.shared import directory_option, in_place_of_the_former, main, with_destinations
+from commands.shared import (
+    EXIT_UNSOUND,
+    directory_option,
+    in_place_of_the_former,
+    main,
+    with_destinations,
+)
 from errors import CLI, PLUGIN, BackupError, BackupExists, ConfigError, OtherOwner
 from standby import promoting
 from standby import state as keeping
@@ -68,6 +75,7 @@ def standby(lightning_dir: str, check_every_s: float, log_mode: str, urls: tuple
     destinations.destination_for(urls)  # Checks what was typed.
     log_to_stderr(log_mode, logging.INFO)
     with keeping.held(directory), confined.ending_on_signals(lambda: None):
+        _require_no_database(directory)  # A promote may just have ended.
         state = _state(directory, urls, check_every_s)
         for number in unwind.SIGNALS:
             signal.signal(number, _end)
@@ -128,9 +136,11 @@ def promote(lightning_dir: str) -> None:
         return _report_former(directory)
     if not found.complete:
         promoting.require_no_database(directory)
-    with node.stopped(directory, _database(directory)), promoting.alone(directory) as ended:
+    with promoting.alone(directory) as ended, node.stopped(directory, _database(directory)):
         state = keeping.read(directory)
-        assert state is not None, "only promote removes it, and was alone"
+        if state is None:  # Another promote has just done it.
+            keeping.remove(directory)
+            return _report_former(directory)
         promotion = promoting.Promotion(directory, state, destinations.backend_for)
         with confined.ending_on_signals(lambda: None), _telling(promotion, ended):
             promotion.take_over()
@@ -144,6 +154,11 @@ def promote(lightning_dir: str) -> None:
         " on, at its next commit."
     )
     _report_start(directory)
+    if state.proof is not None and state.proof.problems:
+        click.echo(
+            f"Warning: SQLite's checks of it found: {'; '.join(state.proof.problems)}.", err=True
+        )
+        sys.exit(EXIT_UNSOUND)
 
 
 def _database(directory: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import durable
 from backend import utc
-from errors import CLI, CheckRunning, DiskError
+from errors import CLI, CheckRunning, DiskError, printable
 
 SUFFIX = ".proof"
 MAX_SIZE = 64 << 10
@@ -74,7 +74,7 @@ def _time(value: object) -> int | None:
 
 
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return printable(value) if isinstance(value, str) else None
 
 
 def warnings(proof: Proof, url: str) -> list[str]:

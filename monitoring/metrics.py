@@ -84,7 +84,8 @@ def _escaped(text: str) -> str:
 
 def _samples(found: Mapping[str, Any], exit_code: int, now_s: float) -> Iterator[Sample]:
     rows = found.get("destinations") or []
-    yield "sound", {}, float(exit_code in (0, 4))
+    # A plugin that has not opened its backup yet has not looked at it.
+    yield "sound", {}, float(exit_code in (0, 4)) if "url" in found or "urls" in found else None
     yield "warnings", {}, len(found["warnings"]) if "warnings" in found else None
     for name in ("version", "changes"):
         yield name, {}, found.get(name)

@@ -9,14 +9,14 @@ import secrets
 import time
 from collections.abc import Iterator
 
-from backend import EMPTY_CHAIN, MAX_CHUNK_SIZE, NOBODY, Snapshot, new_owner, taken_over
+from backend import EMPTY_CHAIN, MAX_CHUNK_SIZE, NOBODY, TAG_SIZE, Snapshot, new_owner, taken_over
 from errors import BackupError, BackupExists
 from filelog import layout2
 from filelog.layout2 import FINAL, Head, Kind
 from postgres import schema
 from postgres.delivery import UNIQUE
-from postgres.link import Denied, Failed, Link
-from postgres.look import State, digest_of
+from postgres.link import Denied, Failed, Link, Row
+from postgres.look import State, digest_of, look
 from protocol import NackCode
 from remote.link import Diverged
 
@@ -140,20 +140,44 @@ def replace(link: Link, name: str, old: State, snapshot: Snapshot | None, owner:
 def _end(link: Link, old: State) -> None:
     """Let nobody write to ``old`` any more: its last record takes the next one's place."""
     newest, payload = old.newest, layout2.encode_owner(time.time_ns(), platform.node())
-    flags = layout2.BUMPS if newest.rewindable else 0
     try:
-        ended = link.run(
-            schema.INSERT,
-            *(old.number, newest.sequence, newest.chain, newest.session),
-            *(Kind.OWNER, flags, newest.version, new_owner(), newest.chain_before, newest.chain),
-            *(0, newest.time_ns, payload),
-        )
+        ended = _add_owner(link, old, new_owner(), payload)
     except Denied as error:
         if error.sqlstate != UNIQUE:
             raise
         ended = []
     if not ended:
         raise Diverged(NackCode.TAKEN_OVER, taken_over(newest.version, time.time_ns()))
+
+
+def _add_owner(link: Link, state: State, session: bytes, payload: bytes) -> list[Row]:
+    """Add an owner behind ``state``; no row if that is not the end any more."""
+    newest = state.newest
+    flags = layout2.BUMPS if newest.rewindable else 0
+    return link.run(
+        schema.INSERT,
+        *(state.number, newest.sequence, newest.chain, newest.session),
+        *(Kind.OWNER, flags, newest.version, session, newest.chain_before, newest.chain),
+        *(0, newest.time_ns, payload),
+    )
+
+
+def take_over(link: Link, name: str, url: str, session: bytes, payload: bytes) -> None:
+    """Add an owner behind whatever is the newest: a node that writes waits meanwhile.
+
+    Args:
+        session: the owner's; the rest of it is as it is there in one of several destinations.
+        payload: see layout2.encode_owner.
+    """
+    with transaction(link):
+        # Not tried again until nobody was quicker: a node can always be.
+        link.run("LOCK TABLE cln_backup.records IN SHARE ROW EXCLUSIVE MODE")
+        state = look(link, name, url=url)
+        roster = layout2.decode_roster(payload)
+        if roster is not None and len(roster.urls) > 1:
+            session = session[:TAG_SIZE] + state.newest.session[TAG_SIZE:]
+        added = _add_owner(link, state, session, payload)
+        assert added, "nobody else could write"
 
 
 def fold(link: Link, state: State, last: Head, path: str) -> None:

@@ -8,13 +8,18 @@ from clusterchecks import Server, problems
 from postgres.link import NAMES, Link
 
 LOOK_AGAIN_S = 0.05
+LOGICAL = """EXISTS (SELECT FROM pg_catalog.pg_replication_slots s
+  WHERE s.active_pid = r.pid AND slot_type = 'logical')"""
+"""Whether ``r`` of pg_stat_replication is no standby: it follows tables, and always by a slot."""
 _SERVER = f"""
 SELECT current_user::text, pg_catalog.pg_is_in_recovery(),
   current_setting('transaction_read_only') = 'on', current_setting('fsync') = 'on',
   current_setting('full_page_writes') = 'on', {NAMES},
   pg_catalog.pg_has_role(current_user, 'pg_read_all_stats', 'USAGE'),
-  (SELECT count(*) FROM pg_catalog.pg_stat_replication WHERE state = 'streaming'
-   AND sync_state IN ('sync', 'quorum')),
+  (SELECT count(*) FROM pg_catalog.pg_stat_replication r WHERE state = 'streaming'
+   AND sync_state IN ('sync', 'quorum') AND NOT {LOGICAL}),
+  (SELECT coalesce(string_agg(application_name, ', '), '')
+   FROM pg_catalog.pg_stat_replication r WHERE sync_state <> 'async' AND {LOGICAL}),
   (SELECT count(*) FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n
    ON n.oid = c.relnamespace WHERE nspname = 'cln_backup' AND relpersistence = 'u')"""
 

@@ -251,7 +251,7 @@ class Records:
             page = self._page(last)  # On its way while this one is taken apart.
             for row in rows:
                 head, _, _ = head_of(row[:-1], state.backup_id, True)
-                if head.sequence != sequence + 1:
+                if not _is_next(head, sequence):
                     self._missing(f"record {sequence + 1} is missing")
                 sequence, payload = head.sequence, row[-1]
                 assert isinstance(payload, bytes)
@@ -269,7 +269,7 @@ class Records:
                 rows = self._rows(_PAGE, self.state.number, sequence)
                 for row in rows:
                     head, _, _ = head_of(row[:-1], self.state.backup_id, True)
-                    if head.sequence != sequence + 1:
+                    if not _is_next(head, sequence):
                         self._missing(f"record {sequence + 1} is missing")
                     sequence, payload = head.sequence, row[-1]
                     assert isinstance(payload, bytes)
@@ -324,6 +324,12 @@ class Records:
             raise self.as_damage("it does not begin with a snapshot")
         return base
 
+    def folded_owner(self) -> bytes:
+        """The payload of the owner record that the snapshot stands for, too; b"" if none."""
+        asked = "SELECT payload FROM cln_backup.records WHERE backup = $1 AND sequence = $2"
+        rows = self._rows(asked, self.state.number, self.state.first)
+        return rows[0][0] if rows and isinstance(rows[0][0], bytes) else b""
+
     def _missing(self, reason: str) -> NoReturn:
         """Why a row is not there: a compaction, or damage."""
         self.close()  # A page may be on its way.
@@ -363,6 +369,11 @@ class Records:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+
+def _is_next(head: Head, sequence: int) -> bool:
+    """Whether ``head`` is the record behind that of ``sequence``, and no compaction's base."""
+    return head.sequence == sequence + 1 and head.kind != Kind.SNAPSHOT
 
 
 def digest_of(data: bytes) -> bytes:

@@ -13,7 +13,9 @@ SCHEMES = ("postgresql:", "postgres:")
 DEFAULT_BACKUP = "node"
 DEFAULT_STANDBYS = 1
 DEFAULT_RETRY_FOR_S = 120.0
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(\.old-[0-9TZ-]+)?")
+_RESERVED = (".old-", ".new-")
+"""What building.replace names its own by, and building.prune finds those that it removes."""
 _SECRETS = ("password", "sslpassword")
 
 
@@ -31,6 +33,15 @@ class PostgresUrl(NamedTuple):
     backup: str = DEFAULT_BACKUP
     standbys: int = DEFAULT_STANDBYS
     retry_for: float = DEFAULT_RETRY_FOR_S
+
+    def require_writable(self) -> None:
+        """Refuse the name of a backup that was replaced, and is only kept; ConfigError."""
+        if any(part in self.backup for part in _RESERVED):
+            raise ConfigError(
+                f"backup={self.backup} is no name to write to: {' and '.join(_RESERVED)} stand in"
+                " the names of those that were replaced, and the older ones of them are removed.",
+                "It can be read: restore it, or `move` it to another name.",
+            )
 
 
 def parse(url: str) -> PostgresUrl:

@@ -8,6 +8,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import clusterchecks
 from clusterchecks import Fallback, Server, Slot, Standby, WalletCluster
 from errors import BackupError, ConfigError
+from postgres.checks import LOGICAL
 
 CONNECT_TIMEOUT_S = 10
 QUERY_TIMEOUT_MS = 30_000
@@ -23,9 +24,7 @@ SELECT current_user::text, pg_catalog.pg_is_in_recovery(),
 _END = """CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_receive_lsn()
   ELSE pg_catalog.pg_current_wal_flush_lsn() END"""
 _STANDBYS = f"""
-SELECT application_name, state, sync_state, ({_END} - flush_lsn)::bigint,
-  EXISTS (SELECT FROM pg_catalog.pg_replication_slots s
-          WHERE s.active_pid = r.pid AND slot_type = 'logical')
+SELECT application_name, state, sync_state, ({_END} - flush_lsn)::bigint, {LOGICAL}
 FROM pg_catalog.pg_stat_replication r WHERE state IS NOT NULL ORDER BY application_name"""
 _SLOTS = f"""
 SELECT slot_name::text, active, wal_status, ({_END} - restart_lsn)::bigint
@@ -63,7 +62,9 @@ def _ask(connection: psycopg.Connection) -> WalletCluster:
     version, synchronous_commit, wal_level, archive_mode, failing = row[7:]
     standbys = [Standby(*values) for values in connection.execute(_STANDBYS)]
     slots = [Slot(*values) for values in connection.execute(_SLOTS)]
-    server = Server._make([*row[:7], sum(standby.confirms for standby in standbys)])
+    confirming = sum(standby.confirms for standby in standbys)
+    mistaken = ", ".join(standby.name for standby in standbys if standby.is_mistaken)
+    server = Server._make([*row[:7], confirming, mistaken])
     fallback = Fallback(wal_level, archive_mode, failing, slots)
     wrong, doubtful = clusterchecks.of_commit(synchronous_commit)
     info = connection.info

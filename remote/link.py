@@ -9,7 +9,7 @@ from collections import deque
 
 import protocol
 from backend import Status
-from errors import CLI, OLD_COPY, OWN_STATE, BackupError
+from errors import CLI, OLD_COPY, OWN_STATE, BackupError, stay_off
 from filelog.layout2 import Head
 from protocol import Metadata, Nack, NackCode, Packet, PacketType, ProtocolError
 from remote import address, protocol1
@@ -97,6 +97,7 @@ NEXT_STEPS = {
     NackCode.TAKEN_OVER: "Two nodes write to this backup: find out which one holds the latest"
     " state, and never run the other again. If it is right that this node goes on with it, run"
     f" `{CLI} attach --lightning-dir DIR URL`. {OWN_STATE}",
+    NackCode.OTHER_OWNER: stay_off(),
     NackCode.OTHER_HISTORY: OWN_STATE,
     NackCode.OLD_SNAPSHOT: f"{OLD_COPY} `{CLI} restore URL DEST`. {OWN_STATE}",
     NackCode.INVALID: "Look at both logs before you start lightningd again.",

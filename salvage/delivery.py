@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,12 +73,20 @@ class Delivered:
     failure: str | None
 
 
+class Changed(BackupError):
+    """A record, of ``version``, is not what it was when it was found."""
+
+    def __init__(self, version: int, path: str, offset: int) -> None:
+        self.version = version
+        super().__init__(f"{path}: what stood at offset {offset} could not be read again.")
+
+
 def deliver(
     images: Images, index: Index, history: History, directory: str, progress: Progress
 ) -> Delivered:
     """Write ``history`` to a new file in ``directory``, and replay it.
 
-    A change that does not replay, and all behind it, is left out.
+    A change that does not replay or cannot be read again, and all behind it, is left out.
 
     Raises:
         NoRoom, DiskError: it cannot be written there.
@@ -89,7 +98,7 @@ def deliver(
         try:
             path, problems = _write(taken, directory, progress)
             return taken.delivered(path, problems, failure)
-        except DoesNotReplay as error:
+        except (DoesNotReplay, Changed) as error:
             failure = failure or error.problem
             shorter = _before(index, ids, error.version)
             if len(shorter) == len(ids) or not len(shorter) + len(history.root.pieces):
@@ -133,9 +142,12 @@ class _Taken:
     def __iter__(self) -> Iterator[tuple[Head, bytes]]:
         for number in (*self.history.root.pieces, *self._ids):
             piece = _piece(self._index, number)
+            payload = pieces.read(self._images, piece)
+            if zlib.crc32(payload) != piece.head.payload_crc:
+                raise Changed(piece.head.version, *self._images.where(piece.place))
             self._note(piece)
             self.last = piece.head
-            yield piece.head, pieces.read(self._images, piece)
+            yield piece.head, payload
 
     def _note(self, piece: Piece) -> None:
         self._layout = min(self._layout, piece.layout)
@@ -220,5 +232,5 @@ def _write_log(taken: _Taken, beside: str) -> None:
 
 
 def _name(taken: _Taken, directory: str) -> str:
-    base = f"v{taken.last.version}-{taken.last.chain.hex()[:12]}.bkp"
-    return os.path.join(directory, base)
+    # All of the chain: a forged one could have the beginning of another one's, and replace it.
+    return os.path.join(directory, f"v{taken.last.version}-{taken.last.chain.hex()}.bkp")

@@ -8,7 +8,8 @@ parts in two, both ends are histories.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from backend import EMPTY_CHAIN, TAG_SIZE
@@ -20,6 +21,10 @@ MOST_TIPS = 10_000
 """Ends of histories that are looked at."""
 MOST_SNAPSHOTS = 10_000
 """Snapshots that are looked at."""
+_SNAPSHOTS = (
+    "SELECT DISTINCT backup, sequence, version, chain FROM pieces WHERE kind = 1 AND whole = 1"
+    f" AND offset = {layout2.FIRST_RECORD}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,10 @@ class History:
 
 
 def find(index: Index) -> list[History]:
-    """All histories, the highest version, and of that the highest sequence, first."""
+    """All histories, the highest version, and of that the highest sequence, first.
+
+    If there are MOST_TIPS of them, there may be more.
+    """
     roots = {root.chain: root for root in _roots(index)}
     covered: set[bytes] = set()
     tips: dict[bytes, tuple[Head, bool]] = {}
@@ -68,13 +76,30 @@ def find(index: Index) -> list[History]:
     return sorted(found, key=lambda h: (-h.tip.version, -h.tip.sequence, h.tip.chain))
 
 
+def chosen(histories: Sequence[History], most: int) -> list[History]:
+    """``most`` of them, in the same order: of every owner the first, then of every the second.
+
+    So the many of one node do not hide those of another one of lower versions.
+    """
+    seen: Counter[bytes] = Counter()
+    ranks = []
+    for found in histories:
+        ranks.append(seen[found.tip.tag])
+        seen[found.tip.tag] += 1
+    best = sorted(range(len(ranks)), key=ranks.__getitem__)[:most]
+    return [histories[number] for number in sorted(best)]
+
+
+def snapshots_not_seen(index: Index) -> bool:
+    """Whether there are more snapshots than are looked at."""
+    query = f"SELECT 1 FROM ({_SNAPSHOTS}) LIMIT 1 OFFSET {MOST_SNAPSHOTS}"
+    return bool(index.ask(query))
+
+
 def _roots(index: Index) -> Iterator[Root]:
     if index.children(EMPTY_CHAIN):
         yield Root(EMPTY_CHAIN, 0, array("q"))
-    groups = index.ask(
-        "SELECT DISTINCT backup, sequence, version, chain FROM pieces WHERE kind = 1 AND whole = 1"
-        f" AND offset = {layout2.FIRST_RECORD} LIMIT {MOST_SNAPSHOTS}"
-    )
+    groups = index.ask(f"{_SNAPSHOTS} ORDER BY version DESC LIMIT {MOST_SNAPSHOTS}")
     for group in groups:
         yield from _snapshots(index, group)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import itertools
+import contextlib
+import glob
 import os
 import stat
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from errors import ConfigError, DiskError
 
 BLOCK = 4096
 """Bytes that are given up at once where they cannot be read."""
+MOST_UNREADABLE = 100
+"""Blocks that are named."""
 APART = 1 << 20
 """Two images are at least as far apart, in places."""
 
@@ -46,6 +49,7 @@ class Images:
     Attributes:
         size: bytes of all of them.
         unreadable: offsets of blocks that could not be read, with the path; only the first ones.
+        failures: how often a block could not be read; zeros stand for it.
 
     Raises:
         ConfigError, DiskError.
@@ -54,6 +58,7 @@ class Images:
     def __init__(self, paths: Sequence[str], good: Sequence[tuple[int, int]] | None = None) -> None:
         self._images: list[Image] = []
         self.unreadable: list[tuple[str, int]] = []
+        self.failures = 0
         start = 0
         try:
             for path in paths:
@@ -101,23 +106,37 @@ class Images:
         return bytes(low - place) + data.ljust(place + size - low, b"\0")
 
     def _pread(self, image: Image, begin: int, end: int) -> bytes:
-        try:
-            data = os.pread(image.fd, end - begin, begin)
-        except OSError:
-            if end - begin <= BLOCK:
-                if len(self.unreadable) < 100 and (image.path, begin) not in self.unreadable:
-                    self.unreadable.append((image.path, begin))
-                return bytes(end - begin)
-            cuts = [begin, *range((begin // BLOCK + 1) * BLOCK, end, BLOCK), end]
-            pairs = itertools.pairwise(cuts)
-            return b"".join(self._pread(image, low, high) for low, high in pairs)
-        return data.ljust(end - begin, b"\0")  # It became shorter meanwhile.
+        parts: list[bytes] = []
+        by_blocks = False
+        while begin < end:
+            block = begin // BLOCK * BLOCK
+            goal = min(block + BLOCK, end) if by_blocks else end
+            try:  # A device gives what stands before a bad block: fewer bytes, and no error.
+                data = os.pread(image.fd, goal - begin, begin)
+            except OSError:
+                data = b""
+            if not data and goal > block + BLOCK:
+                by_blocks = True
+                continue
+            by_blocks = not data
+            parts.append(data or self._unread(image, block, goal - begin))
+            begin += len(parts[-1])
+        return b"".join(parts)
+
+    def _unread(self, image: Image, block: int, size: int) -> bytes:
+        """What stands for ``size`` bytes of a block that cannot be read."""
+        self.failures += 1
+        found = image.path, block
+        if len(self.unreadable) < MOST_UNREADABLE and found not in self.unreadable:
+            self.unreadable.append(found)
+        return bytes(size)
 
     def is_known(self, place: int, size: int) -> bool:
         """Whether all of these bytes are there, and none of them is called bad by the map."""
         image = self._images[bisect.bisect(self._starts, place) - 1]
         begin = place - image.start
-        return any(low <= begin and begin + size <= high for low, high in image.good)
+        at = bisect.bisect(image.good, (begin, image.size + 1)) - 1
+        return at >= 0 and begin + size <= image.good[at][1]
 
     def where(self, place: int) -> tuple[str, int]:
         """The path of the image, and the offset in it."""
@@ -125,13 +144,57 @@ class Images:
         return image.path, place - image.start
 
     def described(self) -> list[list[object]]:
-        """What tells these images from others."""
-        return [[os.path.realpath(i.path), i.size, list(map(list, i.good))] for i in self._images]
+        """What tells these images from others, and from themselves before they were written to."""
+        return [
+            [
+                os.path.realpath(image.path),
+                image.size,
+                _written_ns(image.fd),
+                *map(list, image.good),
+            ]
+            for image in self._images
+        ]
 
     def close(self) -> None:
         """Close them."""
         for image in self._images:
             os.close(image.fd)
+
+
+def _written_ns(fd: int) -> int:
+    found = os.fstat(fd)  # Of a device that is when its node was made.
+    return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else 0
+
+
+def devices_of(directory: str) -> set[int]:
+    """Numbers of the block devices that the file system of ``directory`` is on, as far as known.
+
+    Also the disk that one of them is a part of, and those below LVM, LUKS or RAID.
+    """
+    number = os.stat(directory).st_dev
+    if not os.major(number):  # As btrfs does: only the table of mounts tells.
+        with contextlib.suppress(OSError):
+            number = os.stat(_mounted_from(directory)).st_rdev
+    found, left = set[int](), [number]
+    while left:
+        number = left.pop()
+        found.add(number)
+        here = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+        above = [os.path.dirname(here)] if os.path.exists(f"{here}/partition") else []
+        for path in (*above, *glob.iglob(f"{glob.escape(here)}/slaves/*")):
+            with contextlib.suppress(OSError, ValueError), open(f"{path}/dev") as file:
+                left += {os.makedev(*map(int, file.read().split(":")))} - found
+    return found
+
+
+def _mounted_from(directory: str) -> str:
+    """What is mounted where ``directory`` is."""
+    with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+        rows = [line.split() for line in file]
+    mounts = {row[4]: row[row.index("-") + 2] for row in rows}
+    while not os.path.ismount(directory):
+        directory = os.path.dirname(directory)
+    return mounts.get(directory.replace(" ", r"\040"), "")
 
 
 def _opened(path: str, start: int, good: Sequence[tuple[int, int]] | None) -> Image:

@@ -28,10 +28,11 @@ _INDEXES = """
 CREATE INDEX IF NOT EXISTS by_low ON log_ends (low);
 CREATE INDEX IF NOT EXISTS by_before ON pieces (before, kind, whole, chain);
 CREATE INDEX IF NOT EXISTS by_chain ON pieces (chain, kind, whole, sequence);
-CREATE INDEX IF NOT EXISTS by_offset ON pieces (backup, offset);
+CREATE INDEX IF NOT EXISTS by_offset ON pieces (backup, offset, sequence);
 CREATE INDEX IF NOT EXISTS by_sequence ON pieces (backup, sequence, offset);
 CREATE INDEX IF NOT EXISTS broken ON pieces (id) WHERE whole = 0;
-CREATE INDEX IF NOT EXISTS snapshots ON pieces (chain, offset) WHERE kind = 1;
+CREATE INDEX IF NOT EXISTS snapshots ON pieces (backup, chain, sequence, version, offset)
+  WHERE kind = 1;
 """
 _INSERT = f"INSERT INTO pieces VALUES (NULL{', ?' * 15})"
 _ROW = "id, place, payload, layout, whole, split, tail, head"
@@ -88,15 +89,16 @@ class Index:
             self._db.execute("PRAGMA synchronous = OFF")  # What a loss of power takes is redone.
             self._db.execute("PRAGMA cache_size = -8000")
             self._db.executescript(_SCHEMA)
+            known = self.note("images")
+            if known is None:
+                self.set_note("images", json.dumps(images))
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error
-        known = self.note("images")
         if known not in (None, json.dumps(images)):
             self._db.close()
             raise ConfigError(
                 f"{self.path} is of other images, or they have changed.", "Name another OUTDIR."
             )
-        self.set_note("images", json.dumps(images))
 
     def _unusable(self, error: Exception) -> Exception:
         if isinstance(error, OSError):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable
+
 from errors import ConfigError, DiskError
 
 MAX_SIZE = 64 << 20
 FINISHED = "+"
 STATUSES = "?*/-+"
+STATES = STATUSES + "FG"
+"""What ddrescue was doing when it wrote the map."""
 _AFTER = "Give the file that ddrescue wrote beside the image, its third argument."
 
 
@@ -19,20 +24,28 @@ def read(path: str) -> list[tuple[int, int]]:
     """
     try:
         with open(path, "rb") as file:
-            text = file.read(MAX_SIZE + 1).decode("ascii", "replace")
+            data = file.read(MAX_SIZE + 1)
     except OSError as error:
         raise DiskError(path, error, "read") from error
-    lines = (line.partition("#")[0].split() for line in text[:MAX_SIZE].splitlines())
     try:
-        (position, status, *_), *blocks = [words for words in lines if words]
-        if int(position, 0) < 0 or status not in STATUSES:
-            raise ValueError("no state")
-        return _good(blocks)
+        return _parsed(data)
     except ValueError as error:
         raise ConfigError(f"{path} is no map of ddrescue.", _AFTER) from error
 
 
-def _good(blocks: list[list[str]]) -> list[tuple[int, int]]:
+def _parsed(data: bytes) -> list[tuple[int, int]]:
+    if len(data) > MAX_SIZE:
+        raise ValueError("too large")
+    file = io.StringIO(data.decode("ascii", "replace"))
+    lines = (line.partition("#")[0].split() for line in file)
+    blocks = (words for words in lines if words)
+    position, status, *_ = next(blocks, ("", ""))
+    if int(position, 0) < 0 or status not in STATES or len(status) != 1:
+        raise ValueError("no state")
+    return _good(blocks)
+
+
+def _good(blocks: Iterable[list[str]]) -> list[tuple[int, int]]:
     good: list[tuple[int, int]] = []
     end = 0
     for position, size, status in blocks:

@@ -8,6 +8,8 @@ A snapshot's chain is made of its content: copies of it, and what follows them, 
 from __future__ import annotations
 
 import hashlib
+import zlib
+from array import array
 from collections.abc import Iterator
 
 from backend import (
@@ -24,7 +26,7 @@ from filelog import layout1, layout2
 from filelog.layout2 import BEFORE_FIRST, Head, Kind
 from salvage.images import Images
 from salvage.index import Index, row
-from salvage.scan import SQLITE, STEP, Effort
+from salvage.scan import SQLITE, Effort
 
 BATCH = 1000
 """Records put into the index at once."""
@@ -38,7 +40,7 @@ def follow_all(images: Images, index: Index, effort: Effort) -> None:
         return
     with index.changing():
         end = 0
-        for place, is_header, _ in list(index.olds()):
+        for place, is_header, _ in index.olds():
             first = place + layout1.FIRST_ENTRY if is_header else place
             if first < end:
                 continue  # Within what was followed from before it.
@@ -74,33 +76,42 @@ class _Walk:
             yield from found
 
     def _entry(self) -> list[tuple[object, ...]]:
+        failures = self._images.failures
+        rows, end = self._rows()
+        # No checksum tells that zeros stand for what cannot be read.
+        if not rows or self._images.failures != failures:
+            return []
+        self.position = end
+        return rows
+
+    def _rows(self) -> tuple[list[tuple[object, ...]], int]:
+        """The records of the entry at ``position``, none if it does not fit, and its end."""
         head = self._images.read(self.position, layout1.ENTRY.size)
         if len(head) < layout1.ENTRY.size:
-            return []
+            return [], 0
         length, version, kind = layout1.ENTRY.unpack(head)
         payload = self.position + layout1.ENTRY.size
         if not self._effort.allow(length) or not self._images.is_known(self.position, length + 9):
-            return []
+            return [], 0
         if kind == layout1.SNAPSHOT:
-            rows = self._snapshot(version, payload, length)
-        elif kind == layout1.TRANSACTION and length <= MAX_CHANGE_SIZE:
-            rows = self._change(version, payload, length)
-        else:
-            return []
-        if rows:
-            self.position = payload + length
-        return rows
+            return self._snapshot(version, payload, length), payload + length
+        if kind == layout1.TRANSACTION and length <= MAX_CHANGE_SIZE:
+            return self._change(version, payload, length), payload + length
+        return [], 0
 
     def _snapshot(self, version: int, payload: int, length: int) -> list[tuple[object, ...]]:
         start = self._images.read(payload, 100)
         if not start.startswith(SQLITE) or not _is_sized(start, length):
             return []
         digest = hashlib.blake2b(b"snapshot", digest_size=CHAIN_SIZE)
-        for at in range(0, length, STEP):
-            digest.update(self._images.read(payload + at, min(STEP, length - at)))
+        crcs: array[int] = array("L")
+        for at in range(0, length, MAX_CHUNK_SIZE):
+            piece = self._images.read(payload + at, min(MAX_CHUNK_SIZE, length - at))
+            digest.update(piece)
+            crcs.append(zlib.crc32(piece))
         chain = digest.digest()
         rows, offset = [], layout2.FIRST_RECORD
-        for at in range(0, length, MAX_CHUNK_SIZE):
+        for at, crc in zip(range(0, length, MAX_CHUNK_SIZE), crcs, strict=True):
             size = min(MAX_CHUNK_SIZE, length - at)
             self._last = Head(
                 kind=Kind.SNAPSHOT,
@@ -108,6 +119,7 @@ class _Walk:
                 backup_id=chain,
                 offset=offset,
                 version=version,
+                payload_crc=crc,
                 session=NOBODY,
                 length=size,
                 chain_before=chain,
@@ -140,7 +152,7 @@ class _Walk:
             time_ns=0,
             session=NOBODY,
             chain=chain,
-        )
+        )._replace(payload_crc=zlib.crc32(change.payload))
         return [*rows, self._row(payload)]
 
     def _row(self, payload: int) -> tuple[object, ...]:

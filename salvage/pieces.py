@@ -9,6 +9,7 @@ says at which. A record in more than two pieces is not put together.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator
 
@@ -35,8 +36,8 @@ def join_all(images: Images, index: Index, effort: Effort) -> None:
         while broken := index.piece("whole = 0 AND id > ? ORDER BY id", last):
             _join_payload(images, index, effort, broken)
             last = broken.id
-        for before, after in _around_lost_heads(index):
-            _join_head(images, index, effort, before, after)
+        for before in _before_lost_heads(index):
+            _join_head(images, index, effort, before)
         index.set_note("joined", "all")
 
 
@@ -55,10 +56,11 @@ def _join_payload(images: Images, index: Index, effort: Effort, broken: Piece) -
     if head.length > LONGEST:
         return
     following = index.pieces(
-        f"backup = ? AND offset = ? AND place != ? LIMIT {TAILS}",
+        f"backup = ? AND offset = ? AND place != ? LIMIT {100 * TAILS}",
         *(head.backup_id, head.end, broken.place + size),
     )
-    places = {piece.place for piece in following if _may_follow(head, piece.head)}
+    fitting = (piece.place for piece in following if _may_follow(head, piece.head))
+    places = list(itertools.islice(fitting, TAILS))
     low = int.from_bytes(layout2.trailer(head.offset)[:3], "big")
     for place in places or index.log_ends(low, TAILS):
         tail = place - size
@@ -145,8 +147,8 @@ def _power_of(size: int) -> int:
     return result
 
 
-def _around_lost_heads(index: Index) -> Iterator[tuple[Piece, Piece]]:
-    """Two records of a file between which one has no head."""
+def _before_lost_heads(index: Index) -> Iterator[Piece]:
+    """The records behind which the next one's head was not found."""
     last = 0
     while before := index.piece(  # A head is cut where a sector ends soon behind the record.
         f"whole = 1 AND layout = 2 AND id > ? AND (split OR (place + ends - offset) % {SECTOR}"
@@ -155,32 +157,46 @@ def _around_lost_heads(index: Index) -> Iterator[tuple[Piece, Piece]]:
         " AND b.sequence BETWEEN pieces.sequence AND pieces.sequence + 1) ORDER BY id",
         last,
     ):
-        last, head = before.id, before.head
-        for sequence in head.sequence, head.sequence + 1, head.sequence + 2:
-            for after in index.pieces(
-                f"backup = ? AND sequence = ? AND offset > ? AND offset <= ? LIMIT {TAILS}",
-                *(head.backup_id, sequence, head.end, head.end + OVERHEAD + LONGEST),
-            ):
-                yield before, after
+        last = before.id
+        yield before
 
 
-def _join_head(images: Images, index: Index, effort: Effort, before: Piece, after: Piece) -> None:
-    size = after.head.offset - before.head.end
-    place = before.place + (before.head.end - before.head.offset)
-    if before.split:
-        place = before.tail + (before.head.end - before.head.offset - before.split)
+def _join_head(images: Images, index: Index, effort: Effort, before: Piece) -> None:
+    """Make the record behind ``before`` whole if its head is cut."""
+    size = before.head.end - before.head.offset
+    place = before.tail + size - before.split if before.split else before.place + size
     cut = -place % SECTOR
-    tail = after.place - size
-    if not 0 < cut < HEAD.size or size < OVERHEAD or not effort.allow(2 * size):
+    if not 0 < cut < HEAD.size:
         return
-    second = images.read_padded(tail, size, after.place)
-    raw = images.read(place, cut) + second[cut : HEAD.size]
-    head = layout2.decode_head(raw, before.head.end, before.head.backup_id)
-    if head is None or head.end != after.head.offset:
-        return
-    payload = second[HEAD.size : HEAD.size + head.length]
-    if zlib.crc32(payload) != head.payload_crc:
-        return
-    chain = chain_after(head.chain_before, head.version, payload)
-    if head.kind != Kind.CHANGE or chain == head.chain:
-        index.add_joined(place, head, raw, cut, tail + cut)
+    first = images.read(place, cut)
+    for tail, size in _tails_of_head(index, before.head, cut):
+        if not effort.allow(SECTOR):
+            return
+        raw = first + images.read(tail, HEAD.size - cut)
+        head = layout2.decode_head(raw, before.head.end, before.head.backup_id)
+        if head is None or head.end - head.offset != size or not effort.allow(head.length):
+            continue
+        payload = images.read(tail + HEAD.size - cut, head.length)
+        if zlib.crc32(payload) != head.payload_crc:
+            continue
+        chain = chain_after(head.chain_before, head.version, payload)
+        if head.kind != Kind.CHANGE or chain == head.chain:
+            index.add_joined(place, head, raw, cut, tail)
+            return
+
+
+def _tails_of_head(index: Index, before: Head, cut: int) -> Iterator[tuple[int, int]]:
+    """Where what is behind ``cut`` bytes of the next head may stand, and the record's size then."""
+    for sequence in before.sequence, before.sequence + 1, before.sequence + 2:
+        for after in index.pieces(
+            f"backup = ? AND sequence = ? AND offset > ? AND offset <= ? LIMIT {TAILS}",
+            *(before.backup_id, sequence, before.end, before.end + OVERHEAD + LONGEST),
+        ):
+            size = after.head.offset - before.end
+            yield after.place - size + cut, size
+    # Of the newest of its log it is known where it ends, but not how long it is.
+    low = int.from_bytes(layout2.trailer(before.end)[:3], "big")
+    for end in index.log_ends(low, TAILS):
+        highest = (end - OVERHEAD + cut) // SECTOR * SECTOR
+        for tail in range(highest, max(end - LONGEST, 0) - 1, -SECTOR):
+            yield tail, end - tail + cut

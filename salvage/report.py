@@ -63,10 +63,7 @@ def lines(report: Report, images: Images) -> Iterator[str]:
     if report.not_tried:
         versions = ", ".join(str(v) for v in report.not_tried[:MOST_SAID])
         yield ""
-        yield (
-            f"{len(report.not_tried)} more histories, of lower versions, were not delivered:"
-            f" {versions}"
-        )
+        yield (f"{len(report.not_tried)} more histories were not delivered: versions {versions}")
     if report.holes:
         yield ""
         yield from _of_holes(report, images)
@@ -77,7 +74,7 @@ def _of_history(number: int, found: Delivered) -> Iterator[str]:
     root = found.history.root
     begins = f"a snapshot at version {root.version}" if root.pieces else "the empty beginning"
     yield f"{number}. Version {found.version}: {begins} and {found.changes} changes"
-    yield f"   file: {found.path or 'none'}"
+    yield f"   file: {printable(found.path or 'none')}"
     if found.last_change_ns:
         yield f"   last change: {utc(found.last_change_ns)}"
     if found.layout == 1:

@@ -138,7 +138,7 @@ class Connection:
             return self._refuse_to_write()
         if owner is not None and self._keeper.is_foreign(owner):
             text = f"{self.machine} as a writer: {self._keeper.whose()}"
-            return self.refuse(text, NackCode.TAKEN_OVER)
+            return self.refuse(text, NackCode.OTHER_OWNER)
         damage = self._keeper.backend.damage
         if owner is not None and damage is not None:
             return self.refuse(f"{self.machine} as a writer: {damage.problem}", NackCode.DAMAGED)

@@ -48,7 +48,13 @@ class Ready(NamedTuple):
 MAX_SEEN = 100
 """Peers that are remembered as writers."""
 FOREIGN = frozenset(
-    {NackCode.LOST_STATE, NackCode.TAKEN_OVER, NackCode.OTHER_HISTORY, NackCode.OLD_SNAPSHOT}
+    {
+        NackCode.LOST_STATE,
+        NackCode.OTHER_OWNER,
+        NackCode.TAKEN_OVER,
+        NackCode.OTHER_HISTORY,
+        NackCode.OLD_SNAPSHOT,
+    }
 )
 """Refusals that somebody else's writing may be the reason of."""
 

@@ -43,7 +43,7 @@ class Reason(enum.Enum):
     def __init__(self, code: NackCode, text: str) -> None:
         self.code, self.text = code, text
 
-    OTHER_OWNER = NackCode.TAKEN_OVER, "{whose}"
+    OTHER_OWNER = NackCode.OTHER_OWNER, "{whose}"
     TAKEN_OVER = NackCode.TAKEN_OVER, "{taken_over}"
     OTHER_HISTORY = (
         NackCode.OTHER_HISTORY,

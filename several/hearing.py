@@ -157,9 +157,13 @@ def missing(found: Sequence[Heard], roster: Roster) -> Silent | None:
     heard_urls = {heard.url for heard in voting}
     silent = [url for url in roster.urls if url not in heard_urls]
     silent += [url for url in errors if url not in silent]
-    told = [f"{url} ({errors[url].problem})" if url in errors else url for url in silent]
     others = [heard.url for heard in found if heard.look is not None and heard not in voting]
-    none_of_them = f" {' and '.join(others)} is none of them." if others else ""
+    reasons = dict.fromkeys(others, "it missed an attach, or was being given the whole backup")
+    reasons |= {url: error.problem for url, error in errors.items()}
+    told = [f"{url} ({reasons[url]})" if url in reasons else url for url in silent]
+    strange = [url for url in others if url not in roster.urls]
+    are = "are" if len(strange) > 1 else "is"
+    none_of_them = f" {' and '.join(strange)} {are} none of them." if strange else ""
     return Silent(
         f"{count} of the backup's {len(roster.urls)} destinations answered, and"
         f" {roster.rule.to_read} are needed: the newest change may be on those that are missing,"

@@ -132,7 +132,14 @@ def _relation(heard: Heard, leader: Heard) -> Standing | None:
     # Where nothing shows whether it is of this history, it is not of this node's either.
     is_folded = standing.relation is Relation.FOLDED
     foreign = is_folded and newest.tag != leading.tag and not _is_empty(heard)
-    if standing.relation is Relation.APART or foreign:
+    if foreign:
+        raise BackupError(
+            f"{heard.url} ends at version {newest.version}, which {leader.url} has folded into a"
+            " snapshot since: they may be of different histories, which cannot be told any more.",
+            "Nothing was changed. Look at both with `status`. If it may go, let it be empty (move"
+            " the file away, in a cluster take another backup=NAME): it gets all there is.",
+        )
+    if standing.relation is Relation.APART:
         raise Branched(heard.url, leader.url)
     return standing
 

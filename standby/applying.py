@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from replica import Record
 from standby import state as keeping
 from standby.state import State
 from wallet import database, restore
-from wallet.live import LiveDatabase, is_wal
+from wallet.live import LiveDatabase, is_damage, is_wal
 
 SAVE_AFTER_S = 1.0
 """How old the place in backup.standby may be; what the database has beyond, its version tells."""
@@ -79,10 +80,11 @@ class Applier:
         self._abandon()
         # Opened anew: what failed may have left a PRAGMA in force.
         self._close()
-        place = self.state.place
+        place, beginning = self.state.place, os.path.join(self._directory, keeping.BEGINNING_NAME)
         if place is None:
-            self._anew = _Anew(os.path.join(self._directory, keeping.BEGINNING_NAME))
+            self._anew = _Anew(beginning)
             return None
+        restore.remove_database(beginning, durable.remove)  # Of one that was killed.
         self._open(place)
         self._place = place
         return place
@@ -90,6 +92,13 @@ class Applier:
     def _open(self, place: Head) -> None:
         if not os.path.exists(self._path):
             raise Unfit(f"{self._path} is gone.", f"Begin again: `{self._remedy()}`.")
+        node_id, known = database.node_id_of(self._path), self.state.node_id
+        if known not in (None, node_id):
+            raise Unfit(
+                f"{self._path} is of node {node_id}, and was of node {known}.",
+                f"Begin again: `{self._remedy()}`.",
+            )
+        self.state = dataclasses.replace(self.state, node_id=node_id)
         live = LiveDatabase(self._path)
         if live.version < place.version:
             live.close()
@@ -102,13 +111,24 @@ class Applier:
     def _remedy(self) -> str:
         return keeping.remedy(self._directory)
 
-    def go_back(self, error: BackupError) -> None:
-        """Be ready for another ``begin`` after ``error``: with all of the backup if it must be."""
+    def go_back(self, error: BackupError) -> bool:
+        """Be ready for another ``begin`` after ``error``: with all of the backup if it must be.
+
+        Returns:
+            Whether that can do better at once.
+        """
+        if not (isinstance(error, (PlaceGone, Unfit)) or is_damage(error) or self._failed(error)):
+            return False
         # What is gone may be the newest change only, which is not applied: then go on as before.
         newest_gone = isinstance(error, PlaceGone) and self._has_come
-        if isinstance(error, (PlaceGone, Unfit)) and not newest_gone:
+        if not newest_gone:
             log.log(NOTICE, "Beginning again with all of the backup")
             self.state = dataclasses.replace(self.state, place=None)
+        return True
+
+    def _failed(self, error: BackupError) -> bool:
+        """Whether a write or flush of the database failed: what it shows may not be on the disk."""
+        return isinstance(error, DiskError) and (error.path, error.errno) == (self._path, errno.EIO)
 
     def feed(self, head: Head, payload: bytes) -> None:
         """Take the next record.

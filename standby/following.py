@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from backend import NOTICE, log
-from errors import BackupError
+from errors import BackupError, DiskError
 from replica import Followable, Pause
 from standby import state as keeping
 from standby.applying import Applier, Foreign, Unfit
@@ -36,6 +36,8 @@ class Standby:
         self._prover = Prover()
         self._pause_s = FIRST_PAUSE_S
         self._is_in_step = False
+        self._began_again = False
+        """After a proof that found something, which the next one may find again."""
 
     def run(self) -> None:
         """Follow until the process ends.
@@ -65,7 +67,8 @@ class Standby:
         self._is_in_step = False
         if self._applier.state.error != str(error):
             log.warning(str(error))
-            self._change(error=str(error))
+            with contextlib.suppress(DiskError):  # Its disk is full, most likely: it goes on.
+                self._change(error=str(error))
 
     def _change(self, *, error: str | None = None, proof: Proof | None = None) -> None:
         """Save the state, with what ``status`` is to tell."""
@@ -96,11 +99,22 @@ class Standby:
         if self._applier.state.error is not None:
             self._change()
         if (proof := self._prover.outcome()) is not None:
-            self._change(proof=proof)
-            if proof.problems:
-                log.error(f"{self._path} is not sound: {'; '.join(proof.problems)}")
-            elif proof.failure is None:
-                log.info(f"{self._path} is proven at version {proof.version}")
+            self._judge(proof)
+
+    def _judge(self, proof: Proof) -> None:
+        """Note what a proof found; Unfit if a database that begins again may be a better one."""
+        problem = f"{self._path} is not sound: {'; '.join(proof.problems)}."
+        if proof.problems and not self._began_again:
+            self._began_again = True
+            # None, so that the new one is proven at once.
+            self._applier.state = dataclasses.replace(self._applier.state, proof=None)
+            raise Unfit(problem)
+        self._change(proof=proof)
+        if proof.problems:
+            log.error(problem)
+        elif proof.failure is None:
+            self._began_again = False
+            log.info(f"{self._path} is proven at version {proof.version}")
 
     def _is_due(self, is_fresh: bool) -> bool:
         """Begin a proof if it is time; whether the place has to be compared before.
@@ -112,7 +126,8 @@ class Standby:
         after_ns = int(applier.state.check_every_s * 1e9)
         if self._prover.is_running or not applier.version:
             return False
-        if last is not None and time.time_ns() - last.time_ns < after_ns:
+        # One of the future is by a clock that was wrong.
+        if last is not None and 0 <= time.time_ns() - last.time_ns < after_ns:
             return False
         if not is_fresh:
             return True

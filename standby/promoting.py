@@ -14,7 +14,7 @@ from typing import Any
 
 import durable
 from backend import TAG_SIZE, new_owner
-from errors import CLI, BackupError, BackupExists, ConfigError, DiskError, OtherOwner, PlaceGone
+from errors import CLI, BackupError, BackupExists, ConfigError, DiskError
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from protocol import OVERRIDE, NackCode
@@ -24,7 +24,7 @@ from replica import Pause, Replica
 from several import hearing
 from several.hearing import Heard, Make, Silent
 from standby import state as keeping
-from standby.applying import Applier, Unfit
+from standby.applying import Applier
 from standby.state import State
 from wallet import database, node, restore
 
@@ -163,16 +163,27 @@ class Promotion:
     def _needed(self) -> int:
         return _needed(self._roster, len(self.state.urls))
 
-    @staticmethod
-    def _require(there: Sequence[Heard], all_of_them: Sequence[Heard], needed: int) -> None:
+    def _require(self, there: Sequence[Heard], found: Sequence[Heard], needed: int) -> None:
         """Raise Silent if those of ``there`` are not enough to shut the node out, and to go on."""
         has = len({heard.look.backup_id for heard in there if heard.look is not None})
         if has >= needed:
             return
-        told = " ".join(f"{h.url}: {h.error.problem}" for h in all_of_them if h.error is not None)
+        told = " ".join(f"{h.url}: {h.error.problem}" for h in found if h.error is not None)
         raise Silent(
-            f"{has} of the backup's destinations can be taken over, and {needed} are needed, or"
-            f" the old node could go on. {told}"
+            f"{has} of the backup's destinations can be taken over, and {needed} are needed, to"
+            f" shut the old node out and to go on. {told}",
+            self._with_fewer([heard.url for heard in there]),
+        )
+
+    def _with_fewer(self, urls: Sequence[str]) -> str:
+        """What to type to go on with ``urls`` alone, "" if those do not have everything."""
+        roster = self._roster
+        if roster is None or self.state.owner is not None or _needed(roster, len(urls)) > len(urls):
+            return ""
+        words = shlex.join(["standby", "--lightning-dir", self._directory, *urls])
+        return (
+            f"Bring them back, or go on without: run `{CLI} {words}` until it is in step, then this"
+            " again."
         )
 
     def _taken(self, owner: bytes) -> list[Heard]:
@@ -183,9 +194,10 @@ class Promotion:
         there = [(heard, heard.look) for heard in found if heard.look is not None]
         ours = [heard for heard, look in there if look.newest.tag == owner[:TAG_SIZE]]
         others = [heard for heard, _ in there if heard not in ours]
-        if len(ours) < self.state.needed and others:
-            taken = "it was taken over again since this standby did"
-            raise OtherOwner(others[0].url, taken)
+        # One that was away then may still be the old node's; so many are somebody else's.
+        if len(self.state.urls) - len(others) < self.state.needed:
+            with contextlib.closing(others[0].replica) as replica:
+                replica.open(owner)  # It knows who took it over.
         self._require(ours, found, self.state.needed)
         if len(self.state.urls) > 1:  # Some may keep the new list already.
             for heard in ours:
@@ -267,11 +279,10 @@ class Promotion:
                             applier.rest()
                             return found.newest
                         applier.feed(*found)
-            except (PlaceGone, Unfit) as error:
+            except BackupError as error:
                 tries -= 1
-                if not tries:
+                if not applier.go_back(error) or not tries:
                     raise
-                applier.go_back(error)
 
     def _complete(self, replica: Replica, owner: bytes) -> None:
         """Apply what is left, the newest change too; the database is a node's then."""
@@ -292,7 +303,8 @@ class Promotion:
                 f"The database is at version {found}, and the backup at {newest.version}.",
                 "Restore the backup, and find out why.",
             )
-        self._change(place=newest, complete=True)
+        node_id = database.node_id_of(self._path)
+        self._change(place=newest, node_id=node_id, complete=True)
 
     def name(self) -> None:
         """Give the complete database its name, never in place of another."""
@@ -302,14 +314,21 @@ class Promotion:
                 durable.remove(path)  # Killed in between.
             elif os.path.lexists(path):
                 require_no_database(self._directory)
-                durable.publish(path, target)
+                durable.keep(path, target)  # Before the only name that it has is gone.
+                durable.remove(path)
             elif not os.path.lexists(target):
-                raise ConfigError(f"{path} is gone, and {target} is not there.")
+                raise ConfigError(
+                    f"{path} is gone, and {target} is not there.",
+                    f"The backup has everything: run `{self._restoring()}`, then this again.",
+                )
             durable.sync_dir(self._directory)
         except FileExistsError as error:
             raise BackupExists(target) from error
         except OSError as error:
             raise DiskError(target, error, "name") from error
+
+    def _restoring(self) -> str:
+        return f"{CLI} restore {shlex.join([*self.state.urls, self._directory])}"
 
 
 def _needed(roster: Roster | None, urls: int) -> int:

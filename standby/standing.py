@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 
@@ -53,6 +54,8 @@ def look(directory: str, state: State, make: Make) -> Standing:
         found.errors.append(state.error)
     elif place is None:
         found.errors.append("It is not ready: it has not been in step with the backup yet.")
+    elif not (state.complete or os.path.exists(os.path.join(directory, keeping.STANDBY_NAME))):
+        found.errors.append("Its database is gone: it begins again with all of the backup.")
     if found.process is None:
         found.warnings.append("It does not run: nothing follows the backup.")
     if state.owner is not None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shlex
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import durable
+from backend import NOBODY
 from errors import CLI, BackupBusy, ConfigError, DiskError
-from filelog.layout2 import Head
+from filelog.layout2 import HEAD, Head
 from wallet.node import DATABASE_NAME, STANDBY_STATE
 
 STATE_NAME = STANDBY_STATE
@@ -103,15 +106,42 @@ def _parse(content: dict[str, Any]) -> State:
         if any(type(heads[name]) is not type(value) for name, value in Head()._asdict().items()):
             raise ValueError("the place is none")
         place = Head(**heads)
+        if HEAD.unpack(HEAD.pack(*place)) != place:
+            raise ValueError("the place is out of range")
     if proof is not None:
         proof = Proof(**proof | {"problems": tuple(proof["problems"])})
     known = content | {
         "place": place,
         "owner": None if owner is None else bytes.fromhex(owner),
         "proof": proof,
-        "urls": tuple(map(str, content["urls"])),
+        "urls": tuple(content["urls"]),
     }
-    return State(**known)
+    state = State(**known)
+    _check(state)
+    return state
+
+
+def _check(state: State) -> None:
+    """Raises ValueError, TypeError or AttributeError for what no standby writes."""
+    texts = [*state.urls, state.node_id, state.error]
+    numbers = [state.needed, state.acks, state.epoch, state.acks - 1]
+    proof, owner = state.proof, state.owner
+    if proof is not None:
+        texts += [*proof.problems, proof.failure]
+        numbers += [proof.time_ns, proof.version]
+    for text in texts:
+        if text is not None:
+            text.encode(errors="surrogateescape")  # JSON can hold what is no text, nor bytes.
+    flags = state.wal, state.taken, state.listed, state.complete
+    is_owned = owner is not None and len(owner) == len(NOBODY)
+    if (
+        not state.urls
+        or not all(type(number) is int and number >= 0 for number in numbers)
+        or not all(type(flag) is bool for flag in flags)
+        or not 0 < state.check_every_s < math.inf
+        or not (is_owned if owner is not None else not (state.taken or state.complete))
+    ):
+        raise ValueError("a value is out of range")
 
 
 def path_in(directory: str) -> str:
@@ -134,10 +164,10 @@ def read(directory: str) -> State | None:
         return None
     except OSError as error:
         raise DiskError(path, error, "read") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         raise ConfigError(
-            f"{path} is damaged.",
-            f"Remove it and {os.path.join(directory, STANDBY_NAME)}: `{CLI} standby` begins again.",
+            f"{path} is damaged, or of a later release.",
+            f"If it is damaged, run `{remedy(directory)}`: `{CLI} standby` begins again.",
         ) from error
 
 
@@ -154,6 +184,7 @@ def remove(directory: str) -> None:
     """There is no standby in ``directory`` any more."""
     for name in (f"{path_in(directory)}.writer", path_in(directory)):
         durable.remove(name)
+    durable.sync_dir(directory)
 
 
 @contextlib.contextmanager

@@ -67,6 +67,7 @@ def test_problems_by_enumeration(wanted: int) -> None:
         ({"sees": False}, 'GRANT pg_monitor TO "backup";'),
         ({"sees": False, "role": 'a"b'}, 'GRANT pg_monitor TO "a""b";'),
         ({"confirming": 0}, "0 synchronous standbys stream from it, and a commit waits for 1"),
+        ({"subscribers": "c"}, "c follows tables only"),
     ],
 )
 def test_what_is_said(change: dict[str, object], said: str) -> None:

@@ -30,6 +30,10 @@ def insert(url: str, n: int) -> None:
 
 
 def rows(cluster: Cluster, url: str) -> list[int]:
+    """What it shows; a standby, once it has replayed what it has received."""
+    if cluster.is_standby():
+        replayed = "SELECT 1 WHERE pg_last_wal_replay_lsn() >= pg_last_wal_receive_lsn()"
+        until(lambda: cluster.sql(replayed), "it has replayed all")
     return [n for (n,) in cluster.sql("SELECT n FROM t ORDER BY n", dbname=database(url))]
 
 

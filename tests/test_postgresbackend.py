@@ -22,14 +22,19 @@ from errors import (
     OtherOwner,
     PlaceGone,
 )
-from replica import Followable, Pause
-from tests import support
+from filelog.layout2 import encode_owner, owner_behind, session_of
+from quorum import Roster
+from replica import Followable, Pause, Replica
+from several.catchup import CatchUp, stand
+from several.hearing import end_of
+from tests import clusters, support
 from tests.clusters import Cluster, Pair, until
 from tests.support import Call
 
 pytest.importorskip("psycopg")
 
 from postgres import look
+from postgres.wallet import examine
 
 CHANGES = [support.change(version, f"-- {version}") for version in range(1, 40)]
 
@@ -216,6 +221,28 @@ def test_only_one_of_any_is_enough(pair: Pair, url: str) -> None:
         add(backend, CHANGES[0])
 
 
+def test_who_follows_tables_only_is_no_standby(pair: Pair, url: str, tmp_path: Path) -> None:
+    """He takes part in the count of synchronous standbys, and confirms what he does not keep."""
+    primary = pair.primary
+    primary.sql("ALTER SYSTEM SET wal_level = logical")
+    primary.stop()
+    primary.start()
+    pair.await_streaming()
+    primary.sql("SELECT pg_create_logical_replication_slot('tables', 'test_decoding')")
+    where = f"host={primary.sockets} port={primary.port} user=postgres dbname=postgres"
+    follow = [clusters.bindir() / "pg_recvlogical", "-d", f"{where} application_name=a"]
+    follow += ["-S", "tables", "--start", "-f", tmp_path / "tables", "-F", "1", "-s", "1"]
+    with subprocess.Popen(list(map(str, follow))) as follower:
+        counts = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'quorum'"
+        until(lambda: len(primary.sql(counts)) == 2, "it counts as a synchronous standby")
+        assert "a follows tables only" in refusal(of_more(pair, url, retry_for="0"))
+        assert examine(of_more(pair, url, primary)).server.confirming == 1
+        follower.kill()
+    until(lambda: len(primary.sql(counts)) == 1, "it has gone")
+    with opened(of_more(pair, url, retry_for="0")) as backend:
+        add(backend, CHANGES[0])
+
+
 def test_a_role_that_may_not_see_the_standbys_is_told_the_grant(pair: Pair) -> None:
     role = pair.role()
     blind = pair.url(user=role, dbname=pair.database(role), retry_for="0")
@@ -278,6 +305,26 @@ def test_urls_that_are_refused(url: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         backend_for(url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["node.old-2026", "node.new-1", "x.old-y"])
+def test_a_name_of_those_that_are_kept_is_none_to_write_to(name: str, url: str, pair: Pair) -> None:
+    backend = backend_for(of_more(pair, url, backup=name))
+    for write in (backend.require_absent, lambda: backend.create(None), backend.open):
+        with pytest.raises(ConfigError, match=f"backup={name} is no name to write to"):
+            write()
+    with pytest.raises(BackupMissing):
+        backend.read()
+
+
+def test_what_is_kept_of_the_longest_name_can_be_read(pair: Pair, url: str) -> None:
+    longest = made(of_more(pair, url, backup="n" * 100))
+    with opened(longest) as backend:
+        add(backend, *CHANGES[:2])
+    backend_for(longest).replace(None)
+    kept = backend_for(longest).replace(None) or ""
+    name = kept.partition("backup=")[2].split()[0]
+    assert stored(of_more(pair, url, backup=name)) == []
 
 
 # Who is asked
@@ -389,6 +436,32 @@ def test_an_open_backup_goes_on_with_what_replaces_it(url: str, tmp_path: Path) 
         assert (backend.version, backend.prev_version, backend.version_count) == (5, 5, 1)
         add(backend, support.change(6))
     assert stored(url) == [support.change(6)]
+
+
+def test_a_copy_of_a_compacted_one_keeps_the_list_of_destinations(url: str, tmp_path: Path) -> None:
+    """Without it the copy would be an only one, whose state is never doubted."""
+    roster, owner = Roster(1, 1, (url, "file:///elsewhere")), new_owner()
+    payload = encode_owner(0, "here", roster)
+    with opened(url) as backend:
+        assert isinstance(backend, Replica)
+        head = owner_behind(backend.newest, session_of(owner, 2, 2), payload)
+        backend.add_record(head, payload)
+        add(backend, *support.first_changes(3))
+    backend_for(url).compact()
+    assert (backend_for(url).roster(), backend_for(url).status().changes) == (roster, 1)
+    copy = backend_for(f"file://{tmp_path}/copy")
+    copy.create(None)
+    with contextlib.closing(copy), backend_for(url).records() as records:
+        copy.open()
+        copy.take_all(records, owner)
+    assert copy.roster() == roster
+    with opened(url) as backend:  # And it is a place to go on from.
+        add(backend, support.first_changes(4)[3])
+    with contextlib.closing(copy):
+        copy.open()
+        catch_up = CatchUp(copy, threading.Lock(), owner, True)
+        catch_up.bring(backend_for(url), stand(end_of(copy.newest), backend_for(url)))
+    assert stored(copy.url) == stored(url)
 
 
 def snapshot(directory: Path, version: int) -> Snapshot:
@@ -583,3 +656,16 @@ def test_who_follows_goes_on_behind_a_compaction_or_is_told(url: str) -> None:
         assert [head.version for head, _ in found] == [8, 9]
         with destination.follow(heads[3]) as records, pytest.raises(PlaceGone):
             next(iter(records))
+
+
+def test_a_record_that_became_the_snapshot_is_no_damage(url: str) -> None:
+    """It is the next one that is to come, and a compaction lets the backup begin with it."""
+    changes = support.first_changes(4)
+    with opened(url) as backend:
+        add(backend, *changes[:2])
+        with backend_for(url).follow(None) as records:
+            assert isinstance(list(itertools.islice(records, 3))[2], Pause)
+            add(backend, *changes[2:])
+            backend_for(url).compact()
+            with pytest.raises(PlaceGone):
+                next(records)

@@ -151,6 +151,18 @@ def test_what_is_folded_away() -> None:
     assert compare(Log("AAAAAA").end(), leader.marks)[0] is Relation.APART
 
 
+def test_no_compaction_makes_another_history_of_one() -> None:
+    """Whoever can be brought up to date still can, wherever the leader's log is cut."""
+    theirs = [text for text in texts(5) if text[:2] == "Ao"]
+    for mine, leading in itertools.product(texts(3), theirs):
+        end = Log(mine).end()
+        if compare(end, Log(leading).marks)[0] is Relation.APART:
+            continue
+        for folded in range(1, len(leading)):
+            found, _ = compare(end, Log(leading, folded).marks)
+            assert found is not Relation.APART, (mine, leading, folded)
+
+
 def relation_of(logs: Sequence[Log]) -> tuple[list[End], object]:
     ends = [log.end() for log in logs]
     return ends, lambda one, other: compare(ends[one], logs[other].marks)[0]

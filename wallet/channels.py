@@ -156,7 +156,8 @@ def read(path: str, mode: str = "rw") -> Found:
                     raise Refused(f"there are more than {MAX_CHANNELS}")
                 channels.append(_channel(tables, row))
         except confined.ERRORS as error:
-            damage = f"its channels cannot be read to the end: {connection.reason(error)}"
+            reason = printable(connection.reason(error))
+            damage = f"its channels cannot be read to the end: {reason}"
         version = _number(tables.variable("data_version", "intval"), MAX_VERSION + 1)
     return Found(version, _hex(node_id), channels, damage)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import durable
 from backend import FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON, MAX_VERSION, Change, Snapshot
-from errors import DatabaseError, DiskError, DoesNotReplay
+from errors import DatabaseError, DiskError, DoesNotReplay, printable
 from wallet import confined
 from wallet.confined import Confined, Refused
 
@@ -182,6 +183,8 @@ def copy_files(source: str, target: str) -> None:
             shutil.copyfile(source + suffix, target + suffix)
 
 
+_OF_THE_DISK = {"database or disk is full": errno.ENOSPC, "disk I/O error": errno.EIO}
+"""What SQLite says that is no fault of a statement."""
 _ROWS_ONLY = ("UPDATE ", "INSERT ", "DELETE ")
 """How statements begin that leave the schema alone; others may do so, too."""
 
@@ -196,6 +199,7 @@ class Replayer:
 
     Raises:
         DoesNotReplay: a change does not replay.
+        DiskError: the disk is full, or fails.
     """
 
     journal: Sequence[str] = (
@@ -264,13 +268,17 @@ class Replayer:
 
     @contextlib.contextmanager
     def _naming(self, change: Change) -> Iterator[None]:
-        """What fails in the block is the fault of ``change``."""
+        """What fails in the block is the fault of ``change``, but for a full or broken disk."""
         self._connection.allow(confined.LIMIT_S)
         self._statement = ""
         try:
             yield
         except confined.ERRORS as error:
             reason = self._connection.reason(error)
+            if isinstance(error, sqlite3.OperationalError) and reason in _OF_THE_DISK:
+                raise DiskError(
+                    self.path, OSError(_OF_THE_DISK[reason], reason), "write"
+                ) from error
             raise DoesNotReplay(
                 self.path, change.version, change.base, reason, self._statement
             ) from error
@@ -343,8 +351,8 @@ def _foreign_key_problems(path: str) -> list[str]:
             rows = connection.execute("PRAGMA foreign_key_check").fetchmany(MAX_REPORTED)
     except DatabaseError as error:  # The schema itself may be one that it cannot check.
         return [f"foreign_key_check: {error}"]
-    return [
-        f"foreign_key_check: row {row} of {table} points to no row of {parent}"
+    return [  # Names out of a backup.
+        printable(f"foreign_key_check: row {row} of {table} points to no row of {parent}")
         for table, row, parent, _ in rows
     ]
 
@@ -356,7 +364,7 @@ def integrity_problems(path: str) -> list[str]:
             rows = connection.execute(f"PRAGMA integrity_check({MAX_REPORTED})").fetchall()
     except DatabaseError as error:
         return [f"integrity_check: {error}"]
-    return [f"integrity_check: {text}" for (text,) in rows if text != "ok"]
+    return [printable(f"integrity_check: {text}") for (text,) in rows if text != "ok"]
 
 
 def compare(

@@ -7,9 +7,11 @@ another process can read one version of it while it goes on.
 from __future__ import annotations
 
 import os
+import re
+import sqlite3
 
 from backend import Change
-from errors import DatabaseError, DoesNotReplay
+from errors import BackupError, DatabaseError, DoesNotReplay
 from wallet import confined, database
 from wallet.confined import Refused
 
@@ -25,6 +27,22 @@ def is_wal(path: str) -> bool:
     """Whether the closed database ``path`` is in WAL mode."""
     with open(path, "rb") as file:
         return file.read(WAL_BYTES.stop)[WAL_BYTES] == b"\2\2"
+
+
+_DAMAGE = re.compile("malformed|not a database")
+
+
+def is_damage(error: BackupError) -> bool:
+    """Whether ``error`` came because a database is damaged, or no node's.
+
+    Not where it cannot be used just now, as on a full disk, or where a change is refused.
+    """
+    cause = error.__cause__
+    if isinstance(cause, Refused):
+        return not isinstance(error, DoesNotReplay)
+    if isinstance(cause, UnicodeDecodeError):  # SQLite quotes a damaged schema as it is.
+        return True
+    return type(cause) is sqlite3.DatabaseError and _DAMAGE.search(str(cause)) is not None
 
 
 class LiveDatabase(database.Replayer):

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from commands import main
 from tests.clusters import Pair
+from tests.monitoring.test_json import check_wallet
 from tests.support import run_cli
 
 
@@ -41,6 +42,7 @@ def test_each_commit_is_on_two_machines(pair: Pair) -> None:
 
 def test_json(pair: Pair) -> None:
     found = json.loads(run("--json", "--wallet", wallet(pair), check=0))
+    check_wallet(found)
     assert found["problems"] == found["warnings"] == []
     assert found["server"]["confirming"] == 1
     assert found["standbys"][0]["name"] == "b"

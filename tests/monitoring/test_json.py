@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from clusterchecks import Fallback, Server, Slot, Standby, WalletCluster
+from commands import main
 from tests.standby.common import begun
 from tests.support import (
     ROOT,
@@ -118,6 +121,30 @@ def test_a_standby(backup: str, tmp_path: Path) -> None:
     found = json.loads(run_cli("status", "--json", "--lightning-dir", directory, check=1).stdout)
     check(found, contract("`backup-cli status --json` of a standby"))
     assert found["errors"] and found["backup_version"] == 3
+
+
+def check_wallet(found: dict[str, Any]) -> None:
+    section = "`backup-cli status --wallet --json`"
+    check(found, contract(section))
+    check(found["server"], contract(section, 1))
+    check(found["fallback"], contract(section, 3))
+    assert found["standbys"] and found["fallback"]["slots"]
+    for row in found["standbys"]:
+        check(row, contract(section, 2))
+    for row in found["fallback"]["slots"]:
+        check(row, contract(section, 4))
+
+
+def test_a_wallet_on_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psycopg")
+    server = Server("cln", False, False, True, True, "ANY 1 (a, b)", True, 1)
+    standbys = [Standby("a", "streaming", "quorum", 0), Standby("b", "startup", "async", None)]
+    fallback = Fallback("replica", "on", False, [Slot("a", True, "reserved", None)])
+    found = WalletCluster("cln@::1:5432/cln", "17", server, "on", standbys, fallback, [], ["b"])
+    monkeypatch.setattr("postgres.wallet.examine", lambda url: found)
+    done = CliRunner().invoke(main, ["status", "--json", "--wallet", "postgres://cln@::1/cln"])
+    assert done.exit_code == 4
+    check_wallet(json.loads(done.stdout))
 
 
 def test_the_contract_is_checked(backup: str) -> None:

@@ -62,6 +62,15 @@ def test_damage_and_no_backup_are_not_sound(tmp_path: Path) -> None:
     flip(make_backup(url, first_changes(3)), 700)
     run_cli("status", "--check", "--metrics", file, url, check=1)
     assert read(file)["sound"] == 0
+    file.unlink()
+    done = run_cli(*("status", "--json", "--metrics", file, "--lightning-dir", tmp_path), check=1)
+    assert read(file)["sound"] == 0
+    assert json.loads(done.stdout).keys() == {"url", "error"}
+
+
+def test_what_the_plugin_has_not_looked_at_is_not_sound() -> None:
+    text = metrics.render(backup.Hook().statistics(), 0, 1.0)
+    assert "cln_backup_sound" not in text and "cln_backup_hook_changes_total 0" in text
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+from commands.look import look_at
 from monitoring import screen
 from monitoring.screen import Sample, Work
 from tests.support import CLI, add_session, first_changes, make_backup
@@ -83,6 +84,16 @@ def test_what_a_screen_says() -> None:
         "restore:        3.0 MB written",
         "attention:      The disk is nearly full.",
     ]
+
+
+def test_a_finding_that_a_terminal_would_obey(tmp_path: Path) -> None:
+    """It is kept beside the backup, where others may write."""
+    url = f"file://{tmp_path}/node.bkp"
+    make_backup(url, first_changes(3))
+    known = {"backup_id": look_at([url], False).shown["backup_id"], "unsound": "\x1b[2Jno"}
+    (tmp_path / "node.bkp.proof").write_text(json.dumps(known))
+    line = screen.one_line([Sample(0, look_at([url], False).shown)])
+    assert line.isprintable() and line.endswith("attention [2Jno")
 
 
 def test_a_running_node_is_asked(node_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import sqlite3
 import subprocess
 import zlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from errors import BackupError, ConfigError
 from filelog import layout2
 from filelog.layout2 import BEFORE_FIRST, HEAD, OVERHEAD, Head, Kind
 from filelog.writer import LogWriter, write_log
-from salvage import mapfile, pieces, scan
+from salvage import histories, mapfile, pieces, scan
+from salvage.histories import History, Root
 from salvage.images import Images
 from salvage.index import NAME, Index
 from salvage.report import Report, as_json
@@ -141,6 +144,45 @@ def test_two_images_of_one_disk(bed: Bed, tmp_path: Path) -> None:
     first.write_bytes(content[: 1 << 19])
     second.write_bytes(content[1 << 19 :])
     assert versions(beds.run(tmp_path / "out", second, first)) == [bed.version]
+
+
+def test_head_of_the_newest_is_cut(tmp_path: Path) -> None:
+    """Nothing behind it tells how long it is."""
+    done = 0
+    for count in range(5, 60):
+        path = small(tmp_path, count)
+        newest, content = records_of(path)[-1][0].offset, path.read_bytes()[: 1 << 17]
+        path.unlink()
+        at = -(-newest // 512) * 512
+        if not newest < at < newest + HEAD.size:
+            continue
+        image = tmp_path / f"{count}.img"
+        image.write_bytes(content[at:] + b"between" * 512 + content[:at].rjust(1 << 17, b"-"))
+        assert versions(beds.run(tmp_path / f"out-{count}", image)) == [count]
+        done += 1
+        if done == 3:
+            return
+    raise AssertionError("no such file was made")
+
+
+def test_many_that_end_where_it_ends(tmp_path: Path) -> None:
+    """Of the records that begin where a cut one ends, only some go on from it."""
+    path = small(tmp_path, 3)
+    contents = []
+    for number in range(12):
+        other = tmp_path / "other.bkp"
+        shutil.copy(path, other)
+        for version in 4, 5:
+            sql = f"INSERT INTO items VALUES ({version}, '{number:x}{'-' * 2000}')"
+            add_session(f"file://{other}", [change(version, sql)])
+        contents.append(other.read_bytes()[: 1 << 15])
+        other.unlink()
+    (tmp_path / "last.bkp").write_bytes(contents[-1])
+    at = next(h.offset for h, _ in records_of(tmp_path / "last.bkp") if h.version == 4)
+    at = (at + HEAD.size) // 512 * 512 + 512
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"".join([*contents[:-1], contents[-1][at:], bytes(512), contents[-1][:at]]))
+    assert versions(beds.run(tmp_path / "out", image)) == [5] * 12
 
 
 def test_snapshot_of_one_generation_with_changes_of_another(bed: Bed, tmp_path: Path) -> None:
@@ -296,6 +338,117 @@ def test_two_snapshots_that_name_the_same(tmp_path: Path) -> None:
     assert b"".join(payload for _, payload in records) == (tmp_path / "b.sqlite3").read_bytes()
 
 
+def snapshots(tmp_path: Path, *chains: bytes) -> Path:
+    """An image of logs of one snapshot each, all of version 7."""
+    image, database = tmp_path / "disk.img", tmp_path / "snapshot.sqlite3"
+    for number, chain in enumerate(chains):
+        run_sql(database, "CREATE TABLE IF NOT EXISTS vars (name, intval, blobval)")
+        run_sql(database, "DELETE FROM vars")
+        run_sql(database, "INSERT INTO vars VALUES ('data_version', 7, ?)", number)
+        writer = LogWriter(str(tmp_path / "one.bkp"), chain, database.stat().st_size)
+        writer.add_snapshot(str(database), BEFORE_FIRST._replace(version=7, chain=chain))
+        writer.finish()
+        writer.close()
+        with image.open("ab") as file:
+            file.write((tmp_path / "one.bkp").read_bytes())
+        (tmp_path / "one.bkp").unlink()
+    return image
+
+
+def test_a_chain_that_begins_like_another_one_replaces_no_file(tmp_path: Path) -> None:
+    image = snapshots(tmp_path, b"x" * 16, b"x" * 15 + b"y")
+    paths = [delivered.path for delivered in beds.run(tmp_path / "out", image).delivered]
+    assert len(set(paths)) == 2 and None not in paths
+
+
+def test_more_snapshots_than_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = snapshots(tmp_path, b"x" * 16, b"y" * 16)
+    monkeypatch.setattr(histories, "MOST_SNAPSHOTS", 1)
+    report = beds.run(tmp_path / "out", image)
+    assert versions(report) == [7] and "more than 1 snapshots" in report.limits[0]
+
+
+def test_one_node_does_not_hide_another() -> None:
+    def a_history(version: int, owner: bytes) -> History:
+        tip = BEFORE_FIRST._replace(version=version, session=owner * 16)
+        return History(Root(EMPTY_CHAIN, 0, array("q")), tip, False)
+
+    found = [a_history(90 - n, b"a") for n in range(9)] + [a_history(5, b"b"), a_history(4, b"c")]
+    chosen = histories.chosen(found, 4)
+    assert [history.tip.version for history in chosen] == [90, 89, 5, 4]
+
+
+# What cannot be read
+
+
+@contextlib.contextmanager
+def unreadable(block: int) -> Iterator[None]:
+    """A block of 4096 bytes of every file fails, as it does on a device."""
+    real, bad = os.pread, block * 4096
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        if bad <= offset < bad + 4096:
+            raise OSError(errno.EIO, "Input/output error")
+        if offset < bad < offset + size:
+            size = bad - offset  # The kernel gives what stands before it.
+        return real(fd, size, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("salvage.images.os.pread", pread)
+        yield
+
+
+def test_block_that_cannot_be_read(bed: Bed, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bed.files["whole"])
+    with unreadable(128):
+        report = beds.run(tmp_path / "out", image)
+    (reached,) = versions(report)
+    (hole,) = report.holes
+    assert reached < hole.first <= hole.last == bed.version
+    assert report.limits == [f"{image}: the block at offset {128 * 4096} could not be read."]
+
+
+def test_block_of_layout_1_that_cannot_be_read(tmp_path: Path) -> None:
+    """Zeros in its place would pass every check that there is."""
+    database, image = tmp_path / "node.sqlite3", tmp_path / "disk.img"
+    run_sql(database, "CREATE TABLE vars (name, intval, blobval)")
+    run_sql(database, "INSERT INTO vars VALUES ('data_version', 7, ?)", b"x" * 20000)
+    image.write_bytes(header(7, 512) + entry(7, database.read_bytes(), kind=2))
+    assert versions(beds.run(tmp_path / "out", image)) == [7]
+    with unreadable(image.stat().st_size // 4096 - 1):
+        assert not beds.run(tmp_path / "out-2", image).delivered
+
+
+def test_loop_device_with_a_hole(bed: Bed, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bed.files["whole"].ljust(1 << 22, b"-") + bytes(1 << 22))
+    with looped(image) as device:
+        os.truncate(image, (1 << 22) + 4096)  # What is behind that fails.
+        report = beds.run(tmp_path / "out", device)
+    assert versions(report) == [bed.version] and "could not be read" in report.limits[0]
+
+
+@pytest.mark.parametrize(("name", "reached"), [("compacted", 0), ("whole", 1)])
+def test_image_that_changes_meanwhile(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reached: int
+) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bed.files[name])
+    real = histories.find
+
+    def find(index: Index) -> list[History]:
+        data = bytearray(bed.files[name])
+        data[1 << 17] ^= 1
+        image.write_bytes(data)
+        return real(index)
+
+    monkeypatch.setattr(histories, "find", find)
+    report = beds.run(tmp_path / "out", image)
+    assert len(beds.check(bed, report, tmp_path / "state.sqlite3")) == reached
+    assert "could not be read again" in str(report.delivered[0].failure)
+
+
 # A map of ddrescue
 
 
@@ -331,6 +484,13 @@ def test_no_map_of_ddrescue(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match="no map of ddrescue"):
         mapfile.read(str(path))
+
+
+@pytest.mark.parametrize("state", ["F", "G"])
+def test_map_that_is_being_filled_or_generated(tmp_path: Path, state: str) -> None:
+    path = tmp_path / "map"
+    path.write_text(f"0x0 {state} 1\r\n\r\n# odd\n0x00 0x200 + \n  0x400\t0x200 + # end")
+    assert mapfile.read(str(path)) == [(0, 512), (1024, 1536)]
 
 
 # Going on
@@ -590,6 +750,32 @@ def mounted(image: Path, directory: Path) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", str(directory)], check=True)
+
+
+@contextlib.contextmanager
+def looped(image: Path) -> Iterator[Path]:
+    """The file ``image`` as a block device, where this user may make one."""
+    command = ["losetup", "--find", "--show", str(image)]
+    if not shutil.which(command[0]):
+        pytest.skip("there is no losetup")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"losetup: {done.stderr.strip()}")
+    try:
+        yield Path(done.stdout.strip())
+    finally:
+        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
+
+
+def test_nothing_is_written_to_the_disk_that_is_searched(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk.img", tmp_path / "disk") as disk:
+        number = disk.stat().st_dev
+        device = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+        path = Path("/dev") / os.path.basename(device)
+        for outdir in disk, disk / "new" / "out":
+            done = run_cli("salvage", path, outdir, check=1)
+            assert "which is searched" in done.stderr
+        assert [found.name for found in disk.iterdir()] == ["lost+found"]
 
 
 def test_deleted_from_a_fragmented_ext4(bed: Bed, tmp_path: Path) -> None:

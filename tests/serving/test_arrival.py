@@ -144,11 +144,13 @@ def test_only_the_owner_replaces_a_backup(url: str, tmp_path: Path) -> None:
     FileBackend(url).create(node_database(tmp_path / "first", 3), ME)
     with ServerProcess(url) as server:
         found = refusal(server, node_database(tmp_path / "yours", 4), YOU)
-        assert found.code is NackCode.TAKEN_OVER and "belongs to another node" in found.problem
+        assert found.code is NackCode.OTHER_OWNER and "belongs to another node" in found.problem
+        assert "must stay off" in found.next_step and "--override" not in found.next_step
         SocketBackend(server.url).replace(node_database(tmp_path / "mine", 5), ME)
         yours = node_database(tmp_path / "again", 6)
         SocketBackend(server.url).replace(yours, YOU, override=True)
-        assert refusal(server, node_database(tmp_path / "late", 7), ME).code is NackCode.TAKEN_OVER
+        late = node_database(tmp_path / "late", 7)
+        assert refusal(server, late, ME).code is NackCode.OTHER_OWNER
 
 
 def test_a_backup_of_another_node_is_refused(url: str, tmp_path: Path) -> None:

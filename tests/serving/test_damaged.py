@@ -68,7 +68,7 @@ def test_it_is_served_and_mended(url: str, node_dir: Path, tmp_path: Path) -> No
             assert client.change(*support.change(6, "SELECT 1")) == (NACK, 5)
         # Snapshots: not of anybody, nor of an old copy; that of its owner.
         for owner, version, code in (
-            (YOU, 7, NackCode.TAKEN_OVER),
+            (YOU, 7, NackCode.OTHER_OWNER),
             (ME, 4, NackCode.OLD_SNAPSHOT),
         ):
             with pytest.raises(Refused) as refused:

@@ -133,7 +133,7 @@ def test_chain_is_asked_before_a_bomb_is_inflated(server: ServerProcess) -> None
             evil.sock.sendall(evil.packed(evil.head(payload, chain_before=b"x" * 16), payload))
             kind, answer = evil.receive()
             assert kind == NACK
-            assert protocol.decode_nack(answer).code is NackCode.TAKEN_OVER
+            assert protocol.decode_nack(answer).code is NackCode.OTHER_OWNER
         node.write("SELECT 2")
     assert server.peak_rss() < 64 * MIB
 

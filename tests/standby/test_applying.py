@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import random
 import shutil
 import sqlite3
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import destinations
+import durable
 from backend import FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON, Change, Session
 from destinations import FileDestination
-from errors import DoesNotReplay, PlaceGone
+from errors import ConfigError, DiskError, DoesNotReplay, PlaceGone
+from filelog import layout2
 from standby import state as keeping
 from standby.applying import Applier, Foreign
+from standby.promoting import Promotion
+from standby.state import State
 from tests import support
 from tests.standby.common import begun, bring, caught_up, promoted
 from wallet import database
@@ -201,3 +209,125 @@ def test_another_node_s_or_an_older_backup_does_not_take_its_place(
         with pytest.raises(Foreign, match="at version 4, and this standby at version 8 already"):
             bring(applier, FileDestination(url))
     assert support.contents(directory) == before
+
+
+def node_calls(node: str, count: int) -> list[support.Call]:
+    """The first commits of the node of that id."""
+    tables = (
+        "CREATE TABLE vars (name TEXT PRIMARY KEY, intval INTEGER, blobval BLOB)",
+        f"INSERT INTO vars VALUES ('data_version', 0, NULL), ('node_id', NULL, x'{node}')",
+        "CREATE TABLE items (id INTEGER PRIMARY KEY, body TEXT)",
+    )
+    return [support.change(1, *tables), *support.first_changes(count)[1:]]
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def garble(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:4096] + bytes(byte ^ 0x5A for byte in data[4096:]))
+
+
+def swap(path: Path) -> None:
+    path.unlink()
+    support.apply_calls(path, node_calls("bb", 9))
+
+
+@pytest.mark.parametrize("harm", [cut_off, garble, swap, Path.unlink, Path.touch])
+def test_a_database_that_is_none_of_this_node_begins_again(
+    harm: Callable[[Path], None], tmp_path: Path, url: str
+) -> None:
+    calls = node_calls("aa", 10)
+    support.make_backup(url, calls)
+    directory = begun(tmp_path / "standby", url)
+    caught_up(directory, FileDestination(url))
+    harm(directory / keeping.STANDBY_NAME)
+    (directory / keeping.BEGINNING_NAME).touch()  # Another was killed before.
+    found = promoted(directory, tmp_path / "promoted", url)
+    support.apply_calls(tmp_path / "expected.sqlite3", calls)
+    assert database.compare(str(tmp_path / "expected.sqlite3"), str(found)) == []
+    assert not (tmp_path / "promoted" / keeping.BEGINNING_NAME).exists()
+
+
+def test_a_full_disk_is_no_fault_of_a_change(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = support.first_changes(9)
+    support.make_backup(url, calls)
+    directory = begun(tmp_path / "standby", url)
+    caught_up(directory, FileDestination(url))
+    more = [support.change(10, f"INSERT INTO items VALUES (10, '{'x' * 99999}')")]
+    support.add_session(url, [*more, support.change(11, "SELECT 1")])
+    state = keeping.read(str(directory))
+    assert state is not None
+    monkeypatch.setattr(LiveDatabase, "journal", (*LiveDatabase.journal, "max_page_count = 8"))
+    with contextlib.closing(Applier(str(directory), state)) as applier:
+        with pytest.raises(DiskError, match=f"Make room on that disk: `df -h {directory}") as full:
+            bring(applier, FileDestination(url))
+        assert not applier.go_back(full.value) and applier.state.place is not None
+        # As a disk's failed flush: what is read back then may never have reached it.
+        path = str(directory / keeping.STANDBY_NAME)
+        assert applier.go_back(DiskError(path, OSError(errno.EIO, "failed"), "write"))
+        assert applier.state.place is None
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"taken": True},
+        {"complete": True},
+        {"urls": []},
+        {"urls": [7]},
+        {"check_every_s": "x"},
+        {"check_every_s": None},
+        {"node_id": 7},
+        {"wal": 0},
+        {"owner": "00"},
+        {"acks": "x"},
+        {"error": ["x"]},
+        {"proof": {"time_ns": "x", "version": 1, "problems": [], "failure": None}},
+        {"place": {}},
+        {"later": 1},
+    ],
+    ids=str,
+)
+def test_a_state_that_no_standby_wrote_is_refused(harm: dict[str, object], tmp_path: Path) -> None:
+    directory = begun(tmp_path / "standby", "file:///x")
+    path = directory / keeping.STATE_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | harm))
+    with pytest.raises(ConfigError, match="is damaged, or of a later release"):
+        keeping.read(str(directory))
+
+
+def test_a_place_out_of_range_is_refused(tmp_path: Path) -> None:
+    directory = begun(tmp_path / "standby", "file:///x")
+    head = layout2.BEFORE_FIRST._replace(version=2**32, backup_id=bytes(16))
+    keeping.write(str(directory), State(("file:///x",), 1.0, place=head))
+    with pytest.raises(ConfigError, match="is damaged"):
+        keeping.read(str(directory))
+
+
+def test_a_name_that_cannot_be_flushed_loses_no_database(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support.make_backup(url, support.first_changes(9))
+    directory = begun(tmp_path / "standby", url)
+    state = keeping.read(str(directory))
+    assert state is not None
+    promotion = Promotion(str(directory), state, destinations.backend_for)
+    promotion.take_over()
+
+    def fail(_path: str) -> None:
+        raise OSError(errno.EIO, "failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "sync_dir", fail)
+        with pytest.raises(DiskError):
+            promotion.name()
+    promotion.name()
+    assert database.version_of(str(directory / "lightningd.sqlite3")) == 9
+    (directory / "lightningd.sqlite3").unlink()
+    with pytest.raises(ConfigError, match=rf"backup-cli restore {url} {directory}`, then"):
+        promotion.name()

@@ -315,6 +315,6 @@ def test_what_sqlite_says_need_not_be_text(tmp_path: Path) -> None:
         connection.execute("PRAGMA writable_schema = ON")
         connection.execute("UPDATE sqlite_master SET name = CAST(x'ff' AS TEXT), sql = 'CREATE x'")
         connection.commit()
-    with pytest.raises(DatabaseError, match="SQLite says: (malformed database schema|something)"):
+    with pytest.raises(DatabaseError, match=r"SQLite says: (malformed database schema|something)"):
         confined.connect(str(path), "ro")
     assert database.integrity_problems(str(path))[0].startswith("integrity_check: ")

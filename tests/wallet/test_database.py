@@ -474,6 +474,20 @@ def test_integrity_problems_of_a_broken_page(tmp_path: Path) -> None:
     assert database.integrity_problems(path)[0].startswith("integrity_check: ")
 
 
+def test_names_that_a_terminal_would_obey(tmp_path: Path) -> None:
+    """Whoever forged the database chose them, and they are printed."""
+    index = '"i\x1b[2J\x07"'
+    path = make(tmp_path / "node", "CREATE TABLE t (x)", f"CREATE INDEX {index} ON t (x)")
+    make(tmp_path / "node", "INSERT INTO t VALUES ('in the table and in the index')")
+    make(tmp_path / "node", 'CREATE TABLE "c\x1b[2J" (x REFERENCES t (rowid))')
+    data = bytearray(Path(path).read_bytes())
+    at = data.index(b"in the index")
+    data[at : at + 12] = b"in XXX index"
+    Path(path).write_bytes(data)
+    problems = database.check(path)
+    assert len(problems) == 2 and "".join(problems).isprintable()
+
+
 # Comparison: every pair below differs in one thing, which is found and named
 
 TABLE = "CREATE TABLE t (id INTEGER PRIMARY KEY, a, b)"

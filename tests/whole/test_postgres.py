@@ -23,6 +23,7 @@ from errors import BackupError
 from tests import clusters, support
 from tests.clusters import Pair, until
 from tests.cutproxy import DOWN, UP, CutProxy
+from tests.standby.common import begun, promoted
 from tests.support import Call
 from wallet import database
 
@@ -73,6 +74,8 @@ def test_recorded_node_is_restored_exactly(
     node = support.trace_database(name, tmp_path)
     assert database.compare(str(node), str(restored)) == []
     assert database.version_of(str(restored)) == database.version_of(str(node)) > 0
+    listed = [support.run_cli("channels", "--json", source).stdout for source in (url, node)]
+    assert listed[0] == listed[1] and json.loads(listed[0])["channels"]
 
 
 def test_all_commands(tmp_path: Path, node_dir: Path, url: str) -> None:
@@ -231,6 +234,40 @@ def killed(pair: Pair, url: str, times: int, rng: random.Random) -> None:
 
 def test_primary_killed_in_the_middle_of_changes(pair: Pair, url: str) -> None:
     killed(pair, url, 5, random.Random(17))
+
+
+def test_a_standby_takes_over_while_the_node_writes(url: str, tmp_path: Path) -> None:
+    """What stands behind the take-over is a sound backup, and the new node's."""
+    backend = backend_for(url)
+    backend.create(None)
+    calls = support.first_changes(5000)
+    owner = bytes(range(16))
+    with contextlib.closing(backend):
+        backend.open()
+        backend.take_over(owner)
+        acknowledged: list[Call] = []
+        refused: list[BackupError] = []
+
+        def write() -> None:
+            try:
+                for call in calls:
+                    backend.add_change(Change(call[0], None, call[1]))
+                    acknowledged.append(call)
+            except BackupError as error:
+                refused.append(error)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        until(lambda: len(acknowledged) >= 10, "it writes")
+        directory = begun(tmp_path / "standby", url)
+        found = promoted(directory, tmp_path / "promoted", url)
+        thread.join()
+    assert "took it over at" in str(refused[0])
+    version = database.version_of(str(found))
+    assert version in (len(acknowledged), len(acknowledged) + 1)
+    support.apply_calls(tmp_path / "expected.sqlite3", calls[:version])
+    assert database.compare(str(tmp_path / "expected.sqlite3"), str(found)) == []
+    assert calls_of(url) == calls[:version]
 
 
 @pytest.mark.soak

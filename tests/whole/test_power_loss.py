@@ -20,7 +20,12 @@ import pytest
 
 import durable
 from backend import FOREIGN_KEYS_OFF
+from commands.standing import promote
+from destinations import backend_for
 from filebackend import FileBackend
+from standby import state as keeping
+from standby.promoting import Promotion
+from standby.state import State
 from tests import scenarios, support
 from tests.disk import SECTOR, Disk, Fault, Inode, Killed, Model, Op, standing_in
 from tests.scenarios import SCENARIOS
@@ -227,6 +232,39 @@ def test_small_file_is_whole_or_not_there(tmp_path: Path) -> None:
             assert files.get("backup.lock", b"x" * 2000) == b"x" * 2000
             assert op.kind != "mark" or files == {"backup.lock": b"x" * 2000}
     assert states > 8
+
+
+def test_promoted_database_is_there_and_known(tmp_path: Path) -> None:
+    """SQLite flushes what it writes itself; from there on each step is in here."""
+    url, root = f"file://{tmp_path}/node.bkp", tmp_path / "regtest"
+    support.make_backup(url, support.first_changes(4))
+    root.mkdir()
+    (root / "backup.lock").write_bytes(b"a former one")
+    keeping.write(str(root), State((url,), 1.0))
+    state = keeping.read(str(root))
+    assert state is not None
+    Promotion(str(root), state, backend_for).take_over()
+    disk = Disk(str(root))
+    names = "backup.lock", "backup.standby", "lightningd.sqlite3.standby"
+    files = {name: (root / name).read_bytes() for name in names}
+    whole = files["lightningd.sqlite3.standby"]
+    disk.put(files)
+    with standing_in(disk, durable):
+        promote.main(["--lightning-dir", str(root)], standalone_mode=False)
+        disk.mark("promoted")
+    lock = (root / "backup.lock").read_bytes()
+    model, rng, states = Model(files), random.Random(1), 0
+    for op in disk.journal:
+        model.apply(op)
+        for _, found in model.states(rng, "backup.lock.new"):
+            states += 1
+            databases = {name: data for name, data in found.items() if "lightningd" in name}
+            assert databases and set(databases.values()) == {whole}
+            is_done = "lightningd.sqlite3" in databases and found.get("backup.lock") == lock
+            assert is_done or found["backup.standby"] == files["backup.standby"]
+            assert found.get("backup.lock", lock) == lock or b"a former one" in found.values()
+    last = {"backup.lock", "backup.lock.old", "lightningd.sqlite3"}
+    assert set(found) == last and states > 20
 
 
 def test_killed_process_does_nothing_more(tmp_path: Path) -> None:

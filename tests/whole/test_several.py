@@ -408,6 +408,14 @@ def test_acks_that_cannot_be(arguments: list[object], node_dir: Path, tmp_path: 
     assert "named twice" in again.stderr
 
 
+def test_one_file_by_two_names_is_not_begun(node_dir: Path, tmp_path: Path) -> None:
+    (url,) = files(tmp_path, 1)
+    (tmp_path / "link").symlink_to("disk0")
+    done = run_cli("init", "--lightning-dir", node_dir, url, url.replace("disk0", "link"), check=1)
+    assert "one file, by two names" in done.stderr
+    assert not list((tmp_path / "disk0").iterdir())
+
+
 def test_fewer_than_half_are_warned_of(node_dir: Path, tmp_path: Path) -> None:
     urls = files(tmp_path, 2)
     done = run_cli("init", "--lightning-dir", node_dir, "--acks", 1, *urls)

@@ -11,10 +11,19 @@ from pathlib import Path
 import pytest
 
 import mirrorbackend
-from backend import Change, Session, new_owner, outcome
-from errors import BackupError, ConfigError
+from backend import Change, Session, Snapshot, new_owner, outcome
+from errors import BackupError, ConfigError, DiskError, OtherOwner
 from filelog import appender
-from filelog.layout2 import Head, Kind, change_behind, session_of, start_of, term_of
+from filelog.layout2 import (
+    Head,
+    Kind,
+    change_behind,
+    encode_owner,
+    owner_behind,
+    session_of,
+    start_of,
+    term_of,
+)
 from mirrorbackend import MirrorBackend
 from quorum import Relation, Roster
 from several import hearing, joining
@@ -210,6 +219,71 @@ def test_an_attach_that_dies_in_the_middle(
     assert several.restored([0, 1, 2]) == newest
 
 
+def test_one_that_fails_when_it_has_just_been_opened_is_not_in_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    failing, roster = [several.places[2].url], Flaky.roster
+
+    def fails_once(flaky: Flaky) -> Roster | None:
+        if flaky.url in failing:
+            failing.remove(flaky.url)
+            raise DiskError(flaky.path, OSError(5, "injected"), "read")
+        return roster(flaky)
+
+    monkeypatch.setattr(Flaky, "roster", fails_once)
+    mirror = several.mirror()
+    with contextlib.closing(mirror):
+        mirror.open(several.owner)
+        settle(mirror)
+
+
+def test_what_to_type_where_one_has_no_vote(tmp_path: Path) -> None:
+    several = Several(tmp_path, 2, 1)
+    several.up(0, 1)
+    several.run(1, 2)
+    copied_to = several.make(several.places[1].url)
+    payload = encode_owner(0, "here", several.roster._replace(votes=False))
+    with contextlib.closing(copied_to):
+        copied_to.open(several.owner)
+        newest = copied_to.newest
+        copied_to.add_record(owner_behind(newest, newest.session, payload), payload)
+    with pytest.raises(hearing.Silent, match=r"was being given the whole.*resync --lightning-dir"):
+        several.run(3)
+    several.up(0)
+    with pytest.raises(hearing.Silent, match="Bring them back"):
+        several.run(3)
+    several.up(0, 1)
+    several.roster = several.roster._replace(epoch=2)
+    with pytest.raises(hearing.Silent, match=r"another list of.*attach --lightning-dir"):
+        several.run(3)
+
+
+def test_what_another_node_took_over_is_not_started_over(tmp_path: Path) -> None:
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    several.run(1)
+    before = [place.path.read_bytes() for place in several.places]
+    support.apply_calls(tmp_path / "node.sqlite3", CALLS[:3])
+    snapshot = Snapshot(str(tmp_path / "node.sqlite3"), 3)
+    with pytest.raises(OtherOwner):
+        several.mirror().replace(snapshot, new_owner())
+    assert [place.path.read_bytes() for place in several.places] == before
+    several.mirror().replace(snapshot, several.owner)
+    assert several.restored([0, 1, 2]) == 3
+
+
+def test_one_that_cannot_be_compacted_keeps_no_other_from_it(tmp_path: Path) -> None:
+    several = Several(tmp_path, 2, 2)
+    several.up(0, 1)
+    several.run(1, 2, 3)
+    several.up(1)
+    with pytest.raises(BackupError, match=f"compacted: {several.places[0].url}: .*injected"):
+        several.mirror().compact()
+    assert several.make(several.places[1].url).status().changes == 1
+
+
 def settle(mirror: MirrorBackend) -> None:
     """Wait until each of them has all."""
 
@@ -280,6 +354,30 @@ def test_one_that_a_check_found_unsound_is_replaced(tmp_path: Path) -> None:
     kept = [path for path in several.places[1].path.parent.iterdir() if ".old-" in path.name]
     assert len(kept) == 1 and kept[0].read_bytes()[: 1 << 10] == was[: 1 << 10]
     assert several.restored([1, 2]) == 4
+
+
+def test_an_unsound_one_is_never_replaced_by_one_that_has_less(tmp_path: Path) -> None:
+    """What it acknowledged counts: without that it would still vote."""
+    several = Several(tmp_path, 3, 2)
+    several.up(0, 1, 2)
+    mirror, slow = several.mirror(), several.places[0]
+    with contextlib.closing(mirror):
+        mirror.open(several.owner)
+        session = Session(mirror, "DIR")
+        session.write(Change(1, None, CALLS[0][1]))
+        settle(mirror)
+        slow.hangs = threading.Event()
+        session.write(Change(2, None, CALLS[1][1]))
+        unsound = mirror._members[2]
+        with mirror._changed:
+            unsound.backend.unsound = "found by a check"
+            assert not mirror._may_mend(unsound)
+            mirror._changed.notify_all()
+        slow.hangs.set()
+        with mirror._changed:
+            assert mirror._changed.wait_for(lambda: unsound.was_mended, 60)
+        settle(mirror)
+    assert several.restored([0, 2]) == 2
 
 
 def test_a_compaction_keeps_the_term(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
@@ -18,8 +19,9 @@ from pathlib import Path
 import pytest
 
 import mirrorbackend
-from backend import new_owner
+from backend import FOREIGN_KEYS_OFF, new_owner
 from commands.standing import promote
+from errors import CLI
 from filebackend import FileBackend
 from socketbackend import SocketBackend
 from tests import support
@@ -134,8 +136,10 @@ def test_from_nothing_to_a_fail_over(
     assert sorted(path.name for path in second.iterdir()) == ["backup.lock", "lightningd.sqlite3"]
     expected = node_database(tmp_path / "expected.sqlite3", 40)
     assert database.compare(str(expected), str(second / "lightningd.sqlite3")) == []
-    with PluginProcess(node_dir) as plugin, pytest.raises(Refused, match=TOOK_OVER):
+    with PluginProcess(node_dir) as plugin, pytest.raises(Refused, match=TOOK_OVER) as caught:
         plugin.write(*CALLS[40])
+    # Not how an old state gets back into the backup.
+    assert "must stay off" in str(caught.value) and "--override" not in str(caught.value)
     assert "attach" in run_cli("promote", "--lightning-dir", node_dir, check=1).stderr
     node_database(node_dir / "lightningd.sqlite3", 40)
     done = run_cli("promote", "--lightning-dir", node_dir, check=1)
@@ -389,6 +393,73 @@ def test_a_resync_begins_it_again(node_dir: Path, second: Path, url: str, tmp_pa
     assert database.compare(str(node_dir / "lightningd.sqlite3"), ours) == []
 
 
+def test_what_a_proof_finds_begins_it_again(
+    node_dir: Path, second: Path, url: str, tmp_path: Path
+) -> None:
+    support.make_backup(url, CALLS[:10])
+    with StandbyProcess(second, url) as standby:
+        standby.wait_for("is proven")
+        standby.end()
+    with contextlib.closing(sqlite3.connect(second / "lightningd.sqlite3.standby")) as found:
+        found.execute("CREATE TABLE strange (item REFERENCES items (id))")
+        found.execute("INSERT INTO strange VALUES (4711)")
+        found.commit()
+    with StandbyProcess(second, "--check-every", "1s", url) as standby:
+        standby.wait_for("is not sound: foreign_key_check")
+        standby.wait_for("is proven")
+    run_cli("promote", "--lightning-dir", second)
+    expected = node_database(tmp_path / "expected.sqlite3", 10)
+    assert database.compare(str(expected), str(second / "lightningd.sqlite3")) == []
+
+
+def test_a_backup_that_is_not_sound_does_not_begin_for_ever(second: Path, url: str) -> None:
+    broken = ("CREATE TABLE a (id INTEGER PRIMARY KEY)", "CREATE TABLE b (x REFERENCES a (id))")
+    off = (4, [FOREIGN_KEYS_OFF])
+    strange = support.change(5, "INSERT INTO b VALUES (7)")
+    support.make_backup(url, [*CALLS[:3], support.change(4, *broken), off, strange, CALLS[5]])
+    with StandbyProcess(second, "--check-every", "1s", url) as standby:
+        standby.wait_for("ERROR")
+        assert sum("Beginning again" in line for line in standby.lines) == 1
+    done = run_cli("promote", "--lightning-dir", second, check=3)
+    assert "Warning: SQLite's checks of it found: foreign_key_check" in done.stderr
+
+
+FULL = """
+import errno
+from standby import state
+inner = state.write
+def full(directory, found):
+    if found.error is not None:
+        state.write = inner
+        raise state.DiskError(directory, OSError(errno.ENOSPC, "full"), "write")
+    inner(directory, found)
+state.write = full
+"""
+
+
+def test_an_error_that_cannot_be_noted_does_not_end_it(second: Path, url: str) -> None:
+    with StandbyProcess(second, url, patch=FULL) as standby:
+        standby.wait_for("There is no backup at")
+        support.make_backup(url, CALLS[:10])
+        standby.wait_for("in step")
+
+
+def test_two_promotes_at_once(second: Path, url: str) -> None:
+    support.make_backup(url, CALLS[:10])
+    with StandbyProcess(second, url) as standby:
+        standby.wait_for("in step")
+    words = [*patched(support.CLI, ""), "promote", "--lightning-dir", str(second)]
+    both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    codes = set()
+    for process in both:
+        _, stderr = process.communicate()
+        assert "Traceback" not in stderr
+        codes.add(process.returncode)
+    assert 0 in codes
+    assert database.version_of(str(second / "lightningd.sqlite3")) == 10
+    assert sorted(path.name for path in second.iterdir()) == ["backup.lock", "lightningd.sqlite3"]
+
+
 # Several destinations
 
 
@@ -421,6 +492,9 @@ def test_several_are_taken_over_with_one_away(
         with pytest.raises(Refused, match=TOOK_OVER):
             write(plugin, CALLS[15:17])
         assert time.monotonic() - began_s < mirrorbackend.RETRY_FOR_S / 2
+        node_database(node_dir / "lightningd.sqlite3", 15)
+        done = run_cli("resync", "--yes", "--lightning-dir", node_dir, check=1)
+        assert "must stay off" in done.stderr and "--override" not in done.stderr
         found = database.version_of(str(second / "lightningd.sqlite3"))
     assert found == 15
     expected = node_database(tmp_path / "expected.sqlite3", found)
@@ -461,9 +535,15 @@ def test_one_of_two_goes_on_alone(node_dir: Path, second: Path, tmp_path: Path) 
     for number in range(2):
         (tmp_path / f"disk{number}").mkdir()
     run_cli("init", "--lightning-dir", node_dir, *urls)
-    with PluginProcess(node_dir) as plugin, StandbyProcess(second, urls[1]) as standby:
+    with PluginProcess(node_dir) as plugin, StandbyProcess(second, *urls) as standby:
         write(plugin, CALLS[:10])
         standby.wait_for_version(9)
+    (tmp_path / "disk0").rename(tmp_path / "away")
+    done = run_cli("promote", "--lightning-dir", second, check=1)
+    assert f"`{CLI} standby --lightning-dir {second} {urls[1]}` until it" in done.stderr
+    with StandbyProcess(second, urls[1]) as standby:
+        standby.wait_for("in step")
+    (tmp_path / "away").rename(tmp_path / "disk0")
     promote.main(["--lightning-dir", str(second)], standalone_mode=False)
     with PluginProcess(node_dir) as plugin, pytest.raises(Refused, match=TOOK_OVER):
         plugin.write(*CALLS[10])
