@@ -8,7 +8,10 @@ otherwise fails the hook, upon which lightningd aborts without committing.
 
 from __future__ import annotations
 
-import environment
+try:
+    import environment
+except ModuleNotFoundError:  # A copy of this file, without the others.
+    raise SystemExit(f"{__file__} is not beside its modules: link to it, don't copy it.") from None
 
 environment.ensure("pyln.client")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 import threading
 from collections.abc import Sequence
 
@@ -30,7 +32,7 @@ def destination_for(urls: Sequence[str], acks: int | None = None, epoch: int = 1
         acks: how many of several acknowledge; None: all.
         epoch: see quorum.Roster.
     """
-    if len(urls) == 1:
+    if len(urls) == 1 and acks in (None, 1):
         return backend_for(urls[0])
     return MirrorBackend(Roster(epoch, acks or len(urls), tuple(urls)), backend_for)
 
@@ -43,10 +45,12 @@ def backend_for(url: str) -> Replica:
         return SocketBackend(url)
     if url.startswith(("postgresql:", "postgres:")):
         return _in_postgres(url)
+    path = os.path.abspath(os.path.expanduser(url))
     raise ConfigError(
         f"{url!r} is no backup URL.",
         "The forms are file:///path/to/file, socket:unix:/path/to/socket, socket:host:port and"
-        " postgresql://user@host1,host2/dbname.",
+        " postgresql://user@host1,host2/dbname."
+        + (f" A file's is {shlex.quote(f'file://{path}')}." if url and ":" not in url else ""),
     )
 
 

@@ -32,6 +32,7 @@ import shlex
 from collections.abc import Sequence
 
 _HERE = os.path.dirname(os.path.realpath(__file__))
+_BY_PIP = _HERE.endswith("/cln_backup/program")
 CLI_PATH = os.path.join(_HERE, "backup-cli")
 """Path of the command line tool, for a Python that has the packages."""
 
@@ -43,8 +44,7 @@ def typed(installed: str, program: str) -> str:
     commands into PREFIX/bin. The programs' own first lines may find a Python without packages.
     """
     command = os.path.normpath(os.path.join(_HERE, "../../../../../bin", installed))
-    by_pip = _HERE.endswith("/cln_backup/program") and os.path.exists(command)
-    return command if by_pip else os.path.join(_HERE, program)
+    return command if _BY_PIP and os.path.exists(command) else os.path.join(_HERE, program)
 
 
 CLI = shlex.quote(typed("backup-cli", "backup-cli"))
@@ -108,9 +108,13 @@ class NoPsycopg(ConfigError):
     """A URL of PostgreSQL, and not the package for that: nobody else needs it."""
 
     def __init__(self, error: ImportError) -> None:
+        command = f"make -C {shlex.quote(_HERE)} install POSTGRES=1"
+        if _BY_PIP:
+            python = shlex.quote(typed("python", ""))
+            command = f"{python} -m pip install 'psycopg[binary]'"
         super().__init__(
             f"PostgreSQL needs the package psycopg, which is not here: {error}.",
-            f"Run `make -C {shlex.quote(_HERE)} install POSTGRES=1`.",
+            f"Run `{command}`.",
         )
 
 
@@ -121,8 +125,9 @@ class BackupMissing(BackupError):
         self.url = url
         super().__init__(
             f"There is no backup at {url}.",
-            "If its disk is not mounted, mount it. If the backup was moved, run"
-            f" `{CLI} attach`. For a new backup run `{CLI} init`.",
+            "Check the URL, and that its disk is mounted. If the backup was moved, run"
+            f" `{CLI} attach --lightning-dir DIR URL`. If it is lost, and the node's database is"
+            f" not, move backup.lock away and run `{CLI} init --lightning-dir DIR URL`.",
         )
 
 
@@ -201,12 +206,14 @@ class Damaged(BackupError):
         self.last_good = last_good
         self.lost = lost
         self.newest = newest
+        before = f"{CLI} restore --allow-damaged URL DEST"
+        if not last_good:  # Nothing stands before it.
+            before = f"{CLI} salvage FILE OUTDIR"
         super().__init__(
             f"The backup {path} is damaged at offset {offset}: {reason};"
             f" it is good up to version {last_good}, {lost}.",
             f"With the node's own database intact, stop the node and run `{CLI} resync"
-            " --lightning-dir DIR`. If it is lost, run"
-            f" `{CLI} restore --allow-damaged URL DEST`.",
+            f" --lightning-dir DIR`. If it is lost, run `{before}`.",
         )
 
 

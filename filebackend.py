@@ -41,7 +41,7 @@ def parse_file_url(url: str) -> str:
             f"{url!r} is not of the form file:///path/to/file.",
             f"Name a file in it, such as {shlex.quote(url + 'node.bkp')}."
             if path.startswith("/") and path.endswith("/")
-            else "",
+            else "Behind file:// comes an absolute path, with a / of its own and no ~.",
         )
     return path
 

@@ -24,9 +24,9 @@ from commands.shared import (
     scratch_option,
     scratch_prefix,
 )
-from errors import CLI, ConfigError, DoesNotReplay
+from errors import CLI, ConfigError, DiskError, DoesNotReplay
 from wallet import channels as reading_channels
-from wallet import restore
+from wallet import node, restore
 from wallet.channels import Channel, Found
 
 OLD_STATE = (
@@ -92,6 +92,9 @@ def _from(source: str, scratch: str | None) -> tuple[Found, list[str]]:
     """What is found in ``source``, and what is wrong with it."""
     if source.startswith(("file:", "socket:", "postgresql:", "postgres:")):
         return _from_backup(source, scratch)
+    if os.path.isdir(source):
+        database = os.path.join(source, node.DATABASE_NAME)
+        raise ConfigError(f"{source} is a directory.", f"Name the database: {database}.")
     if not os.path.isfile(source):
         raise ConfigError(
             f"{source!r} is no file and no backup URL.",
@@ -100,12 +103,16 @@ def _from(source: str, scratch: str | None) -> tuple[Found, list[str]]:
         )
     if scratch is not None and not os.path.isdir(scratch):
         raise ConfigError(f"The directory {scratch} does not exist.", "Check --scratch.")
-    with open(source, "rb") as file:
-        if file.read(16) != b"SQLite format 3\0":
-            raise ConfigError(
-                f"{source} is no SQLite database.",
-                f"If it is a backup, name it as file://{os.path.abspath(source)}.",
-            )
+    try:
+        with open(source, "rb") as file:
+            begins_with = file.read(16)
+    except OSError as error:
+        raise DiskError(source, error, "read") from error
+    if begins_with != b"SQLite format 3\0":
+        raise ConfigError(
+            f"{source} is no SQLite database.",
+            f"If it is a backup, name it as {shlex.quote(f'file://{os.path.abspath(source)}')}.",
+        )
     path = os.path.realpath(source)
     beside = scratch or os.path.dirname(path)
     prefix = os.path.join(beside, f"{os.path.basename(path)}.channels-")

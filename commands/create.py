@@ -446,9 +446,9 @@ def attach(
         rewindable, has_database = status.prev_version is not None, os.path.exists(wallet_path)
         obstacle = may_attach(version, status.version, rewindable, has_database)
         if obstacle is Obstacle.OUT_OF_DATE:
+            refusal = OutOfDate(status.version, version, directory)
             raise BackupError(
-                OutOfDate(status.version, version, directory).problem,
-                f"Move this backup away and run `{CLI} init` for a new one.",
+                refusal.problem, _after_out_of_date(refusal, directory, urls, backend)
             )
         if obstacle is Obstacle.NO_DATABASE:
             raise ConfigError(
@@ -484,6 +484,22 @@ def attach(
             err=True,
         )
     click.echo(f"Add to lightningd's config: important-plugin={PLUGIN}")
+
+
+def _after_out_of_date(
+    refusal: OutOfDate, directory: str, urls: Sequence[str], backend: Backend
+) -> str:
+    """What to do about ``backend``, which is behind the node in ``directory``."""
+    named: tuple[str, ...] = ()
+    with contextlib.suppress(BackupError):
+        named = node.read_lock_file(directory).urls
+    if named == tuple(urls):
+        return refusal.next_step
+    if len(named) == len(urls) == 1 and not refusal.backup_version and not backend.directories:
+        # A server, or a cluster: a file would be in the way.
+        command = shlex.join(["move", "--lightning-dir", directory, *named, *urls])
+        return f"It is empty. To bring the node's backup there, run `{CLI} {command}`."
+    return f"Move this backup away and run `{CLI} init` for a new one."
 
 
 def _plan(directory: str, urls: Sequence[str], acks: int | None) -> joining.Plan | None:

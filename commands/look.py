@@ -326,7 +326,7 @@ def verify(
     failed: list[BackupError] = []
     for url in chosen:
         try:
-            _verify(url, against, scratch)
+            _verify(url, against, scratch, f"{url}: " if len(chosen) > 1 else "")
         except BackupError as error:
             if len(chosen) == 1:
                 raise
@@ -343,7 +343,8 @@ def verify(
         sys.exit(found.exit_code)
 
 
-def _verify(url: str, against: str | None, scratch: str | None) -> None:
+def _verify(url: str, against: str | None, scratch: str | None, which: str) -> None:
+    """Prove the backup at ``url``; lines about it begin with ``which``."""
     backend = destinations.backend_for(url)
     prefix = scratch_prefix(backend, scratch)
     with (
@@ -358,18 +359,19 @@ def _verify(url: str, against: str | None, scratch: str | None) -> None:
             raise BackupError(error.problem, error.way_out([url], "DEST")) from error
     version = ending.version
     for note in ending.notes:
-        click.echo(note)
+        click.echo(f"{which}{note}")
     if ending.torn_tail:
-        click.echo("An append that was never acknowledged stands at the end.")
+        click.echo(f"{which}An append that was never acknowledged stands at the end.")
     if problems:
         raise BackupError(
             f"The backup at version {version} does not hold: {'; '.join(problems)}.",
             "Keep it, and find out which copy is right before anything is replaced.",
         )
     backend.note_proven()
-    click.echo(f"The backup is sound at version {version}: every record checks and it replays.")
+    sound = f"The backup is sound at version {version}: every record checks and it replays."
+    click.echo(f"{which}{sound}")
     if against is not None:
-        click.echo(f"It is the same as {against}.")
+        click.echo(f"{which}It is the same as {against}.")
 
 
 def _describe(found: Status) -> str:
@@ -399,7 +401,7 @@ def _describe(found: Status) -> str:
             ("damage", found.damage or ("none" if found.checked else NOT_CHECKED)),
             ("disk free", readable(found.disk_free)),
         ]
-    if found.destinations and found.votes:
+    if len(found.destinations) > 1 and found.votes:
         rows.append(("one of several", f"{found.acks} of {len(found.destinations)} acknowledge"))
         rows += [("destination", url) for url in found.destinations]
     rows += [("note", note) for note in found.notes]

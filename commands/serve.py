@@ -51,7 +51,13 @@ log_mode_option = click.option(
 
 @main.command()
 @log_mode_option
-@click.option("--log-level", type=click.Choice(list(LOG_LEVELS)), default="info", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(list(LOG_LEVELS)),
+    default="info",
+    show_default=True,
+    help="The least that is logged.",
+)
 @click.option(
     "--compact",
     "compact_at",

@@ -31,6 +31,7 @@ from errors import (
     DiskError,
 )
 from quorum import Rule
+from standby import state as keeping
 from wallet import database, node, restore
 
 EXIT_UNSOUND = 3
@@ -66,7 +67,7 @@ def main() -> None:
     Its state:           backup-cli status file:///mnt/disk2/node.bkp
     After a disaster:    backup-cli restore file:///mnt/disk2/node.bkp ~/.lightning/bitcoin
 
-    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 restored but not sound,
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 delivered but not to be trusted,
     4 sound with a warning.
     """
     handler = logging.StreamHandler()
@@ -117,12 +118,16 @@ def in_words(rule: Rule) -> str:
 
 
 def chosen_urls(urls: Sequence[str], lightning_dir: str | None) -> tuple[str, ...]:
-    """The URLs that were typed, or those of the node's backup.lock."""
+    """The URLs that were typed, or those of the node's backup.lock, or what a standby follows."""
     if bool(urls) == (lightning_dir is not None):
         raise click.UsageError("Give either URLs or --lightning-dir DIR.")
     if lightning_dir is None:
         return tuple(urls)
-    return node.read_lock_file(node.network_dir(lightning_dir)).urls
+    directory = node.network_dir(lightning_dir)
+    standby = keeping.read(directory)
+    if standby is not None and not os.path.lexists(os.path.join(directory, node.LOCK_NAME)):
+        return standby.urls
+    return node.read_lock_file(directory).urls
 
 
 backup_of_option = click.option(
@@ -181,7 +186,8 @@ def scratch_prefix(backend: Backend, scratch: str | None, otherwise: str | None 
     prefix = backend.scratch_paths(scratch, otherwise)
     directory = scratch or os.path.dirname(prefix)
     if not os.path.isdir(directory):
-        raise ConfigError(f"The directory {directory} does not exist.", "Check --scratch.")
+        next_step = "Create or mount it." if scratch is None else "Check --scratch."
+        raise ConfigError(f"The directory {directory} does not exist.", next_step)
     return prefix
 
 

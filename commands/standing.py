@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 import click
@@ -17,7 +18,7 @@ import click
 import destinations
 import durable
 import unwind
-from backend import log
+from backend import TAG_SIZE, log
 from commands.serve import log_mode_option, log_to_stderr
 from commands.shared import (
     EXIT_UNSOUND,
@@ -26,7 +27,7 @@ from commands.shared import (
     main,
     with_destinations,
 )
-from errors import CLI, PLUGIN, BackupExists, ConfigError
+from errors import CLI, PLUGIN, BackupError, BackupExists, ConfigError, OtherOwner
 from standby import promoting
 from standby import state as keeping
 from standby.following import Standby
@@ -130,15 +131,18 @@ def promote(lightning_dir: str) -> None:
         backup-cli promote --lightning-dir ~/.lightning/bitcoin
     """
     directory = node.network_dir(lightning_dir)
-    if keeping.read(directory) is None:
+    found = keeping.read(directory)
+    if found is None:
         return _report_former(directory)
-    with promoting.alone(directory), node.stopped(directory, _database(directory)):
+    if not found.complete:
+        promoting.require_no_database(directory)
+    with promoting.alone(directory) as ended, node.stopped(directory, _database(directory)):
         state = keeping.read(directory)
         if state is None:  # Another promote has just done it.
             keeping.remove(directory)
             return _report_former(directory)
         promotion = promoting.Promotion(directory, state, destinations.backend_for)
-        with confined.ending_on_signals(lambda: None):
+        with confined.ending_on_signals(lambda: None), _telling(promotion, ended):
             promotion.take_over()
         promotion.name()
         _write_lock_file(directory, promotion.state)
@@ -161,6 +165,21 @@ def _database(directory: str) -> str:
     return os.path.join(directory, node.DATABASE_NAME)
 
 
+@contextlib.contextmanager
+def _telling(promotion: promoting.Promotion, ended: bool) -> Iterator[None]:
+    """Say of a refusal that nothing follows the backup now, if a standby was ended for it."""
+    try:
+        yield
+    except BackupError:
+        if ended and promotion.state.owner is None:
+            click.echo(
+                "Warning: the standby was ended for this. To follow on, start it again:"
+                " `systemctl start node-standby`, or as it was started before.",
+                err=True,
+            )
+        raise
+
+
 def _report_former(directory: str) -> None:
     """There is no standby: there never was, or it is the node's already."""
     if not os.path.exists(_database(directory)):
@@ -169,9 +188,32 @@ def _report_former(directory: str) -> None:
             f"Run `{CLI} standby --lightning-dir {shlex.quote(directory)} URL`, or `{CLI} restore`"
             " and `attach`.",
         )
-    urls = " ".join(node.read_lock_file(directory).urls)
-    click.echo(f"{_database(directory)} goes on with {urls} already: there is no standby here.")
+    lock_file = node.read_lock_file(directory)
+    _require_the_node(directory, lock_file)
+    urls = " ".join(lock_file.urls)
+    click.echo(
+        f"{_database(directory)} goes on with {urls} already: there is no standby here. If this"
+        " is the machine that was to be replaced, type it on the standby's."
+    )
     _report_start(directory)
+
+
+def _require_the_node(directory: str, lock_file: node.LockFile) -> None:
+    """Refuse to say that lightningd may start: it runs, or another machine is the node by now."""
+    try:
+        with node.stopped(directory, _database(directory)):
+            pass
+    except ConfigError as error:
+        raise ConfigError(
+            f"There is no standby in {directory}. {error.problem}",
+            "If this machine was promoted, all is done. If it is to be replaced, type this on the"
+            " standby's.",
+        ) from error
+    owner = None
+    with contextlib.suppress(BackupError):  # It need not be reached: nothing is changed.
+        owner = destinations.destination_of(lock_file).status().owner
+    if owner is not None and owner != lock_file.owner[:TAG_SIZE].hex():
+        raise OtherOwner(lock_file.urls[0], "it was taken over since this one wrote to it")
 
 
 def _report_start(directory: str) -> None:

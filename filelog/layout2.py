@@ -553,10 +553,10 @@ def judge_tail(
 
 def _judge_headed(pread: Pread, head: Head, written: int, size: int, rules: int) -> Tail:
     extent = head.end - head.offset
-    if head.kind == Kind.SNAPSHOT:
-        return Tail(TailKind.DAMAGED, head.offset, "a piece of the snapshot that does not check")
     if rules and head.end >= size:
         return Tail(TailKind.DAMAGED, head.offset, CUT_OFF)
+    if head.kind == Kind.SNAPSHOT:
+        return Tail(TailKind.DAMAGED, head.offset, "a piece of the snapshot that does not check")
     if written > extent:
         return Tail(TailKind.DAMAGED, head.offset, "a broken record with a later append behind it")
     if head.end > size or written <= extent - _TRAILER_SIZE:

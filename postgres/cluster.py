@@ -39,10 +39,19 @@ class Unreachable(BackupError):
     """No host of a cluster is as it has to be; nothing follows about what it holds."""
 
     def __init__(self, reason: object) -> None:
-        super().__init__(
-            f"No host of the PostgreSQL cluster will do: {reason}.",
-            "Bring back the primary and its standby; docs/postgres.md has what to do for each.",
-        )
+        said = _one_line(reason)
+        next_step = "Bring back the primary and its standby; docs/postgres.md has what to do."
+        if "password" in said or "pg_hba.conf" in said:
+            next_step = (
+                "Check ~/.pgpass (of the user who types this, with mode 600) and the server's"
+                " pg_hba.conf; docs/postgres.md has both."
+            )
+        super().__init__(f"No host of the PostgreSQL cluster will do: {said}.", next_step)
+
+
+def _one_line(said: object) -> str:
+    """What libpq said, which is of several lines, and may end with a stop."""
+    return " ".join(str(said).split()).rstrip(" .")
 
 
 class Cluster:
@@ -57,7 +66,7 @@ class Cluster:
         try:
             found = conninfo_to_dict(self.url.libpq)
         except psycopg.Error as error:
-            raise ConfigError(f"libpq does not take the backup URL: {error}.") from error
+            raise ConfigError(f"libpq does not take the backup URL: {_one_line(error)}.") from error
         self._options = {key: value for key, value in found.items() if value is not None}
         if self._options.get("password"):
             raise ConfigError("A backup URL holds no password.", "Use passfile= or service=.")

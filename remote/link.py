@@ -43,7 +43,10 @@ class Unreachable(BackupError):
         next_step = "Check that it runs, and the forward, VPN or Tor on the way to it."
         if isinstance(reason, NoWay):
             next_step = reason.next_step
-        super().__init__(f"The backup server {target} cannot be reached: {reason}.", next_step)
+        why = reason
+        if isinstance(reason, OSError):
+            why = reason.strerror or reason  # Without its number.
+        super().__init__(f"The backup server {target} cannot be reached: {why}.", next_step)
 
 
 class NotTaken(BackupError):

@@ -39,8 +39,8 @@ LOOK_S = 0.02
 
 
 @contextlib.contextmanager
-def alone(directory: str) -> Iterator[None]:
-    """Be the only one who works on the standby in ``directory``: one that follows is ended.
+def alone(directory: str) -> Iterator[bool]:
+    """Be the only one who works on the standby in ``directory``; whether one was ended for that.
 
     Raises:
         ConfigError: it does not end.
@@ -52,7 +52,7 @@ def alone(directory: str) -> Iterator[None]:
             told = holder
         time.sleep(LOOK_S)
     with keeping.held(directory):
-        yield
+        yield told is not None
 
 
 def _end(pid: int) -> None:
@@ -65,6 +65,18 @@ def _end(pid: int) -> None:
             f"The standby runs as another user, as process {pid}.",
             "Stop it (`systemctl stop node-standby`), or run this as that user or root.",
         ) from error
+
+
+def require_no_database(directory: str) -> None:
+    """Raise BackupExists if there is something in place of the database to be."""
+    target = os.path.join(directory, node.DATABASE_NAME)
+    for name in (target, *(target + each for each in database.SIDE_FILES)):
+        if os.path.lexists(name):
+            raise BackupExists(
+                name,
+                "Look what it is: a standby's directory has none. If lightningd was started here by"
+                " mistake, move away what it began, with its -wal and -journal files.",
+            )
 
 
 class Promotion:
@@ -99,7 +111,7 @@ class Promotion:
         """
         if self.state.complete:
             return
-        self._require_no_database()
+        require_no_database(self._directory)
         if not self.state.taken:
             self._shut_out()
         assert self.state.owner is not None
@@ -131,11 +143,6 @@ class Promotion:
         listed = roster.urls == urls
         epoch = roster.epoch if listed else roster.epoch + 1
         return {"acks": rule_of(roster, len(urls)).k, "epoch": epoch, "listed": listed}
-
-    def _require_no_database(self) -> None:
-        for name in (self._target, *(self._target + each for each in database.SIDE_FILES)):
-            if os.path.lexists(name):
-                raise BackupExists(name, "Look what it is: a standby's directory has none.")
 
     # Who is there
 
@@ -306,7 +313,7 @@ class Promotion:
             if os.path.lexists(path) and os.path.lexists(target) and os.path.samefile(path, target):
                 durable.remove(path)  # Killed in between.
             elif os.path.lexists(path):
-                self._require_no_database()
+                require_no_database(self._directory)
                 durable.keep(path, target)  # Before the only name that it has is gone.
                 durable.remove(path)
             elif not os.path.lexists(target):

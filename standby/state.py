@@ -18,9 +18,9 @@ import durable
 from backend import NOBODY
 from errors import CLI, BackupBusy, ConfigError, DiskError
 from filelog.layout2 import HEAD, Head
-from wallet.node import DATABASE_NAME
+from wallet.node import DATABASE_NAME, STANDBY_STATE
 
-STATE_NAME = "backup.standby"
+STATE_NAME = STANDBY_STATE
 STANDBY_NAME = f"{DATABASE_NAME}.standby"
 """The database until it is promoted: lightningd does not know that name."""
 BEGINNING_NAME = f"{STANDBY_NAME}.new"

@@ -119,6 +119,14 @@ def test_finds_the_venv_by_the_files_real_path(
     assert "Usage: backup-cli status" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["backup-cli", "backup.py"])
+def test_a_copy_without_its_modules_says_so(name: str, app: Path, tmp_path: Path) -> None:
+    copied = shutil.copy(app / name, tmp_path / "alone")
+    done = subprocess.run([sys.executable, copied], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "is not beside its modules" in done.stderr
+
+
 def test_hands_over_arguments_and_exit_code(bare: Path, app: Path, tmp_path: Path) -> None:
     make_venv(app / ".venv", packages=True)
     url = f"file://{tmp_path}/a b'c\"d.bkp"

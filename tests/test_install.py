@@ -100,6 +100,18 @@ def test_pip_installs_the_commands(installed: Path, node_dir: Path, url: str) ->
     serves(plugin, node_dir)
 
 
+def test_pip_is_named_for_the_package_of_postgresql(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "psycopg.py").write_text("raise ImportError('No module named psycopg')\n")
+    done = subprocess.run(
+        [installed / "backup-cli", "status", "postgresql://me@host/db"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert f"Run `{installed}/python -m pip install 'psycopg[binary]'`." in done.stderr
+
+
 def test_the_package_holds_all_modules_in_one_place(installed: Path) -> None:
     (site,) = installed.parent.glob("lib/python*/site-packages")
     names = {path.name.partition("-")[0] for path in site.iterdir()}

@@ -274,6 +274,11 @@ def test_tables_of_another_version_are_refused_by_name(pair: Pair, url: str) -> 
             refused()
 
 
+def test_a_password_that_is_not_there(pair: Pair, url: str) -> None:
+    with pytest.raises(BackupError, match=r"no password supplied.*Check ~/\.pgpass"):
+        backend_for(of_more(pair, url, passfile="/dev/null", retry_for="0")).status()
+
+
 def test_a_backup_that_is_not_there(pair: Pair, url: str) -> None:
     with pytest.raises(BackupMissing):
         backend_for(of_more(pair, url, backup="other")).open()
@@ -293,7 +298,7 @@ def test_a_backup_that_is_not_there(pair: Pair, url: str) -> None:
         ("postgresql://me@host/db?standbys=-1", "no number of standbys"),
         ("postgresql://me@host/db?standbys=1&standbys=2", "stands twice"),
         ("postgresql://me@host/db?retry_for=soon", "no number of seconds"),
-        ("postgresql://me@host/db?what=1", "libpq does not take"),
+        ("postgresql://me@host/db?what=1", 'invalid URI query parameter: "what".'),
     ],
 )
 def test_urls_that_are_refused(url: str, said: str) -> None:

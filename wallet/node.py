@@ -21,6 +21,8 @@ from errors import CLI, BackupExists, ConfigError, DiskError
 
 LOCK_NAME = "backup.lock"
 DATABASE_NAME = "lightningd.sqlite3"
+STANDBY_STATE = "backup.standby"
+"""Says that the directory is a standby's: see standby/state.py."""
 RPC_NAME = "lightning-rpc"
 ANSWER_S = 10.0
 PROC = "/proc"
@@ -147,10 +149,17 @@ def read_lock_file(directory: str) -> LockFile:
             content = json.load(file)
         return _parse_lock_file(content)
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"Could not find backup.lock in the lightning-dir {directory}.",
+        next_step = (
             f"Stop lightningd and run `{CLI} init --lightning-dir {shlex.quote(directory)} URL`, or"
-            " `attach` in place of `init` for a backup that exists.",
+            " `attach` in place of `init` for a backup that exists."
+        )
+        if os.path.lexists(os.path.join(directory, STANDBY_STATE)):
+            next_step = (
+                "A standby is kept there: start no lightningd on it. If it is to take the node's"
+                f" place, run `{CLI} promote --lightning-dir {shlex.quote(directory)}`."
+            )
+        raise ConfigError(
+            f"Could not find backup.lock in the lightning-dir {directory}.", next_step
         ) from error
     except OSError as error:
         raise DiskError(path, error, "read") from error

@@ -105,8 +105,17 @@ def destination(dest: str) -> str:
     for taken in (path, *(path + suffix for suffix in database.SIDE_FILES)):
         if os.path.lexists(taken):
             # SQLite would apply a journal found beside the new database to it.
-            raise BackupExists(taken, "Move it away, with its -wal and -journal files.")
+            raise BackupExists(taken, _out_of_the_way(path))
     return path
+
+
+def _out_of_the_way(path: str) -> str:
+    """What to do about a database at ``path``, which may be that of a node that runs."""
+    try:
+        with node.stopped(os.path.dirname(path), path):
+            return "Move it away, with its -wal and -journal files."
+    except BackupError as error:
+        return f"Leave it where it is: {error.problem} For a look at the backup name a new file."
 
 
 def _is_named_like_directory(dest: str) -> bool:

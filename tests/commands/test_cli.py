@@ -413,6 +413,17 @@ def test_bad_url(command: str, bad: str, node_dir: Path, tmp_path: Path) -> None
     refused(tmp_path, command, *arguments[command], says=[repr(bad), "file:///path/to/file"])
 
 
+def test_a_path_in_place_of_a_url(tmp_path: Path) -> None:
+    for path in ("a disk/node.bkp", f"{tmp_path}/a disk/node.bkp"):
+        says = [f"A file's is 'file://{tmp_path}/a disk/node.bkp'"]
+        refused(tmp_path, "status", path, says=says, cwd=tmp_path)
+
+
+def test_more_acknowledge_than_there_are(node_dir: Path, url: str, tmp_path: Path) -> None:
+    says = ["2 of 1 destinations cannot acknowledge"]
+    refused(tmp_path, "init", "--lightning-dir", node_dir, "--acks", 2, url, says=says)
+
+
 def test_init_onto_a_disk_that_is_not_there(node_dir: Path, tmp_path: Path) -> None:
     node_at(node_dir, 3)
     url = f"file://{tmp_path}/unmounted/node.bkp"
@@ -760,6 +771,18 @@ def test_attach_refuses_when_they_disagree(
     refused(tmp_path, "attach", "--lightning-dir", node_dir, url, says=says)
 
 
+def test_attach_names_the_command_for_a_backup_that_is_behind(
+    node_dir: Path, url: str, tmp_path: Path
+) -> None:
+    run_cli("init", url)
+    run_cli("init", "--lightning-dir", node_dir, f"file://{tmp_path}/own.bkp")
+    node_at(node_dir, 3)
+    with ServerProcess(url).ready() as server:
+        for there, says in [(server.url, "move"), (f"file://{tmp_path}/own.bkp", "resync")]:
+            done = run_cli("attach", "--lightning-dir", node_dir, there, check=1)
+            assert "out of date" in done.stderr and f" {says} --lightning-dir" in done.stderr
+
+
 def test_attach_refuses_one_ahead_that_cannot_be_rewound(
     node_dir: Path, url: str, tmp_path: Path
 ) -> None:
@@ -843,6 +866,9 @@ def test_restore_never_overwrites(suffix: str, url: str, node_dir: Path, tmp_pat
     for dest in (node_dir, node_dir / "lightningd.sqlite3"):
         refused(tmp_path, "restore", url, dest, says=says)
         refused(tmp_path, "restore", "--allow-damaged", url, dest, says=says)
+    with running(node_dir):
+        says = [says[0], "Leave it where it is: lightningd is running"]
+        refused(tmp_path, "restore", url, node_dir, says=says)
 
 
 def test_restore_does_not_follow_a_link_onto_a_file(url: str, tmp_path: Path) -> None:
@@ -940,7 +966,7 @@ def test_restore_with_nothing_before_the_damage(url: str, tmp_path: Path) -> Non
     path = make_backup(url, first_changes(5))
     support.flip(path, support.records_of(path)[0][0].offset + 130)
     for options in ([], ["--allow-damaged"]):
-        says = ["is damaged at offset 64"]
+        says = ["is damaged at offset 64", "salvage FILE OUTDIR`"]
         refused(tmp_path, "restore", *options, url, tmp_path / "there.sqlite3", says=says)
 
 

@@ -594,7 +594,11 @@ def test_piece_of_a_snapshot_is_never_torn() -> None:
     def pread(offset: int, size: int) -> bytes:
         return broken[offset : offset + size]
 
-    assert layout2.judge_tail(pread, FIRST_RECORD, len(data), ID).kind is TailKind.DAMAGED
+    tail = layout2.judge_tail(pread, FIRST_RECORD, len(data) + 1, ID)
+    assert (tail.kind, "snapshot" in tail.reason) == (TailKind.DAMAGED, True)
+    for size in (len(data) - 1000, len(data)):
+        cut = layout2.judge_tail(pread, FIRST_RECORD, size, ID)
+        assert (cut.kind, cut.reason) == (TailKind.DAMAGED, layout2.CUT_OFF)
 
 
 def test_last_two_records_broken_is_damage() -> None:

@@ -446,3 +446,10 @@ def test_what_is_no_database(name: str, content: bytes | None, says: str, tmp_pa
     if content is not None:
         path.write_bytes(content)
     assert says in run_cli("channels", path, check=1).stderr
+
+
+def test_a_directory_and_a_disk_that_is_not_there(tmp_path: Path) -> None:
+    done = run_cli("channels", tmp_path, check=1)
+    assert f"Name the database: {tmp_path}/lightningd.sqlite3." in done.stderr
+    done = run_cli("channels", f"file://{tmp_path}/unmounted/node.bkp", check=1)
+    assert f"{tmp_path}/unmounted does not exist. Create or mount it." in done.stderr

@@ -92,6 +92,7 @@ def test_all_commands(tmp_path: Path, node_dir: Path, url: str) -> None:
     support.apply_calls(wallet, changes[:3])
     assert json.loads(support.run_cli("status", "--json", url).stdout)["version"] == 6
     assert "sound at version 6" in support.run_cli("verify", url, "--against", wallet).stdout
+    assert "no table channels" in support.run_cli("channels", url, check=1).stderr
     support.run_cli("attach", "--lightning-dir", node_dir, url)
     support.apply_calls(wallet, changes[3:5])
     assert "at version 8" in support.run_cli("resync", "--yes", "--lightning-dir", node_dir).stdout

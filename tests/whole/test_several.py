@@ -89,7 +89,9 @@ def test_a_life_from_init_to_restore(node_dir: Path, tmp_path: Path, served: Ser
     shown = run_cli("status", urls[0]).stdout
     assert all(url in shown for url in urls), "each of them names the others"
     node_database(node_dir, 8)
-    run_cli("verify", "--lightning-dir", node_dir, "--against", node_dir / "lightningd.sqlite3")
+    against = ["--against", node_dir / "lightningd.sqlite3"]
+    said = run_cli("verify", "--lightning-dir", node_dir, *against).stdout
+    assert all(f"{url}: The backup is sound" in said for url in urls)
     run_cli("restore", *urls, tmp_path / "restored.sqlite3")
     run_cli("verify", urls[1], "--against", tmp_path / "restored.sqlite3")
     # With all acknowledging, any one of them has all.
@@ -117,7 +119,8 @@ def test_one_that_fails_is_left_behind_and_comes_back(
         write(plugin, 4, 6)
         until(lambda: plugin.logged(f"{remote} is not in step any more"))
         done = run_cli("status", "--lightning-dir", node_dir, check=4)
-        assert "cannot be reached" in done.stdout and "2 are in step" in done.stdout
+        assert "cannot be reached: Connection refused." in done.stdout
+        assert "2 are in step" in done.stdout and "None" not in done.stdout
         row = plugin.call("backup-status")["destinations"][2]
         assert row["standing"] == "lagging" and "cannot be reached" in row["last_error"]
         with ServerProcess(f"file://{tmp_path}/served/node.bkp", port=served.port):
@@ -206,6 +209,7 @@ def test_destinations_are_added_and_dropped(
     node_database(node_dir, 7)
     run_cli("attach", "--lightning-dir", node_dir, urls[2])
     assert "backend_urls" not in json.loads((node_dir / "backup.lock").read_text())
+    assert "one of several" not in run_cli("status", urls[2]).stdout
     with PluginProcess(node_dir) as plugin:
         write(plugin, 8, 8)
     node_database(node_dir, 8)

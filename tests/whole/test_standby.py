@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -124,6 +125,9 @@ def test_from_nothing_to_a_fail_over(
         done = run_cli("status", "--json", "--lightning-dir", second)
         shown = json.loads(done.stdout)
         assert (shown["version"], shown["backup_version"], shown["behind"]) == (39, 40, 1)
+        assert "sound at version 40" in run_cli("verify", "--lightning-dir", second).stdout
+        done = run_cli("resync", "--lightning-dir", second, check=1)
+        assert "A standby is kept there" in done.stderr and "promote --lig" in done.stderr
         assert shown["process"] == standby.process.pid and shown["last_proven_ns"]
         assert not (second / "lightningd.sqlite3").exists()
         done = run_cli("promote", "--lightning-dir", second)
@@ -140,6 +144,13 @@ def test_from_nothing_to_a_fail_over(
     assert "another node's now" in done.stderr
     run_cli("status", "--lightning-dir", second)
     assert "attach" in run_cli("promote", "--lightning-dir", node_dir, check=1).stderr
+    node_database(node_dir / "lightningd.sqlite3", 40)
+    done = run_cli("promote", "--lightning-dir", node_dir, check=1)
+    assert "belongs to another node: it was taken over" in done.stderr and not done.stdout
+    with open(node_dir.parent / f"lightningd-{node_dir.name}.pid", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        done = run_cli("promote", "--lightning-dir", node_dir, check=1)
+    assert "no standby" in done.stderr and "lightningd is running" in done.stderr
     with PluginProcess(second) as plugin:
         write(plugin, CALLS[40:42])
         assert "goes on with" in run_cli("promote", "--lightning-dir", second).stdout
@@ -171,11 +182,13 @@ def test_refused(node_dir: Path, second: Path, url: str) -> None:
         # A file has one writer, and that one cannot be told that its place is taken.
         done = run_cli("promote", "--lightning-dir", second, check=1)
         assert "Stop that lightningd" in done.stderr
+        assert "the standby was ended for this" in done.stderr
         write(plugin, CALLS[3:5])
     with StandbyProcess(second, url) as standby:
         standby.wait_for_version(4)
-    (second / "lightningd.sqlite3").touch()
-    assert "never overwritten" in run_cli("promote", "--lightning-dir", second, check=1).stderr
+        (second / "lightningd.sqlite3").touch()
+        done = run_cli("promote", "--lightning-dir", second, check=1)
+        assert "never overwritten" in done.stderr and standby.process.poll() is None
     (second / "lightningd.sqlite3").unlink()
     run_cli("promote", "--lightning-dir", second)
     assert database.version_of(str(second / "lightningd.sqlite3")) == 5
