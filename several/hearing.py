@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -236,11 +237,21 @@ def standing(heard: Heard, leader: Heard) -> str:
         return IN_STEP
     with leader.replica.records() as records:
         relation, _ = compare(mine, marks(records))
-    if relation is Relation.EQUAL:
+    if relation is Relation.EQUAL or _has_by_now(heard, theirs):
         return IN_STEP
     if relation in BY_RECORDS or relation is not Relation.APART:
         return f"{LAGGING}: {relation.value}"
     return str(relation.value)
+
+
+def _has_by_now(heard: Heard, end: End) -> bool:
+    """Whether ``heard`` has come to ``end`` since it was looked at.
+
+    Beside a node that runs no two looks are of the same moment.
+    """
+    with contextlib.suppress(BackupError), heard.replica.records() as records:
+        return compare(end, marks(records))[0] in (Relation.EQUAL, Relation.BEHIND)
+    return False
 
 
 LAGGING = "lagging"

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from destinations import backend_for
+from several import hearing
 from tests import support
 from tests.cutproxy import CutProxy
 from tests.peers import ServerProcess, patched
@@ -146,6 +148,23 @@ def test_status_says_since_when_one_lags(node_dir: Path, tmp_path: Path) -> None
     assert "\nsince:  " in run_cli("status", *urls, check=4).stdout
     path_of(urls[1]).unlink()
     assert "version:        not known\n" in run_cli("status", *urls, check=1).stdout
+
+
+def test_who_comes_up_between_two_looks_is_in_step(node_dir: Path, tmp_path: Path) -> None:
+    """Beside a node that runs, one is always looked at before the other."""
+    urls = files(tmp_path, 2)
+    run_cli("init", "--lightning-dir", node_dir, *urls)
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 1, 3)
+        image = path_of(urls[1]).read_bytes()
+        write(plugin, 4, 6)
+    newest = path_of(urls[1]).read_bytes()
+    path_of(urls[1]).write_bytes(image)
+    found = hearing.hear([backend_for(url) for url in urls])
+    leader, _ = hearing.choose(found)
+    assert hearing.standing(found[1], leader) == "lagging: it lacks the newest records"
+    path_of(urls[1]).write_bytes(newest)
+    assert hearing.standing(found[1], leader) == "in step"
 
 
 def test_fewer_than_k_halt_the_node(node_dir: Path, tmp_path: Path) -> None:
