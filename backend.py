@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from decisions import Verdict, judge
 from errors import CLI, BackupError, InvalidChange, LostState, OutOfDate
+from quorum import Roster
 
 RELEASE = "1.0.0"
 log = logging.getLogger("backup")
@@ -361,6 +362,18 @@ class Status:
     votes: bool | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def note_list(self, roster: Roster | None) -> None:
+        """Say what the list tells that the destination keeps, if it keeps one."""
+        if roster is None:
+            return
+        self.destinations, self.acks = list(roster.urls), roster.acks
+        self.epoch, self.votes = roster.epoch, roster.votes
+        if not roster.votes:
+            urls = " and ".join(roster.urls)
+            self.warnings.append(
+                f"It is none of the backup's destinations, or not yet: those are {urls}."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from backend import (
     chain_after,
     new_session,
 )
-from errors import CLI, BackupError, BackupExists, ConfigError, Damaged, DiskError
+from errors import CLI, BackupBusy, BackupError, BackupExists, ConfigError, Damaged, DiskError
 from filelog import adoption, appender, following, former, layout1, layout2, look, proof
 from filelog.appender import LogAppender
 from filelog.layout2 import BEFORE_FIRST, Head, Kind, TailKind
@@ -245,7 +245,12 @@ class FileBackend(Backend):
             BackupMissing, BackupBusy, Damaged, OtherOwner, UnsupportedLayout, DiskError.
         """
         LogReader(self.path).close()  # Refuse what is no backup before a lock is made.
-        self._lock = durable.WriterLock(self.path)
+        try:
+            self._lock = durable.WriterLock(self.path)
+        except BackupBusy:
+            # Who was shut out must not be told to stop the one that took it over.
+            appender.refuse_strangers(self.path, self.url, owner)
+            raise
         try:
             scratch.clear(self.scratch_prefix, writers=True)
             try:

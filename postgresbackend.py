@@ -120,10 +120,7 @@ class PostgresBackend(Replica):
             last_change_ns=newest.time_ns if newest.kind else None,
             owner=newest.tag.hex(),
         )
-        roster = layout2.decode_roster(payload)
-        if roster is not None:
-            found.destinations, found.acks = list(roster.urls), roster.acks
-            found.epoch = roster.epoch
+        found.note_list(layout2.decode_roster(payload))
         found.warnings += [f"The node's changes would not be taken: {text}." for text in wrong]
         if check:
             found.checked = True

@@ -162,8 +162,7 @@ def open_log(path: str, url: str, owner: bytes | None = None) -> LogAppender:
             reader.last = newest
             raise reader.as_damage(tail.offset, tail.reason)
         last = newest or BEFORE_FIRST._replace(backup_id=reader.backup_id or b"")
-        if not may_write(last.tag, owner):
-            raise OtherOwner(url, reader.taken_over())
+        _refuse_strangers(reader, url, last, owner)
         assert reader.log_start is not None
         file = lock_log(path)
         try:
@@ -174,6 +173,18 @@ def open_log(path: str, url: str, owner: bytes | None = None) -> LogAppender:
                 raise DiskError(path, error, "open for writing") from error
             raise
         return LogAppender(file, last, reader.log_start)
+
+
+def refuse_strangers(path: str, url: str, owner: bytes | None) -> None:
+    """Raise OtherOwner if ``owner`` may not write to ``path``, where somebody may be at it."""
+    with contextlib.closing(LogReader(path)) as reader:
+        newest, _ = reader.newest()
+        _refuse_strangers(reader, url, newest or BEFORE_FIRST, owner)
+
+
+def _refuse_strangers(reader: LogReader, url: str, last: Head, owner: bytes | None) -> None:
+    if not may_write(last.tag, owner):
+        raise OtherOwner(url, reader.taken_over())
 
 
 def lock_log(path: str) -> durable.LogFile:

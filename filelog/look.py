@@ -12,7 +12,6 @@ from errors import Damaged
 from filelog import layout2, proof
 from filelog.layout2 import BEFORE_FIRST, Head, Kind, Tail, TailKind
 from filelog.reader import LogReader
-from quorum import Roster
 
 LOOK_BACK = 16 << 20
 """Bytes at a log's end in which the last start is looked for."""
@@ -29,7 +28,7 @@ def status(url: str, path: str, check: bool) -> Status:
         log_start = reader.log_start or layout2.FIRST_RECORD
         known = proof.read(path, reader.backup_id)
         roster = reader.roster()
-        return Status(
+        found = Status(
             url=url,
             layout=f"file layout {layout2.LAYOUT}",
             backup_id=(reader.backup_id or b"").hex(),
@@ -49,24 +48,11 @@ def status(url: str, path: str, check: bool) -> Status:
             last_checked_ns=known.checked_ns,
             last_proven_ns=known.proven_ns,
             unsound=known.unsound,
-            destinations=list(roster.urls) if roster else [],
-            acks=roster.acks if roster else None,
-            epoch=roster.epoch if roster else None,
-            votes=roster.votes if roster else None,
             disk_free=shutil.disk_usage(os.path.dirname(path)).free,
-            warnings=[
-                *space.disk_warnings(path, tail.offset),
-                *proof.warnings(known, url),
-                *_warnings_of(roster),
-            ],
+            warnings=[*space.disk_warnings(path, tail.offset), *proof.warnings(known, url)],
         )
-
-
-def _warnings_of(roster: Roster | None) -> list[str]:
-    if roster is None or roster.votes:
-        return []
-    urls = " and ".join(roster.urls)
-    return [f"It is none of the backup's destinations, or not yet: those are {urls}."]
+    found.note_list(roster)
+    return found
 
 
 def _checked(reader: LogReader) -> tuple[Head, Tail, Damaged | None]:

@@ -18,7 +18,7 @@ import pytest
 
 import durable
 import space
-from backend import Change, Ending, Snapshot
+from backend import Change, Ending, Snapshot, new_owner
 from errors import (
     BackupBusy,
     BackupError,
@@ -27,6 +27,7 @@ from errors import (
     ConfigError,
     Damaged,
     DiskError,
+    OtherOwner,
     UnsupportedLayout,
 )
 from filebackend import FileBackend
@@ -542,6 +543,20 @@ def test_second_writer_is_refused_and_told_who(url: str, tmp_path: Path) -> None
         assert support.contents(path.parent) == before
         holder.kill()
     assert opened_version(url) == 4  # A killed holder leaves no lock behind.
+
+
+def test_who_was_shut_out_is_told_so_also_while_the_new_owner_holds_it(url: str) -> None:
+    """And neither waits for that one's end, nor is told to stop it."""
+    old, new = new_owner(), new_owner()
+    holder = FileBackend(url)
+    holder.create(None)
+    holder.open()
+    with contextlib.closing(holder):
+        holder.take_over(new)
+        with pytest.raises(OtherOwner, match="took it over at"):
+            FileBackend(url).open(old)
+        with pytest.raises(BackupBusy):
+            FileBackend(url).open(new)
 
 
 def test_lock_that_does_not_work_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -438,6 +438,17 @@ def test_an_open_backup_goes_on_with_what_replaces_it(url: str, tmp_path: Path) 
     assert stored(url) == [support.change(6)]
 
 
+def test_status_of_one_that_was_dropped_says_so(url: str) -> None:
+    payload = encode_owner(0, "here", Roster(2, 1, ("file:///elsewhere",), votes=False))
+    with opened(url) as backend:
+        assert isinstance(backend, Replica)
+        head = owner_behind(backend.newest, session_of(new_owner(), 2, 2), payload)
+        backend.add_record(head, payload)
+    found = backend_for(url).status()
+    assert found.votes is False
+    assert "those are file:///elsewhere." in found.warnings[-1]
+
+
 def test_a_copy_of_a_compacted_one_keeps_the_list_of_destinations(url: str, tmp_path: Path) -> None:
     """Without it the copy would be an only one, whose state is never doubted."""
     roster, owner = Roster(1, 1, (url, "file:///elsewhere")), new_owner()
