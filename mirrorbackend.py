@@ -728,7 +728,7 @@ class MirrorBackend(Followable):
         failure: BackupError | None = None
         for source in self._sources(member):
             try:
-                standing = stand(end_of(member.backend.newest), source)
+                standing = stand(end_of(member.backend.newest), member.backend.newest.tag, source)
             except BackupError as error:  # Another one may be sound.
                 failure = error
                 continue

@@ -51,8 +51,11 @@ class Standing(NamedTuple):
     after: Head | None
 
 
-def stand(end: End, source: Replica) -> Standing:
+def stand(end: End, tag: bytes, source: Replica) -> Standing:
     """How a destination that ends in ``end`` stands to ``source``.
+
+    Args:
+        tag: of the owner that it knows.
 
     Raises:
         BackupError: that does not answer, or is damaged.
@@ -65,7 +68,11 @@ def stand(end: End, source: Replica) -> Standing:
 
     with source.records() as records:
         relation, place = compare(end, marks(records, passed))
-    return Standing(relation, possible.get(place))
+    after = possible.get(place)
+    if after is not None and after.kind == Kind.OWNER and after.tag != tag:
+        # It leads to no other chain, but without it a server refuses what follows.
+        after = possible.get(place - 1)
+    return Standing(relation, after)
 
 
 def continues(newest: Head, head: Head) -> bool:

@@ -128,7 +128,7 @@ def _relation(heard: Heard, leader: Heard) -> Standing | None:
         return None
     assert leader.look is not None
     newest, leading = heard.head, leader.head
-    standing = stand(end_of(newest), leader.replica)
+    standing = stand(end_of(newest), newest.tag, leader.replica)
     # Where nothing shows whether it is of this history, it is not of this node's either.
     is_folded = standing.relation is Relation.FOLDED
     foreign = is_folded and newest.tag != leading.tag and not _is_empty(heard)
@@ -155,7 +155,8 @@ def bring_all(plan: Plan, make: Make, progress: Progress) -> None:
         replica, found = make(url), plan.relations[url]
         if found is None:
             replica.create(None)
-            found = stand(end_of(replica.look().newest), plan.leader.replica)
+            newest = replica.look().newest
+            found = stand(end_of(newest), newest.tag, plan.leader.replica)
         if url == plan.leader.url or found.relation is Relation.EQUAL:
             continue
         with contextlib.closing(replica):

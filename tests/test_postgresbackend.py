@@ -471,7 +471,8 @@ def test_a_copy_of_a_compacted_one_keeps_the_list_of_destinations(url: str, tmp_
     with contextlib.closing(copy):
         copy.open()
         catch_up = CatchUp(copy, threading.Lock(), owner, True)
-        catch_up.bring(backend_for(url), stand(end_of(copy.newest), backend_for(url)))
+        standing = stand(end_of(copy.newest), copy.newest.tag, backend_for(url))
+        catch_up.bring(backend_for(url), standing)
     assert stored(copy.url) == stored(url)
 
 

@@ -198,6 +198,22 @@ def test_restore_needs_those_that_may_have_the_newest(node_dir: Path, tmp_path: 
     run_cli("restore", *urls, tmp_path / "all.sqlite3")
 
 
+def test_an_empty_server_gets_the_backup_of_a_node_that_began_with_it(
+    node_dir: Path, tmp_path: Path, served: ServerProcess
+) -> None:
+    """It holds no snapshot, so its first record says whose it is: the server has to know."""
+    (url,) = files(tmp_path, 1)
+    run_cli("init", "--lightning-dir", node_dir, url)
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 1, 4)
+    node_database(node_dir, 4)
+    run_cli("attach", "--lightning-dir", node_dir, url, served.url)
+    assert versions([url, served.url]) == [4, 4]
+    with PluginProcess(node_dir) as plugin:
+        write(plugin, 5, 6)
+    assert versions([url, served.url]) == [6, 6]
+
+
 def test_destinations_are_added_and_dropped(
     node_dir: Path, tmp_path: Path, served: ServerProcess
 ) -> None:

@@ -414,7 +414,7 @@ def test_a_server_that_begins_anew_is_never_without_what_it_acknowledged(tmp_pat
         more.add(6, 7)
         with contextlib.closing(target):
             target.open(several.owner)
-            standing = stand(hearing.end_of(target.newest), source)
+            standing = stand(hearing.end_of(target.newest), target.newest.tag, source)
             assert standing.relation is Relation.FOLDED
             start = start_of(target.newest.session)
             target.place.fails = "after"
@@ -427,7 +427,7 @@ def test_a_server_that_begins_anew_is_never_without_what_it_acknowledged(tmp_pat
             assert start_of(target.newest.session) >= start
             assert target.roster() == several.roster
             CatchUp(target, threading.Lock(), several.owner, True).bring(
-                source, stand(hearing.end_of(target.newest), source)
+                source, stand(hearing.end_of(target.newest), target.newest.tag, source)
             )
             assert target.newest.chain == source.look().newest.chain
 
