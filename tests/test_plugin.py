@@ -264,12 +264,12 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], object], Call, list[str]]] = {
     "no backup": (
         lambda file, lock: file.unlink(),
         NEXT,
-        ["There is no backup at file://", "mount it", f"`{CLI} attach`", f"`{CLI} init`"],
+        ["There is no backup at file://", "is mounted", f"`{CLI} attach ", f"`{CLI} init "],
     ),
     "disk not mounted": (
         lambda file, lock: file.parent.rename(file.parent.with_name("unmounted")),
         NEXT,
-        ["There is no backup at file://", "mount it"],
+        ["There is no backup at file://", "is mounted"],
     ),
     "last record damaged": (
         damage_end,
@@ -279,7 +279,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], object], Call, list[str]]] = {
     "header damaged": (
         damage_header,
         NEXT,
-        ["is damaged at offset 0", f"`{CLI} resync", "--allow-damaged"],
+        ["is damaged at offset 0", f"`{CLI} resync", f"`{CLI} salvage FILE OUTDIR`"],
     ),
     "layout 1": (
         lambda file, lock: support.layout1_file(file),

@@ -518,7 +518,7 @@ def another_wallet(alice: Node) -> None:
 REFUSED: dict[str, tuple[Callable[[Node], None], list[str]]] = {
     "another owner": (another_owner, ["belongs to another node", "attach"]),
     "damaged end": (damaged_end, ["is damaged at offset", "resync"]),
-    "no backup": (no_backup, ["There is no backup at", "mount it"]),
+    "no backup": (no_backup, ["There is no backup at", "is mounted"]),
     "emptied": (emptied, ["out of date", "holds nothing and is nobody's", "resync"]),
     "switched off": (
         lambda alice: change_lock(alice.directory, heal="off"),
