@@ -92,7 +92,7 @@ def _made(outdir: str) -> str:
     """The real path of ``outdir``, made if it is not there."""
     directory = os.path.realpath(outdir)
     try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        _make(directory)
         names = os.listdir(directory)
     except OSError as error:
         raise DiskError(directory, error, "use the directory") from error
@@ -101,6 +101,18 @@ def _made(outdir: str) -> str:
             f"{directory} is not empty, and of no salvage that was stopped.", "Name a new OUTDIR."
         )
     return directory
+
+
+def _make(directory: str) -> None:
+    """Make ``directory``, and those above it; as root, for the owner of where they are."""
+    if os.path.isdir(directory):
+        return
+    parent = os.path.dirname(directory)
+    _make(parent)
+    os.mkdir(directory, mode=0o700)
+    if os.geteuid() == 0:  # To read a disk takes root, to use what was found should not.
+        found = os.stat(parent)
+        os.chown(directory, found.st_uid, found.st_gid)
 
 
 def salvaged(images: Images, directory: str) -> Report:

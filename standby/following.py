@@ -20,6 +20,8 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
 FRESH_S = 5.0
 """For how long a place counts as just compared with the backup."""
+HOLDS_S = 3.0
+"""How long an error must not come again before it is over: damage shows at a second look."""
 
 
 class Standby:
@@ -86,8 +88,11 @@ class Standby:
                     self._applier.feed(*found)
                     continue
                 self._applier.rest()
-                self._come_on(found)
-                if self._is_due(time.monotonic() - began_s < FRESH_S):
+                held_s = time.monotonic() - began_s
+                if self._applier.state.error is None or held_s > HOLDS_S:
+                    self._come_on(found)
+                self._take_proof()
+                if self._is_due(held_s < FRESH_S):
                     return
 
     def _come_on(self, pause: Pause) -> None:
@@ -98,6 +103,8 @@ class Standby:
             log.log(NOTICE, f"in step with {pause.url}, at version {self._applier.version}")
         if self._applier.state.error is not None:
             self._change()
+
+    def _take_proof(self) -> None:
         if (proof := self._prover.outcome()) is not None:
             self._judge(proof)
 
@@ -109,7 +116,7 @@ class Standby:
             # None, so that the new one is proven at once.
             self._applier.state = dataclasses.replace(self._applier.state, proof=None)
             raise Unfit(problem)
-        self._change(proof=proof)
+        self._change(error=self._applier.state.error, proof=proof)
         if proof.problems:
             log.error(problem)
         elif proof.failure is None:

@@ -281,3 +281,13 @@ def test_plugin_s_files_are_its_owner_s(node_dir: Path, url: str) -> None:
         assert plugin.close() == 0
     for found in Path(url.removeprefix("file://")).parent.iterdir():
         assert stat.S_IMODE(found.stat().st_mode) == 0o600, found
+
+
+@as_root
+def test_what_root_salvages_is_of_the_directory_s_owner(url: str, tmp_path: Path) -> None:
+    path, place = make_backup(url, first_changes(3)), tmp_path / "found"
+    place.mkdir()
+    give_all(place, NOBODY)
+    run_cli("salvage", path, place / "of" / "today", check=3)
+    assert owner_and_mode(place / "of" / "today") == (NOBODY, NOBODY, 0o700)
+    check_all_belong(place, NOBODY)
