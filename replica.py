@@ -132,7 +132,7 @@ class Replica(Followable):
         """
 
     def add_record_while(self, head: Head, payload: bytes, meanwhile: Callable[[], None]) -> None:
-        """``add_record``, and ``meanwhile`` at most once while another machine is at work on it."""
+        """``add_record``, and ``meanwhile`` where it has to wait, or not at all."""
         self.add_record(head, payload)
 
     def add_records(self, records: Iterable[Record], lock: threading.Lock) -> None:

@@ -83,7 +83,7 @@ class Delivery:
     ) -> None:
         """Send a record until its ACK came, or METADATA shows that it is stored.
 
-        ``meanwhile`` is called when it was sent the first time, if that did not fail.
+        ``meanwhile`` is called when it was sent the first time, and before it is sent again.
 
         All tries together end after ``retry_for``; the one in hand then goes on as long as it
         moves, so that a large record has the time that its line takes.
@@ -97,6 +97,7 @@ class Delivery:
         patience, before = Patience(self._url), self.known
         try:
             if not self._sent(head, payload, patience, meanwhile):
+                meanwhile()  # Or several that are away would be waited for one after the other.
                 self._send_again(head, payload, patience)
             if self._counts.stored(head, before, self.known):
                 self._look_again(head, patience)

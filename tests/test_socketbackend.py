@@ -17,6 +17,7 @@ import pytest
 
 from backend import Change, Session
 from errors import BackupError, BackupExists
+from filelog.layout2 import owner_behind
 from protocol import ProtocolError
 from remote import link, patience
 from remote.link import Diverged, NotTaken, Refused, Unreachable
@@ -556,3 +557,22 @@ def test_every_packet_is_one_segment_and_a_change_one_exchange(
     assert len(up) == 19
     if server == "ours":
         assert [move.direction for move in moves] == [UP, 1 - UP] * 19
+
+
+def test_others_are_served_before_one_that_is_away_is_waited_for(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support.make_backup(url)
+    with ServerProcess(url) as server:
+        backend = SocketBackend(f"{server.url}?retry_for=0")
+        backend.open()
+        head = owner_behind(backend.newest, bytes(16), b"")
+
+    def broken(*_: object) -> None:
+        raise ConnectionError("injected")
+
+    monkeypatch.setattr(link.Link, "send", broken)
+    calls: list[bool] = []
+    with contextlib.closing(backend), pytest.raises(Unreachable):
+        backend.add_record_while(head, b"", lambda: calls.append(True))
+    assert calls == [True]
