@@ -791,9 +791,13 @@ class RecordUnpacker:
 
     def _inflate(self, data: bytes, size: int) -> bytes:
         try:
-            return self._zlib.decompress(data, size)
+            piece = self._zlib.decompress(data, size)
         except zlib.error as error:
             raise ProtocolError(f"Compressed data is broken: {error}.") from error
+        # It goes on from packet to packet. After an end zlib would keep the same tail for ever.
+        if self._zlib.eof:
+            raise ProtocolError("Compressed data ends within a connection.")
+        return piece
 
 
 def _fields(head: Head) -> bytearray:

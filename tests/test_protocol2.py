@@ -469,6 +469,19 @@ def test_bomb_is_refused_and_costs_no_memory(kind: Kind) -> None:
     assert peak_of(unpack) < 16 << 20
 
 
+@pytest.mark.parametrize("length", [5, 1 << 20, 1 << 21])
+@pytest.mark.parametrize("behind", [b"", b"more"])
+@pytest.mark.timeout(30)
+def test_stream_that_ends_is_refused(length: int, behind: bytes) -> None:
+    """zlib keeps what stands behind its end for ever, and grows with each look at it."""
+    head = record(Kind.CHANGE, b"")
+    fields = plain(content(RecordPacker().pack(head._replace(length=length), b"")))
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packet = deflate.compress(fields + bytes(5)) + deflate.flush(zlib.Z_FINISH) + behind
+    with pytest.raises(ProtocolError, match="ends within a connection"):
+        RecordUnpacker().unpack(packet)
+
+
 def test_large_change_is_measured_and_then_taken() -> None:
     noise = random.Random(2).randbytes(1 << 20).hex()
     packer, unpacker = RecordPacker(), RecordUnpacker()
