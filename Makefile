@@ -21,10 +21,10 @@ demo: .venv/installed
 	$(VENV)/python demo.py
 
 test: .venv/installed-dev
-	$(VENV)/python -m pytest -q -n auto
+	$(VENV)/python -m pytest -q -n auto --dist worksteal
 
 coverage: .venv/installed-dev
-	$(VENV)/python -m pytest -q -n auto --cov --cov-report=term-missing:skip-covered
+	$(VENV)/python -m pytest -q -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 # The newest patch of each release that pyenv has, else the one on PATH; venvs in .venv-all.
 test-all:
@@ -34,7 +34,7 @@ test-all:
 		venv=.venv-all/3.$$minor; echo "== $$python"; \
 		$$python -m venv $$venv \
 			&& $$venv/bin/python -m pip install --quiet -r requirements-dev.txt \
-			&& $$venv/bin/python -m pytest -q -n auto $(TESTS) || exit 1; \
+			&& $$venv/bin/python -m pytest -q -n auto --dist worksteal $(TESTS) || exit 1; \
 	done
 
 lint: .venv/installed-dev
