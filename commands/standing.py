@@ -27,7 +27,7 @@ from commands.shared import (
     main,
     with_destinations,
 )
-from errors import CLI, PLUGIN, BackupError, BackupExists, ConfigError, OtherOwner
+from errors import CLI, PLUGIN, BackupError, ConfigError, OtherOwner
 from standby import promoting
 from standby import state as keeping
 from standby.following import Standby
@@ -89,14 +89,13 @@ def _end(number: int, _frame: FrameType | None) -> None:
 
 
 def _require_no_database(directory: str) -> None:
-    path = os.path.join(directory, node.DATABASE_NAME)
-    for taken in (path, *(path + suffix for suffix in database.SIDE_FILES)):
-        if os.path.lexists(taken):
-            raise BackupExists(
-                taken,
-                "A standby has another machine's place to take: if this is the node, it is"
-                " here already. If it is an old copy, move it away.",
-            )
+    database.require_none(
+        _database(directory),
+        lambda: (
+            "A standby has another machine's place to take: if this is the node, it is"
+            " here already. If it is an old copy, move it away."
+        ),
+    )
 
 
 def _state(directory: str, urls: tuple[str, ...], check_every_s: float) -> State:

@@ -69,14 +69,13 @@ def _end(pid: int) -> None:
 
 def require_no_database(directory: str) -> None:
     """Raise BackupExists if there is something in place of the database to be."""
-    target = os.path.join(directory, node.DATABASE_NAME)
-    for name in (target, *(target + each for each in database.SIDE_FILES)):
-        if os.path.lexists(name):
-            raise BackupExists(
-                name,
-                "Look what it is: a standby's directory has none. If lightningd was started here by"
-                " mistake, move away what it began, with its -wal and -journal files.",
-            )
+    database.require_none(
+        os.path.join(directory, node.DATABASE_NAME),
+        lambda: (
+            "Look what it is: a standby's directory has none. If lightningd was started here by"
+            " mistake, move away what it began, with its -wal and -journal files."
+        ),
+    )
 
 
 class Promotion:

@@ -15,7 +15,7 @@ from typing import Any
 
 import durable
 from backend import FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON, MAX_VERSION, Change, Snapshot
-from errors import DatabaseError, DiskError, DoesNotReplay, printable
+from errors import BackupExists, DatabaseError, DiskError, DoesNotReplay, printable
 from wallet import confined
 from wallet.confined import Confined, Refused
 
@@ -164,10 +164,24 @@ def mend(statement: str) -> str:
     return _MISSING_SPACE.sub(lambda m: m["literal"] or f"{m['value']} ", statement)
 
 
+def files_of(path: str) -> tuple[str, ...]:
+    """Every name that the database ``path`` may have files by."""
+    return path, *(path + suffix for suffix in SIDE_FILES)
+
+
+def require_none(path: str, next_step: Callable[[], str]) -> None:
+    """Raise BackupExists if there is anything in place of a new database ``path``.
+
+    SQLite would apply a journal found beside it to the new one.
+    """
+    for taken in files_of(path):
+        if os.path.lexists(taken):
+            raise BackupExists(taken, next_step())
+
+
 def size_with_side_files(path: str) -> int:
     """Bytes of the database ``path`` with its journal or WAL; 0 if it is not there."""
-    names = (path, *(path + suffix for suffix in SIDE_FILES))
-    return sum(os.path.getsize(name) for name in names if os.path.exists(name))
+    return sum(os.path.getsize(name) for name in files_of(path) if os.path.exists(name))
 
 
 def copy_files(source: str, target: str) -> None:

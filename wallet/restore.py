@@ -102,10 +102,7 @@ def destination(dest: str) -> str:
     path = os.path.realpath(dest)
     if not os.path.isdir(os.path.dirname(path)):
         raise ConfigError(f"The directory {os.path.dirname(path)} does not exist.", "Create it.")
-    for taken in (path, *(path + suffix for suffix in database.SIDE_FILES)):
-        if os.path.lexists(taken):
-            # SQLite would apply a journal found beside the new database to it.
-            raise BackupExists(taken, _out_of_the_way(path))
+    database.require_none(path, lambda: _out_of_the_way(path))
     return path
 
 
@@ -325,5 +322,5 @@ def remove_database(path: str, remove: Callable[[str], None] = durable.discard) 
     Args:
         remove: durable.remove where a file that stays would do harm.
     """
-    for name in (path, *(path + suffix for suffix in database.SIDE_FILES)):
+    for name in database.files_of(path):
         remove(name)
