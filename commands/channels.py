@@ -25,6 +25,7 @@ from commands.shared import (
     scratch_prefix,
 )
 from errors import CLI, ConfigError, DiskError, DoesNotReplay
+from monitoring.screen import in_columns
 from wallet import channels as reading_channels
 from wallet import node, restore
 from wallet.channels import Channel, Found
@@ -183,7 +184,7 @@ def _channel_in_words(channel: Channel) -> str:
         ("capacity", channel.capacity_sat and _satoshi(channel.capacity_sat * 1000)),
         ("our share", None if channel.our_msat is None else _satoshi(channel.our_msat)),
     ]
-    return "\n".join(f"{name + ':':16}{value or 'unknown'}" for name, value in rows)
+    return in_columns((name, value or "unknown") for name, value in rows)
 
 
 def _satoshi(msat: int) -> str:

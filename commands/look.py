@@ -44,6 +44,7 @@ from monitoring import fields
 from monitoring.fields import Fields
 from monitoring.metrics import render
 from monitoring.metrics import write as write_metrics
+from monitoring.screen import in_columns
 from quorum import Roster
 from several import hearing
 from several.hearing import Heard
@@ -185,8 +186,7 @@ def _status_of_standby(directory: str, state: State) -> Found:
         ("follows", f"process {found.process}" if found.process else "no"),
         ("last proven", utc(found.last_proven_ns) if found.last_proven_ns else "never"),
     ]
-    text = "\n".join(f"{name + ':':16}{value}" for name, value in rows)
-    return Found(dataclasses.asdict(found), text, found.warnings, found.errors)
+    return Found(dataclasses.asdict(found), in_columns(rows), found.warnings, found.errors)
 
 
 def _status_of_several(urls: Sequence[str], check: bool) -> Found:
@@ -231,7 +231,7 @@ def _describe_row(row: Fields) -> str:
     lines += [("since", utc(row["since_ns"]))] if row["since_ns"] else []
     lines += [("damage", row["damage"])] if row["damage"] else []
     lines += [("warning", warning) for warning in row["warnings"]]
-    return "\n".join(f"{name + ':' if name else '':16}{value}" for name, value in lines)
+    return in_columns(lines)
 
 
 def _status_of_one(url: str, check: bool) -> Found:
@@ -297,7 +297,7 @@ def _describe_wallet(found: WalletCluster) -> str:
         rows.append(("slot", f"{slot.name}, {used}, {slot.wal_status}{held}"))
     archive = "failing" if fallback.failing else fallback.archive_mode
     rows += [("wal_level", fallback.wal_level), ("archive", archive)]
-    return "\n".join(f"{name + ':':16}{value}" for name, value in rows)
+    return in_columns(rows)
 
 
 @main.command()
@@ -405,4 +405,4 @@ def _describe(found: Status) -> str:
         rows.append(("one of several", f"{found.acks} of {len(found.destinations)} acknowledge"))
         rows += [("destination", url) for url in found.destinations]
     rows += [("note", note) for note in found.notes]
-    return "\n".join(f"{name + ':':16}{value}" for name, value in rows)
+    return in_columns(rows)

@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from backend import utc
@@ -79,7 +79,12 @@ def one_line(samples: Sequence[Sample]) -> str:
 
 def screen(samples: Sequence[Sample]) -> str:
     """The newest of ``samples`` on several lines."""
-    return "\n".join(f"{name + ':':16}{value}" for name, value in _rows(samples))
+    return in_columns(_rows(samples))
+
+
+def in_columns(rows: Iterable[tuple[str, object]]) -> str:
+    """Names and values, a line each; one without a name goes on with the one before."""
+    return "\n".join(f"{name + ':' if name else '':16}{value}" for name, value in rows)
 
 
 def _rows(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
