@@ -145,11 +145,16 @@ class Promotion:
 
     # Who is there
 
-    def _heard(self) -> list[Heard]:
-        """All destinations that answer, if those are enough."""
+    def _answers(self) -> list[Heard]:
+        """What each of them says of itself; raises what the only one says if that is an error."""
         found = hearing.hear([self._make(url) for url in self.state.urls])
         if len(found) == 1 and found[0].error is not None:
             raise found[0].error
+        return found
+
+    def _heard(self) -> list[Heard]:
+        """All destinations that answer, if those are enough."""
+        found = self._answers()
         self._roster = self._roster or hearing.newest_roster(found, None)
         if self._roster is None and len(found) > 1:
             raise ConfigError("These URLs are not the destinations of one backup.", "Check them.")
@@ -187,9 +192,7 @@ class Promotion:
 
     def _taken(self, owner: bytes) -> list[Heard]:
         """Those that are ``owner``'s, with equal votes."""
-        found = hearing.hear([self._make(url) for url in self.state.urls])
-        if len(found) == 1 and found[0].error is not None:
-            raise found[0].error
+        found = self._answers()
         there = [(heard, heard.look) for heard in found if heard.look is not None]
         ours = [heard for heard, look in there if look.newest.tag == owner[:TAG_SIZE]]
         others = [heard for heard, _ in there if heard not in ours]
