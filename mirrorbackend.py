@@ -395,14 +395,12 @@ class MirrorBackend(Followable):
 
     @staticmethod
     def _check_distinct(heard: Sequence[Member]) -> None:
-        by_id: dict[bytes, str] = {}
-        for member in heard:
-            other = by_id.setdefault(member.backend.newest.backup_id, member.url)
-            if other != member.url:
-                raise ConfigError(
-                    f"{other} and {member.url} are one destination, or one is a copy of the other.",
-                    f"Move the copy away, and run `{CLI} attach` with those that there are to be.",
-                )
+        same = hearing.same_twice((m.backend.newest.backup_id, m.url) for m in heard)
+        if same is not None:
+            raise ConfigError(
+                f"{same[0]} and {same[1]} are one destination, or one is a copy of the other.",
+                f"Move the copy away, and run `{CLI} attach` with those that there are to be.",
+            )
 
     def _claim_as(self, owner: bytes, start: int) -> None:
         """Begin the start number ``start``, of ``owner``."""
@@ -461,7 +459,8 @@ class MirrorBackend(Followable):
                 member.is_carried = True
             if len(carried) < len(self._members):
                 self._changed.notify_all()
-        self._carry(carried, (head, payload))
+        if carried:
+            self._carry(carried, (head, payload))
         with self._changed:
             while True:
                 stored = sum(self._has(member, number) for member in self._members)

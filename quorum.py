@@ -116,10 +116,6 @@ class Relation(enum.Enum):
     APART = "it is of another history"
 
 
-BY_RECORDS = (Relation.EQUAL, Relation.BEHIND, Relation.ONE_MORE)
-"""These are brought up to date by records; the others get the whole backup, if anything."""
-
-
 def compare(end: End, marks: Iterable[Mark]) -> tuple[Relation, int]:
     """How a destination that ends in ``end`` stands to the one whose records are ``marks``.
 

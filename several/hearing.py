@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from backend import EMPTY_CHAIN
@@ -12,7 +12,7 @@ from errors import CLI, BackupError
 from filelog import layout2
 from filelog.layout2 import Head, Kind
 from monitoring.fields import IN_STEP
-from quorum import BY_RECORDS, Branches, End, Relation, Roster, compare, lead
+from quorum import Branches, End, Relation, Roster, compare, lead
 from replica import Look, Replica
 from several.catchup import marks
 
@@ -211,6 +211,20 @@ def _place(head: Head) -> tuple[bytes, bool]:
     return head.chain, head.rewindable
 
 
+def same_twice(found: Iterable[tuple[bytes, str]]) -> tuple[str, str] | None:
+    """Two of the URLs that are one destination, or one is a copy of the other.
+
+    Args:
+        found: the backup id and the URL of each.
+    """
+    by_id: dict[bytes, str] = {}
+    for backup_id, url in found:
+        other = by_id.setdefault(backup_id, url)
+        if other != url:
+            return other, url
+    return None
+
+
 class Unreadable(Exception):
     """The destination of this number had to be read, and could not be."""
 
@@ -239,7 +253,7 @@ def standing(heard: Heard, leader: Heard) -> str:
         relation, _ = compare(mine, marks(records))
     if relation is Relation.EQUAL or _has_by_now(heard, theirs):
         return IN_STEP
-    if relation in BY_RECORDS or relation is not Relation.APART:
+    if relation is not Relation.APART:
         return f"{LAGGING}: {relation.value}"
     return str(relation.value)
 

@@ -24,6 +24,7 @@ from several.hearing import (
     hear,
     missing,
     newest_roster,
+    same_twice,
     voters,
 )
 
@@ -101,18 +102,14 @@ def plan(urls: Sequence[str], acks: int, former: Roster | None, make: Make) -> P
 
 def _check_distinct(chosen: Sequence[Heard]) -> set[bytes]:
     """Their ids; ConfigError if two of them are one destination."""
-    by_id: dict[bytes, str] = {}
-    for heard in chosen:
-        if heard.look is None:
-            continue
-        other = by_id.setdefault(heard.look.backup_id, heard.url)
-        if other != heard.url:
-            raise ConfigError(
-                f"{other} and {heard.url} are one destination by two names, or one is a copy of the"
-                " other's file.",
-                "Name one of them once. Remove a copy: an empty destination gets all there is.",
-            )
-    return set(by_id)
+    ids = [(heard.look.backup_id, heard.url) for heard in chosen if heard.look is not None]
+    if (same := same_twice(ids)) is not None:
+        raise ConfigError(
+            f"{same[0]} and {same[1]} are one destination by two names, or one is a copy of the"
+            " other's file.",
+            "Name one of them once. Remove a copy: an empty destination gets all there is.",
+        )
+    return {backup_id for backup_id, _ in ids}
 
 
 def _is_absent(heard: Heard) -> bool:
