@@ -12,12 +12,16 @@ from backend import Progress
 from errors import ConfigError, NoPsycopg
 from filebackend import FileBackend
 from mirrorbackend import MirrorBackend
+from postgres.url import SCHEMES as POSTGRES
 from quorum import Roster
 from replica import Followable, Replica
 from socketbackend import SocketBackend
 from upkeep import upgrade
 from upkeep.compaction import Compactor, Housekeeper
 from wallet.node import LockFile
+
+SCHEMES = ("file:", "socket:", *POSTGRES)
+"""What a backup URL begins with."""
 
 
 def destination_of(lock_file: LockFile) -> Followable:
@@ -43,7 +47,7 @@ def backend_for(url: str) -> Replica:
         return FileDestination(url)
     if url.startswith("socket:"):
         return SocketBackend(url)
-    if url.startswith(("postgresql:", "postgres:")):
+    if url.startswith(POSTGRES):
         return _in_postgres(url)
     path = os.path.abspath(os.path.expanduser(url))
     raise ConfigError(

@@ -91,7 +91,7 @@ def channels(source: str, as_json: bool, static: bool, scratch: str | None) -> N
 
 def _from(source: str, scratch: str | None) -> tuple[Found, list[str]]:
     """What is found in ``source``, and what is wrong with it."""
-    if source.startswith(("file:", "socket:", "postgresql:", "postgres:")):
+    if source.startswith(destinations.SCHEMES):
         return _from_backup(source, scratch)
     if os.path.isdir(source):
         database = os.path.join(source, node.DATABASE_NAME)
