@@ -22,7 +22,7 @@ from bench.common import (
     record,
     sessions_of,
 )
-from bench.hook import messages, start
+from bench.hook import messages, start, with_and_without
 from bench.remote import our_server
 from destinations import backend_for
 from replica import Pause
@@ -75,16 +75,9 @@ def cost(scratch: Path, kind: str, calls: Sequence[Call], rounds: int) -> Row:
     """The median of a change while one follows, against it while nobody does."""
     half = len(calls) // 2
     each = min(MAX_CHANGES, (half - 1) // (2 * rounds))
-    quiet: list[float] = []
-    beside: list[float] = []
     with destination(scratch, kind, calls[:half]) as url:
         node = start(node_dir(scratch, f"{kind}-node", url), PLUGIN)
-        left = iter(messages(calls[half:]))
-        node.call(next(left))
-        for _ in range(rounds):
-            quiet += [node.call(next(left)) for _ in range(each)]
-            with follower(url):
-                beside += [node.call(next(left)) for _ in range(each)]
+        beside, quiet = with_and_without(node, calls[half:], each, rounds, lambda: follower(url))
         node.close()
     return Row(
         f"change to a {kind} that is followed, {len(beside)} changes",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,27 @@ def start(directory: Path, *words: object) -> HookCaller:
     caller = HookCaller(directory, *words)
     caller.call(encode("getmanifest", {"allow-deprecated-apis": False}, 0))
     return caller
+
+
+def with_and_without(
+    caller: HookCaller,
+    calls: Sequence[Call],
+    each: int,
+    rounds: int,
+    beside: Callable[[], AbstractContextManager[object]],
+) -> Times:
+    """Seconds of ``each`` calls while ``beside`` is at work and of as many without, in turn.
+
+    The first call, which is another one, is not counted.
+    """
+    times: Times = [], []
+    left = iter(messages(calls))
+    caller.call(next(left))
+    for _ in range(rounds):
+        times[1].extend(caller.call(next(left)) for _ in range(each))
+        with beside():
+            times[0].extend(caller.call(next(left)) for _ in range(each))
+    return times
 
 
 Times = tuple[list[float], list[float]]

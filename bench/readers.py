@@ -22,7 +22,7 @@ from bench.common import (
     record,
     sessions_of,
 )
-from bench.hook import messages, start
+from bench.hook import start, with_and_without
 from bench.remote import our_server
 from protocol import PacketType
 from tests.peers import free_port
@@ -68,16 +68,11 @@ def row(options: Options, version: int) -> Row:
     changes = committed(sessions_of(options.traces[0]))
     half = len(changes) // 2
     url, port = record(scratch / "readers.bkp", [changes[:half]]), free_port()
-    quiet: list[float] = []
-    beside: list[float] = []
     with our_server(url, port):
         node = start(node_dir(scratch, "node", f"socket:127.0.0.1:{port}"), PLUGIN)
-        left = iter(messages(changes[half:]))
-        node.call(next(left))
-        for _ in range(options.rounds):
-            quiet += [node.call(next(left)) for _ in range(CHANGES)]
-            with readers(port, version):
-                beside += [node.call(next(left)) for _ in range(CHANGES)]
+        beside, quiet = with_and_without(
+            node, changes[half:], CHANGES, options.rounds, lambda: readers(port, version)
+        )
         node.close()
     return Row(
         f"change beside {READERS} readers of protocol {version}",
