@@ -497,16 +497,17 @@ def find_last(
     pread: Pread, start: int, end: int, backup_id: bytes | None, kind: Kind | None = None
 ) -> Head | None:
     """The last record with a valid head (of ``kind``) that begins in [start, end), if any."""
+    begins = MARKER if kind is None else MARKER + bytes([kind])
     high = end
     while high > start:
         low = max(start, high - WINDOW)
         data = pread(low, high - low + HEAD.size)
-        at = data.rfind(MARKER, 0, high - low + len(MARKER) - 1)
+        at = data.rfind(begins, 0, high - low + len(begins) - 1)
         while at >= 0:
             head = decode_head(data[at : at + HEAD.size], low + at, backup_id)
-            if head is not None and kind in (None, head.kind):
+            if head is not None:
                 return head
-            at = data.rfind(MARKER, 0, at + len(MARKER) - 1)
+            at = data.rfind(begins, 0, at + len(begins) - 1)
         high = low
     return None
 

@@ -392,7 +392,10 @@ def test_what_may_come_first() -> None:
 
 
 class Image:
-    """A made-up file of records with payloads of given sizes; payloads hold lone markers."""
+    """A made-up file of records with payloads of given sizes; payloads hold lone markers.
+
+    Those without a payload are rewinds.
+    """
 
     def __init__(self, sizes: list[int], zeros: int = 0) -> None:
         self.heads: list[Head] = []
@@ -400,6 +403,7 @@ class Image:
         for number, size in enumerate(sizes, 1):
             payload = (layout2.MARKER + b"payload ") * (size // 12 + 1)
             head = a_head(offset=len(data), sequence=number, version=number, length=size)
+            head = head if size else head._replace(kind=Kind.REWIND)
             data += layout2.encode(head, payload[:size])
             found = layout2.decode_head(data[head.offset :], head.offset, ID)
             assert found is not None
@@ -433,6 +437,9 @@ def test_records_are_found_across_window_borders(
         below = [head for head in image.heads if head.offset < border]
         found = layout2.find_last(image.pread, FIRST_RECORD, border, ID)
         assert found == (below[-1] if below else None)
+        rewinds = [head for head in below if head.kind == Kind.REWIND]
+        found = layout2.find_last(image.pread, FIRST_RECORD, border, ID, Kind.REWIND)
+        assert found == (rewinds[-1] if rewinds else None)
         above = [head for head in image.heads if head.offset >= border]
         found = layout2.find_next(image.pread, border, len(image.data), ID)
         assert found == (above[0] if above else None)
