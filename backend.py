@@ -94,8 +94,7 @@ class Change:
     bumps: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if type(self.version) is not int or not 0 <= self.version <= MAX_VERSION:
-            raise InvalidChange(f"{self.version!r:.40} is no data_version between 0 and 2**32 - 1.")
+        _check_version(self.version)
         if (self.snapshot is None) == (self.transaction is None):
             raise InvalidChange("A change is either a piece of a snapshot or a transaction.")
         if self.snapshot is not None:
@@ -104,21 +103,36 @@ class Change:
                     f"A piece of a snapshot has {len(self.snapshot)} bytes;"
                     f" the limit is {MAX_CHUNK_SIZE}, and none is empty."
                 )
-            object.__setattr__(self, "payload", self.snapshot)
+            self._derive(self.snapshot)
         else:
             assert self.transaction is not None
-            object.__setattr__(self, "payload", _payload(self.version, self.transaction))
+            self._derive(_payload(self.version, self.transaction))
+
+    def _derive(self, payload: bytes) -> None:
+        object.__setattr__(self, "payload", payload)
         last = self.transaction[-1] if self.transaction else None
         object.__setattr__(self, "bumps", last == bump(self.version))
 
     @classmethod
     def decode(cls, version: int, payload: bytes) -> Change:
         """The transaction that was stored as ``payload``; InvalidChange if it is none."""
-        _check_count(version, payload.count(b"\0") + 1)
+        _check_version(version)
+        if len(payload) >= MAX_STATEMENTS:  # A shorter one cannot hold too many.
+            _check_count(version, payload.count(b"\0") + 1)
         if len(payload) <= MAX_CHUNK_SIZE:
-            return cls(version, None, _text(version, payload).split("\0"))
-        # Not as one string: see _join.
-        return cls(version, None, [_text(version, s) for s in payload.split(b"\0")])
+            statements = _text(version, payload).split("\0")
+        else:  # Not as one string: see _join.
+            statements = [_text(version, s) for s in payload.split(b"\0")]
+        _check_size(version, payload)
+        if not all(statements):
+            raise _unexecutable(version)
+        # Without __init__, which would join them again; all of its rules were looked at.
+        change = object.__new__(cls)
+        object.__setattr__(change, "version", version)
+        object.__setattr__(change, "snapshot", None)
+        object.__setattr__(change, "transaction", statements)
+        change._derive(payload)
+        return change
 
     @property
     def is_pragma(self) -> bool:
@@ -196,6 +210,11 @@ def _join(statements: Sequence[str]) -> bytes:
     # In one string, a single emoji makes each character of all statements take four bytes.
     starts = range(0, len(statements), JOINED_AT_ONCE)
     return b"\0".join(["\0".join(statements[i : i + JOINED_AT_ONCE]).encode() for i in starts])
+
+
+def _check_version(version: int) -> None:
+    if type(version) is not int or not 0 <= version <= MAX_VERSION:
+        raise InvalidChange(f"{version!r:.40} is no data_version between 0 and 2**32 - 1.")
 
 
 def _check_size(version: int, payload: bytes) -> None:

@@ -283,6 +283,7 @@ def test_awkward_text_is_kept_exactly(text: str) -> None:
         decoded = Change.decode(5, change.payload)
         assert decoded.transaction == statements
         assert decoded.payload == change.payload
+        assert decoded == Change(5, None, statements) and decoded.bumps == change.bumps
 
 
 def test_all_awkward_texts_in_one_change() -> None:
@@ -293,6 +294,8 @@ def test_all_awkward_texts_in_one_change() -> None:
 def test_version_out_of_range_is_refused(version: Any) -> None:
     with pytest.raises(InvalidChange, match="data_version"):
         Change(version, None, ["x"])
+    with pytest.raises(InvalidChange, match="data_version"):
+        Change.decode(version, b"x")
 
 
 @pytest.mark.parametrize("version", [0, 1, 2**31, 2**32 - 1])
@@ -335,6 +338,8 @@ def test_change_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     for statements in (["1234", "567890"], ["éééééé"], ["x" * 11]):
         with pytest.raises(InvalidChange, match=r"version 5 has 1\d bytes; the limit is 10"):
             of(*statements)
+        with pytest.raises(InvalidChange, match=r"version 5 has 1\d bytes; the limit is 10"):
+            Change.decode(5, "\0".join(statements).encode())
 
 
 def test_too_many_statements_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
