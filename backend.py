@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import hashlib
 import logging
+import operator
 import os
 import secrets
 import threading
@@ -56,6 +57,8 @@ FOREIGN_KEYS_OFF = "PRAGMA foreign_keys = OFF;"
 FOREIGN_KEYS_ON = "PRAGMA foreign_keys = ON;"
 NOT_BUMPING = (FOREIGN_KEYS_OFF.encode(), FOREIGN_KEYS_ON.encode())
 """Payloads. In every release all other changes end with the statement that raises data_version."""
+
+_is_pragma = operator.methodcaller("startswith", "PRAGMA")
 
 
 def chain_after(before: bytes, version: int, payload: bytes) -> bytes:
@@ -137,9 +140,7 @@ class Change:
     @property
     def is_pragma(self) -> bool:
         """Whether it is a call of PRAGMAs alone, which run outside of any transaction."""
-        return self.transaction is not None and all(
-            s.startswith("PRAGMA") for s in self.transaction
-        )
+        return self.transaction is not None and all(map(_is_pragma, self.transaction))
 
     @property
     def is_known(self) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import math
+import operator
 import os
 import re
 import shutil
@@ -199,8 +200,8 @@ def copy_files(source: str, target: str) -> None:
 
 _OF_THE_DISK = {"database or disk is full": errno.ENOSPC, "disk I/O error": errno.EIO}
 """What SQLite says that is no fault of a statement."""
-_ROWS_ONLY = ("UPDATE ", "INSERT ", "DELETE ")
-"""How statements begin that leave the schema alone; others may do so, too."""
+_changes_rows = operator.methodcaller("startswith", ("UPDATE ", "INSERT ", "DELETE "))
+"""Whether a statement begins like one that changes rows alone; others may do so, too."""
 
 
 class Replayer:
@@ -258,23 +259,21 @@ class Replayer:
             if not self._connection.in_transaction:
                 self._execute("BEGIN")
                 self._open_size = 0
-            self._execute_all(change)
+            rows_only = self._execute_all(change)
             self._open_size += len(change.payload)
-            if self._stands_alone(change) or self._open_size > self.transaction_size:
+            if self._stands_alone(rows_only) or self._open_size > self.transaction_size:
                 self._commit()
             if self._off:  # OFF holds for exactly one change.
                 self._execute("PRAGMA foreign_keys = ON")
                 self._off = False
 
-    def _stands_alone(self, change: Change) -> bool:
-        """Whether ``change``, just executed, has to be committed before another one comes."""
-        assert change.transaction is not None
-        is_plain = all(statement.startswith(_ROWS_ONLY) for statement in change.transaction)
-        if not is_plain or self._has_deferred is None:
+    def _stands_alone(self, rows_only: bool) -> bool:
+        """Whether the change just executed has to be committed before another one comes."""
+        if not rows_only or self._has_deferred is None:
             found = self._execute("SELECT 1 FROM sqlite_master WHERE sql LIKE '%deferr%' LIMIT 1")
             self._has_deferred = found.fetchone() is not None
         # A change of the schema may have had some for a while.
-        return self._off or self._has_deferred or not is_plain
+        return self._off or self._has_deferred or not rows_only
 
     def _commit(self) -> None:
         if self._connection.in_transaction:
@@ -297,27 +296,30 @@ class Replayer:
                 self.path, change.version, change.base, reason, self._statement
             ) from error
 
-    def _execute_all(self, change: Change) -> None:
-        """The statements of ``change``, in the transaction that is open."""
+    def _execute_all(self, change: Change) -> bool:
+        """The statements of ``change``, in the open transaction; whether they change rows only."""
         assert change.transaction is not None
+        rows_only = all(map(_changes_rows, change.transaction))
+        self._connection.expect(rows_only)
         for self._statement in change.transaction:
-            self._execute_one(self._statement)
+            try:
+                self._execute(self._statement)
+            except sqlite3.OperationalError as error:
+                self._execute_mended(error)
+            # What changes rows cannot end it without an error.
+            if not rows_only and not self._connection.in_transaction:
+                raise Refused("it ends the transaction that it is in")
         if len(change.payload) > LARGE_CHANGE:
             self._forget_statements()
+        return rows_only
 
-    def _execute_one(self, statement: str) -> None:
-        try:
-            self._execute(statement)
-        except sqlite3.OperationalError as error:
-            # Only what failed before it did anything can be tried again.
-            if not str(error).startswith("unrecognized token"):
-                raise
-            mended = mend(statement)
-            if mended == statement:
-                raise
-            self._execute(mended)
-        if not self._connection.in_transaction:
-            raise Refused("it ends the transaction that it is in")
+    def _execute_mended(self, error: sqlite3.OperationalError) -> None:
+        # Only what failed before it did anything can be tried again.
+        unread = str(error).startswith("unrecognized token")
+        mended = mend(self._statement) if unread else self._statement
+        if mended == self._statement:
+            raise error
+        self._execute(mended)
 
     def _forget_statements(self) -> None:
         """Push large statements out of the statement cache, or they fill the memory."""

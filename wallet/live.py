@@ -98,18 +98,17 @@ class LiveDatabase(database.Replayer):
         if len(self._group) >= GROUP_CHANGES or self._group_size >= GROUP_SIZE:
             self.commit()
 
-    def _execute_all(self, change: Change) -> None:
+    def _execute_all(self, change: Change) -> bool:
+        assert change.transaction is not None
+        for self._statement in OWN:  # Prepared before, so the authorizer is not asked again.
+            if self._statement in change.transaction:
+                raise Refused("it begins or ends a transaction")
         # What else is in the transaction must not be committed by a change that is refused.
         self._connection.in_change = True
         try:
-            super()._execute_all(change)
+            return super()._execute_all(change)
         finally:
             self._connection.in_change = False
-
-    def _execute_one(self, statement: str) -> None:
-        if statement in OWN:  # Prepared before, so the authorizer is not asked again.
-            raise Refused("it begins or ends a transaction")
-        super()._execute_one(statement)
 
     def commit(self) -> None:
         """End the transaction: what was applied is on stable storage."""

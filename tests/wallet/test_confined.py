@@ -20,7 +20,7 @@ from socketbackend import SocketBackend
 from tests import support
 from tests.peers import ServerProcess
 from tests.support import CLI, change, contents, first_changes, make_backup, run_cli
-from wallet import confined, database
+from wallet import confined, database, live
 
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
 ENDLESS = f"INSERT INTO items (body) {FOREVER}SELECT 'x' FROM n WHERE i < 0"
@@ -66,6 +66,8 @@ def refused(path: Path, *statements: str) -> str:
         ("PRAGMA main.user_version = 5", "PRAGMA user_version"),
         ("INSERT INTO items (body) SELECT file FROM pragma_database_list", "database_list"),
         ("INSERT INTO items (body) VALUES (zeroblob(999999999))", "too big"),
+        ("INSERT INTO items (body) VALUES (1); ATTACH '{victim}' AS v", "one statement at a time"),
+        ("DELETE FROM items;/**/COMMIT", "one statement at a time"),
     ],
 )
 def test_statement(statement: str, reason: str, tmp_path: Path) -> None:
@@ -280,6 +282,151 @@ def busy(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 INSTR = "SELECT instr(zeroblob(250000000), zeroblob(100000000) || x'01')"
 """A single step of SQLite that takes days."""
+
+
+# What changes rows alone, and is spared the authorizer
+
+REACHING_OUT = [
+    *("load_extension('{victim}')", "Load_Extension('{victim}', 'x')", '"load_extension"(1)'),
+    *("fts3_tokenizer('simple')", "FTS3_TOKENIZER('simple', x'0011223344556677')"),
+]
+ROWS = [
+    "INSERT INTO items (body) VALUES ({})",
+    "UPDATE items SET body = {}",
+    "DELETE FROM items WHERE {}",
+    "INSERT INTO items (body) VALUES ('x') RETURNING {}",
+    "INSERT INTO items (id) SELECT id FROM items WHERE true ON CONFLICT DO UPDATE SET body = {}",
+    "INSERT INTO items (body) WITH w AS (SELECT {} AS x) SELECT x FROM w",
+]
+
+
+@pytest.mark.parametrize("call", REACHING_OUT)
+def test_function_that_reaches_out(call: str, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    call = call.format(victim=tmp_path / "victim")
+    for statement in ROWS:
+        text = refused(there, statement.format(call), bump(4)).lower()
+        name = call.partition("(")[0].strip('"').lower()
+        assert (
+            f"it calls {name}, which is never part" in text or f"no such function: {name}" in text
+        )
+        assert [*tmp_path.iterdir()] == [there]
+        there.unlink()
+
+
+@pytest.mark.parametrize("call", REACHING_OUT)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        "CREATE TRIGGER g AFTER INSERT ON items BEGIN UPDATE vars SET intval = {}; END",
+        "CREATE TRIGGER g AFTER INSERT ON items WHEN {} BEGIN SELECT 1; END",
+        "CREATE TABLE checked (id INTEGER PRIMARY KEY, body CHECK ({}))",
+        "CREATE TABLE checked (id INTEGER PRIMARY KEY, body, more DEFAULT ({}))",
+    ],
+)
+def test_schema_that_reaches_out(call: str, schema: str, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    schema = schema.format(call.format(victim=tmp_path / "victim"))
+    table = "checked" if "checked" in schema else "items"
+    tables = [
+        "CREATE TABLE vars (name, intval)",
+        "CREATE TABLE items (id INTEGER PRIMARY KEY, body)",
+    ]
+    try:
+        snapshot_of(there, [*tables, schema])
+    except sqlite3.OperationalError:  # Recent releases of SQLite do not even create it.
+        return
+    with (
+        contextlib.closing(database.Replayer(str(there))) as replayer,
+        pytest.raises(DoesNotReplay, match=r"calls|unsafe use of|no such function"),
+    ):
+        replayer.apply(Change(4, None, [f"INSERT INTO {table} (body) VALUES ('x')"]))
+    assert [*tmp_path.iterdir()] == [there]
+
+
+PRAGMA_ROWS = "INSERT INTO items (body) SELECT file FROM pragma_database_list"
+
+
+def test_prepared_without_the_authorizer_is_not_executed_with_it(tmp_path: Path) -> None:
+    with contextlib.closing(database.Replayer(str(tmp_path / "there"))) as replayer:
+        for version, statements in first_changes(3):
+            replayer.apply(Change(version, None, statements))
+        with contextlib.suppress(DoesNotReplay):  # Where it is not spared at all.
+            replayer.apply(Change(4, None, [PRAGMA_ROWS]))
+        with pytest.raises(DoesNotReplay, match="PRAGMA database_list"):
+            replayer.apply(Change(5, None, ["SELECT 1", PRAGMA_ROWS]))
+
+
+def test_modules_that_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they prepare is looked at by the authorizer alone."""
+    monkeypatch.setattr(confined, "_PLAIN_MODULES", frozenset())
+    assert "PRAGMA database_list" in refused(tmp_path / "there", PRAGMA_ROWS, bump(4))
+
+
+def settings(path: str, *statements: str) -> dict[str, list[object]]:
+    """What all PRAGMAs say after ``statements``, of which each may be refused."""
+    with contextlib.closing(confined.connect(path, "rw")) as connection:
+        connection.expect(rows_only=True)
+        for statement in statements:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute(statement)
+        connection.refused = ""
+        connection.expect(rows_only=False)
+        connection.release()
+        names = {str(name) for (name,) in connection.execute("PRAGMA pragma_list")}
+        return {
+            name: connection.execute(f"PRAGMA {name}").fetchall()
+            for name in names - {"data_version", "module_list"}
+        }
+
+
+def test_pragmas_as_tables_only_read(tmp_path: Path) -> None:
+    path = snapshot_of(tmp_path / "there", ["CREATE TABLE items (id, body)"]).path
+    before = settings(path)
+    assert len(before) > 30
+    values = ["", "(0)", "(1)", "(5)", "('ON')", "('OFF')", "('WAL')", f"('{tmp_path}')"]
+    attempts = [
+        f"INSERT INTO items SELECT 1, count(*) FROM pragma_{name}{value}"
+        for name in before
+        for value in values
+    ]
+    pages = "page_count", "freelist_count", "integrity_check"
+    after = settings(path, *attempts)
+    assert {**after, **{name: before[name] for name in pages}} == before
+    assert [*tmp_path.iterdir()] == [tmp_path / "there"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT OR ROLLBACK INTO items (id) VALUES (1)",
+        "INSERT INTO items (id) VALUES (1)",
+        "UPDATE vars SET intval = 9 WHERE name = 'data_version'",
+    ],
+)
+@pytest.mark.parametrize("kind", [database.Replayer, live.LiveDatabase])
+def test_rows_that_end_the_transaction(
+    kind: type[database.Replayer], statement: str, tmp_path: Path
+) -> None:
+    """With an error each: nothing looks behind every statement whether one is open."""
+    there = tmp_path / "there"
+    snapshot_of(
+        there,
+        [
+            "CREATE TABLE vars (name, intval)",
+            "INSERT INTO vars VALUES ('data_version', 3)",
+            "CREATE TABLE items (id UNIQUE ON CONFLICT ROLLBACK)",
+            "INSERT INTO items VALUES (1)",
+            "CREATE TRIGGER g AFTER UPDATE ON vars WHEN new.intval = 9"
+            " BEGIN SELECT RAISE(ROLLBACK, 'rolled back'); END",
+        ],
+    )
+    with contextlib.closing(kind(str(there))) as replayer:
+        replayer.apply(Change(4, None, ["INSERT INTO items VALUES (2)", bump(4)]))
+        with pytest.raises(DoesNotReplay, match=r"version 5 .*(UNIQUE|rolled back)"):
+            replayer.apply(Change(5, None, [statement, "INSERT INTO items VALUES (3)", bump(5)]))
+        if isinstance(replayer, live.LiveDatabase):  # The other has no journal.
+            assert replayer.version == replayer.committed == replayer.stored_version() == 4
 
 
 @pytest.mark.parametrize(
