@@ -246,26 +246,31 @@ class Replayer:
 
     def apply(self, change: Change) -> None:
         """Execute one change. A PRAGMA call runs outside of any transaction, as on the node."""
+        self._named(change, self._apply)
+
+    def _apply(self, change: Change) -> None:
+        if change.is_pragma:
+            self._apply_pragmas(change)
+            return
+        if not self._connection.in_transaction:
+            self._execute("BEGIN")
+            self._open_size = 0
+        rows_only = self._execute_all(change)
+        self._open_size += len(change.payload)
+        if self._stands_alone(rows_only) or self._open_size > self.transaction_size:
+            self._commit()
+        if self._off:  # OFF holds for exactly one change.
+            self._execute("PRAGMA foreign_keys = ON")
+            self._off = False
+
+    def _apply_pragmas(self, change: Change) -> None:
         assert change.transaction is not None
-        with self._naming(change):
-            if change.is_pragma:
-                self._commit()
-                for self._statement in change.transaction:
-                    if self._statement not in (FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON):
-                        raise Refused("it is no PRAGMA that lightningd announces")
-                    self._execute(self._statement)
-                self._off = change.transaction == [FOREIGN_KEYS_OFF]
-                return
-            if not self._connection.in_transaction:
-                self._execute("BEGIN")
-                self._open_size = 0
-            rows_only = self._execute_all(change)
-            self._open_size += len(change.payload)
-            if self._stands_alone(rows_only) or self._open_size > self.transaction_size:
-                self._commit()
-            if self._off:  # OFF holds for exactly one change.
-                self._execute("PRAGMA foreign_keys = ON")
-                self._off = False
+        self._commit()
+        for self._statement in change.transaction:
+            if self._statement not in (FOREIGN_KEYS_OFF, FOREIGN_KEYS_ON):
+                raise Refused("it is no PRAGMA that lightningd announces")
+            self._execute(self._statement)
+        self._off = change.transaction == [FOREIGN_KEYS_OFF]
 
     def _stands_alone(self, rows_only: bool) -> bool:
         """Whether the change just executed has to be committed before another one comes."""
@@ -279,13 +284,12 @@ class Replayer:
         if self._connection.in_transaction:
             self._execute("COMMIT")
 
-    @contextlib.contextmanager
-    def _naming(self, change: Change) -> Iterator[None]:
-        """What fails in the block is the fault of ``change``, but for a full or broken disk."""
+    def _named(self, change: Change, work: Callable[[Change], object]) -> None:
+        """Do ``work``: what fails is the fault of ``change``, but for a full or broken disk."""
         self._connection.allow(confined.LIMIT_S)
         self._statement = ""
         try:
-            yield
+            work(change)
         except confined.ERRORS as error:
             reason = self._connection.reason(error)
             if isinstance(error, sqlite3.OperationalError) and reason in _OF_THE_DISK:
@@ -299,11 +303,12 @@ class Replayer:
     def _execute_all(self, change: Change) -> bool:
         """The statements of ``change``, in the open transaction; whether they change rows only."""
         assert change.transaction is not None
+        execute = self._execute
         rows_only = all(map(_changes_rows, change.transaction))
         self._connection.expect(rows_only)
         for self._statement in change.transaction:
             try:
-                self._execute(self._statement)
+                execute(self._statement)
             except sqlite3.OperationalError as error:
                 self._execute_mended(error)
             # What changes rows cannot end it without an error.

@@ -89,8 +89,7 @@ class LiveDatabase(database.Replayer):
         self._group.append(change)
         self._group_size += len(change.payload)
         try:
-            with self._naming(change):
-                self._execute_all(change)
+            self._named(change, self._execute_all)
         except DoesNotReplay:
             self._one_by_one()
             return
@@ -115,8 +114,7 @@ class LiveDatabase(database.Replayer):
         if not self._group:
             return
         try:
-            with self._naming(self._group[-1]):
-                self._execute("COMMIT")
+            self._named(self._group[-1], lambda _: self._execute("COMMIT"))
         except DoesNotReplay:  # A deferred foreign key, of any of them.
             self._one_by_one()
             return
