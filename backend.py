@@ -44,6 +44,9 @@ JOINED_AT_ONCE = 1 << 12
 """Statements that are made into one string."""
 MAX_CHUNK_SIZE = 1 << 20
 """Bytes of one piece of a snapshot."""
+# The memory of each piece comes page by page from the kernel, which takes longer than copying
+# it, until glibc has seen a larger block freed: from then on it keeps what pieces leave.
+bytes(8 * MAX_CHUNK_SIZE)
 CHAIN_SIZE = 16
 EMPTY_CHAIN = bytes(CHAIN_SIZE)
 """The chain of a backup that holds nothing yet."""

@@ -177,7 +177,12 @@ class Keeper:
         is_known = offer.override or self._node[0] == backup_id
         old = 0 if is_known else backend.snapshot_size  # Its node stands there.
         space.require(snapshot.path, os.path.getsize(snapshot.path) + old)
-        found = examine(snapshot.path, None if is_known else backend.path)
+        built = f"{snapshot.path}-log"
+
+        def build() -> None:  # Whatever it is: the look takes as long as this.
+            backend.build(built, snapshot, offer.owner, machine=client.machine)
+
+        found = examine(snapshot.path, None if is_known else backend.path, build)
         if found.problems:
             raise Unsound(f"It is not sound: {'; '.join(found.problems)}.")
         if found.version != snapshot.version:
@@ -186,8 +191,6 @@ class Keeper:
             found = found._replace(of_backup=self._node[1])
         else:
             self._node = backup_id, found.of_backup
-        built = f"{snapshot.path}-log"
-        backend.build(built, snapshot, offer.owner, machine=client.machine)
         return Ready(built, snapshot, offer, found, backup_id)
 
     def is_writer(self, client: Client) -> bool:

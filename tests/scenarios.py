@@ -275,8 +275,9 @@ def describe(files: Files) -> str:
     return ", ".join(f"{name} ({len(data)} bytes)" for name, data in sorted(files.items()))
 
 
-def examined(path: str, _: str | None) -> Findings:
+def examined(path: str, _: str | None, meanwhile: Callable[[], None]) -> Findings:
     """``upkeep.examine.examine`` in this process: each of thousands of lives would start one."""
+    meanwhile()
     problems = database.integrity_problems(path)
     return Findings(database.version_of(path), database.node_id_of(path), None, problems)
 

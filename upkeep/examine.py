@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 from backend import Reading
@@ -45,11 +46,12 @@ class Findings(NamedTuple):
     problems: list[str]
 
 
-def examine(path: str, log: str | None) -> Findings:
+def examine(path: str, log: str | None, meanwhile: Callable[[], None]) -> Findings:
     """Look at the database ``path``.
 
     Args:
         log: the backup whose node is asked for, too; None: it does not matter.
+        meanwhile: is done beside that; what it raises ends the look.
 
     Raises:
         BackupError: the process found no answer within its limits.
@@ -63,15 +65,21 @@ def examine(path: str, log: str | None) -> Findings:
         except RuntimeError as error:  # No thread is left.
             raise BackupError(f"It cannot be checked now: {error}.") from error
         try:
-            found = next(process.messages())
-        except BackupError as error:
-            raise BackupError(
-                f"Its check did not end within {limit_s:.0f} s and {MAX_MEMORY >> 20} MiB of"
-                f" memory: {'it was killed' if process.was_killed else error.problem}"
-            ) from error
+            meanwhile()
+            found = _answer(process, limit_s)
         finally:
             timer.cancel()
     return Findings(found["version"], found["node"], found["of_backup"], found["problems"])
+
+
+def _answer(process: Child, limit_s: float) -> Message:
+    try:
+        return next(process.messages())
+    except BackupError as error:
+        raise BackupError(
+            f"Its check did not end within {limit_s:.0f} s and {MAX_MEMORY >> 20} MiB of"
+            f" memory: {'it was killed' if process.was_killed else error.problem}"
+        ) from error
 
 
 # What follows runs in the process of its own.
