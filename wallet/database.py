@@ -310,21 +310,19 @@ class Replayer:
             try:
                 execute(self._statement)
             except sqlite3.OperationalError as error:
-                self._execute_mended(error)
+                # Only what failed before it did anything can be tried again.
+                if not str(error).startswith("unrecognized token"):
+                    raise
+                mended = mend(self._statement)
+                if mended == self._statement:
+                    raise
+                execute(mended)
             # What changes rows cannot end it without an error.
             if not rows_only and not self._connection.in_transaction:
                 raise Refused("it ends the transaction that it is in")
         if len(change.payload) > LARGE_CHANGE:
             self._forget_statements()
         return rows_only
-
-    def _execute_mended(self, error: sqlite3.OperationalError) -> None:
-        # Only what failed before it did anything can be tried again.
-        unread = str(error).startswith("unrecognized token")
-        mended = mend(self._statement) if unread else self._statement
-        if mended == self._statement:
-            raise error
-        self._execute(mended)
 
     def _forget_statements(self) -> None:
         """Push large statements out of the statement cache, or they fill the memory."""
