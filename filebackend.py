@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import platform
+import secrets
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from filelog import adoption, appender, following, former, layout1, layout2, loo
 from filelog.appender import LogAppender
 from filelog.layout2 import BEFORE_FIRST, Head, Kind, TailKind
 from filelog.reader import FileReading, LogReader, is_foreign_keys_off
-from filelog.writer import FLUSH_STEP, SMALL_FLUSH_STEP, copy_log, write_log
+from filelog.writer import FLUSH_STEP, SMALL_FLUSH_STEP, LogWriter, copy_log, write_log
 from quorum import Roster
 from replica import Look, Pause
 
@@ -196,12 +197,8 @@ class FileBackend(Backend):
         snapshot: Snapshot | None,
         owner: bytes,
         changes: Sequence[Change] = (),
-        machine: str | None = None,
     ) -> None:
         """Write a complete, flushed, verified file ``beside`` the log.
-
-        Args:
-            machine: whose node it is, by default this one.
 
         Raises:
             DiskError, Damaged.
@@ -211,10 +208,18 @@ class FileBackend(Backend):
             like = self.path if os.path.exists(self.path) else self.home
             # Of one that is open a node may wait for the same disk.
             step = FLUSH_STEP if self._lock is None else SMALL_FLUSH_STEP
-            owner_of = owner, machine or platform.node()
-            write_log(beside, snapshot, *owner_of, changes, like, step)
+            write_log(beside, snapshot, owner, platform.node(), changes, like, step)
         except OSError as error:
             raise DiskError(self.path, error, "write a new file beside") from error
+
+    def begin_log(self, beside: str) -> LogWriter:
+        """A new file ``beside`` the log, to be written while that one is in use.
+
+        Raises:
+            OSError.
+        """
+        durable.remove(beside)
+        return LogWriter(beside, secrets.token_bytes(16), 0, SMALL_FLUSH_STEP, like=self.path)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -85,6 +85,7 @@ from backend import (
     NOBODY,
     TAG_SIZE,
     Change,
+    Snapshot,
     chain_after,
 )
 from errors import ConfigError, printable
@@ -336,6 +337,17 @@ def session_behind(snapshot: Head, owner: Head, payload: bytes) -> bytes:
         return owner.session
     term = max(term_of(owner.session), term_of(snapshot.session))
     return session_of(owner.session, term, start_of(owner.session))
+
+
+def snapshot_head(snapshot: Snapshot, owner: bytes, time_ns: int) -> Head:
+    """What the heads of all pieces of ``snapshot``, which is ``owner``'s, have in common."""
+    return BEFORE_FIRST._replace(
+        kind=Kind.SNAPSHOT,
+        version=snapshot.version,
+        time_ns=time_ns,
+        session=owner,
+        chain=snapshot.chain,
+    )
 
 
 class HeaderError(ValueError):

@@ -29,7 +29,8 @@ class LogWriter:
     Args:
         path: the file, which must not exist.
         backup_id: 16 bytes.
-        snapshot_size: bytes of the snapshot that ``add_snapshot`` will add; 0 for none.
+        snapshot_size: bytes of the snapshot that ``add_snapshot`` will add; 0 for none, or if
+            it comes by ``add_piece``.
         flush_step: bytes between two flushes.
         like: see durable.create.
 
@@ -89,6 +90,11 @@ class LogWriter:
         """Say who may write from here on (see layout2.encode_owner)."""
         head = layout2.owner_behind(self.last, owner, payload)
         self._add(head, layout2.encode(head, payload))
+
+    def add_first_owner(self, owner: bytes, machine: str) -> None:
+        """Say behind the snapshot who may write: ``owner`` on ``machine``, or anybody."""
+        if owner != NOBODY:
+            self.add_owner(owner, layout2.encode_owner(time.time_ns(), machine))
 
     def add_change(self, change: Change, session: bytes) -> None:
         """Add a change of ``session`` that no log holds yet."""
@@ -161,15 +167,9 @@ def write_log(
     writer = LogWriter(path, secrets.token_bytes(16), size, flush_step, like)
     try:
         if snapshot is not None:
-            begin = BEFORE_FIRST._replace(
-                version=snapshot.version,
-                time_ns=time.time_ns(),
-                session=owner,
-                chain=snapshot.chain,
-            )
+            begin = layout2.snapshot_head(snapshot, owner, time.time_ns())
             writer.add_snapshot(snapshot.path, begin)
-        if owner != NOBODY:
-            writer.add_owner(owner, layout2.encode_owner(time.time_ns(), machine))
+        writer.add_first_owner(owner, machine)
         session = new_session(owner)
         for change in changes:
             writer.add_change(change, session)

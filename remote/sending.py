@@ -10,7 +10,7 @@ from typing import BinaryIO
 import protocol
 from backend import MAX_CHUNK_SIZE, Snapshot, log
 from filelog import layout2
-from filelog.layout2 import BEFORE_FIRST, Head, Kind
+from filelog.layout2 import Head
 from protocol import Details, Metadata, NackCode, ProtocolError, RecordPacker
 from remote import protocol1
 from remote.address import SocketUrl
@@ -41,14 +41,7 @@ def send_snapshot(
         Refused: the server does not take it.
         ProtocolError: it broke a rule.
     """
-    head = BEFORE_FIRST._replace(
-        kind=Kind.SNAPSHOT,
-        flags=flags,
-        version=snapshot.version,
-        time_ns=time.time_ns(),
-        session=owner,
-        chain=snapshot.chain,
-    )
+    head = layout2.snapshot_head(snapshot, owner, time.time_ns())._replace(flags=flags)
     try:
         with open(snapshot.path, "rb") as source:
             if before.details is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from filebackend import FileBackend
 from filelog import former
 from filelog.layout2 import Head, Kind, decode_roster
 from filelog.reader import LogReader
+from filelog.writer import check_log
 from protocol import OVERRIDE, Details, Metadata, Nack, NackCode
 from serving import rules
 from serving.client import Answer, Client, Stored
@@ -157,12 +157,12 @@ class Keeper:
             return rule(self.state(client), offer).reason
 
     def prepare(self, client: Client, snapshot: Snapshot, offer: Offer) -> Ready:
-        """Look at a snapshot that came, and make a backup of it beside this one.
+        """Look at a snapshot that came, and at the log that was written of it.
 
         Changes go on meanwhile: not under ``lock``. Other snapshots wait for their turn.
 
         Raises:
-            BackupError: it is not sound, or not what it was called; or there is no room.
+            BackupError: it is not sound, or not what it was called; or there is no room to look.
             Dropped: its connection was cut before its turn came.
         """
         with (self._owners_look if client.claims else self._guests_look).turn(client):
@@ -175,14 +175,10 @@ class Keeper:
     def _prepare(self, client: Client, snapshot: Snapshot, offer: Offer) -> Ready:
         backend, backup_id = self.backend, self.backend.newest.backup_id
         is_known = offer.override or self._node[0] == backup_id
-        old = 0 if is_known else backend.snapshot_size  # Its node stands there.
-        space.require(snapshot.path, os.path.getsize(snapshot.path) + old)
-        built = f"{snapshot.path}-log"
-
-        def build() -> None:  # Whatever it is: the look takes as long as this.
-            backend.build(built, snapshot, offer.owner, machine=client.machine)
-
-        found = examine(snapshot.path, None if is_known else backend.path, build)
+        # The node of the backup that is here stands in its snapshot.
+        space.require(snapshot.path, 0 if is_known else backend.snapshot_size)
+        built = log_of(snapshot)
+        found = examine(snapshot.path, None if is_known else backend.path, lambda: check_log(built))
         if found.problems:
             raise Unsound(f"It is not sound: {'; '.join(found.problems)}.")
         if found.version != snapshot.version:
@@ -240,7 +236,7 @@ class Keeper:
         return self.carry_out(client, decision, "the take-over", add, stored)
 
     def replace(self, client: Client, ready: Ready, rule: Rule = rules.snapshot) -> Answer:
-        """Start over with what ``prepare`` made, or refuse it.
+        """Start over with what ``prepare`` found sound, or refuse it.
 
         Args:
             rule: says whether that may be: the backup may have changed meanwhile.
@@ -350,6 +346,11 @@ class Keeper:
         with self.lock:
             if self._writer is client:
                 self._writer = None
+
+
+def log_of(snapshot: Snapshot) -> str:
+    """Where the log of a snapshot is written as it comes."""
+    return f"{snapshot.path}-log"
 
 
 def _what(head: Head) -> str:

@@ -14,7 +14,7 @@ STEP = 4 << 20
 class Room:
     """What is left on the disk of the backup at ``path``, beside the reserve for changes.
 
-    A snapshot needs its size once more: the new log is made of it before it is removed.
+    A snapshot takes its size twice: it is written to a database and to a new log.
     """
 
     def __init__(self, path: str) -> None:
@@ -23,8 +23,8 @@ class Room:
         self._promised: dict[Client, int] = {}
         """Bytes of the newest step of each: none, some or all of it may be written."""
 
-    def take(self, client: Client, written: int) -> None:
-        """Promise a STEP more to ``client``, which has written ``written`` bytes, its last step.
+    def take(self, client: Client) -> None:
+        """Promise room for a STEP more to ``client``, which has written all of its last one.
 
         Raises:
             NoRoom: the disk has no room for it.
@@ -32,9 +32,8 @@ class Room:
         """
         with self._lock:
             self._promised[client] = 0
-            needed = sum(self._promised.values()) + written + 2 * STEP
-            space.require(self._path, needed)
-            self._promised[client] = STEP
+            space.require(self._path, sum(self._promised.values()) + 2 * STEP)
+            self._promised[client] = 2 * STEP
 
     def give(self, client: Client) -> None:
         """The snapshot of ``client`` is done with."""

@@ -6,16 +6,19 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import durable
-from backend import Snapshot
+from backend import MAX_CHUNK_SIZE, Snapshot
 from errors import BackupError, DiskError
-from filelog import former
+from filebackend import FileBackend
+from filelog import former, layout2
 from protocol import ALL_HELD, NackCode
 from serving import room, rules
 from serving.client import Client, Stored
-from serving.keeper import Keeper, Rule
+from serving.keeper import Keeper, Rule, log_of
 from serving.room import Room
 from serving.rules import Offer
 from space import NoRoom
@@ -136,7 +139,9 @@ class Arrival:
         path = f"{self._keeper.backend.scratch_prefix}in-{self._client.number}"
         given = (offer.version,) if chain is None else (offer.version, chain)
         with self._refusing():
-            self._spool, self._promised = Spool(Snapshot(path, *given), offer, rule), 0
+            snapshot = Snapshot(path, *given)
+            self._spool = Spool(self._keeper.backend, snapshot, offer, rule)
+            self._promised = 0
             self.is_open = True
             if chain is not None:
                 self._shelf.begin(chain, self)
@@ -164,7 +169,7 @@ class Arrival:
 
     def _take_room(self, size: int, more: int) -> None:
         if size + more > self._promised:
-            self._room.take(self._client, size)
+            self._room.take(self._client)
             self._promised = size + room.STEP
 
     def end(self) -> None:
@@ -174,7 +179,7 @@ class Arrival:
             return  # That was said already.
         self.is_complete = True
         with self._refusing():
-            self._spool.finish()
+            self._spool.finish(self._client.machine)
             ready = self._keeper.prepare(self._client, self._spool.snapshot, self._offer)
         if self._spool is None:
             return
@@ -221,9 +226,10 @@ class Arrival:
 
 
 class Spool:
-    """A snapshot on its way in: a scratch file beside the backup.
+    """A snapshot on its way in: as a database, to be looked at, and as a log, to be used.
 
     Args:
+        backend: the backup beside which both are.
         snapshot: its path, which must not exist, and what the client says of it.
         offer, rule: see Arrival.begin.
 
@@ -231,11 +237,21 @@ class Spool:
         size: bytes that came.
     """
 
-    def __init__(self, snapshot: Snapshot, offer: Offer, rule: Rule) -> None:
+    def __init__(self, backend: FileBackend, snapshot: Snapshot, offer: Offer, rule: Rule) -> None:
         self.snapshot, self.offer, self.rule = snapshot, offer, rule
         self.size = 0
-        with self._writing():
+        self._head = layout2.snapshot_head(snapshot, offer.owner, time.time_ns())
+        self._unlogged = b""
+        """What came last, at most MAX_CHUNK_SIZE: it may be the end, whose head says so."""
+        self._logger = ThreadPoolExecutor(1)
+        self._logging: Future[None] | None = None
+        """The piece that is on its way into the log."""
+        with self._writing(), contextlib.ExitStack() as undo:
+            self._log = backend.begin_log(log_of(snapshot))
+            undo.callback(durable.discard, self._log.path)
+            undo.callback(self._log.close)
             self._file = os.fdopen(durable.create(snapshot.path), "wb")
+            undo.pop_all()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -245,20 +261,46 @@ class Spool:
             raise DiskError(self.snapshot.path, error, "write") from error
 
     def add(self, piece: bytes) -> None:
-        """Take a piece."""
+        """Take a piece of at most MAX_CHUNK_SIZE bytes."""
         self.size += len(piece)
         with self._writing():
             self._file.write(piece)
+            if len(self._unlogged) + len(piece) <= MAX_CHUNK_SIZE:
+                self._unlogged += piece
+                return
+            missing = MAX_CHUNK_SIZE - len(self._unlogged)
+            self._add_to_log(self._unlogged + piece[:missing])
+            self._unlogged = piece[missing:]
 
-    def finish(self) -> None:
-        """All of it is written."""
+    def _add_to_log(self, piece: bytes, flags: int = 0) -> None:
+        """Have it written, and flushed, while the next one comes."""
+        self._await_log()
+        head = self._head._replace(length=len(piece), flags=flags)
+        try:
+            self._logging = self._logger.submit(self._log.add_piece, head, piece)
+        except RuntimeError:  # No thread is left.
+            self._log.add_piece(head, piece)
+
+    def _await_log(self) -> None:
+        logging, self._logging = self._logging, None
+        if logging is not None:
+            logging.result()
+
+    def finish(self, machine: str) -> None:
+        """All of it came, from ``machine``, and is written."""
         with self._writing():
             self._file.close()
+            self._add_to_log(self._unlogged, layout2.FINAL)
+            self._await_log()
+            self._log.add_first_owner(self.offer.owner, machine)
+            self._log.finish()
 
     def close(self) -> None:
-        """Remove the scratch file."""
+        """Remove the scratch files."""
         with contextlib.suppress(OSError):  # What is still in memory may find no room.
             self._file.close()
+        self._logger.shutdown()
+        self._log.close()
         restore.remove_database(self.snapshot.path)
         restore.remove_database(f"{self.snapshot.path}-backup")
-        durable.discard(f"{self.snapshot.path}-log")
+        durable.discard(log_of(self.snapshot))

@@ -811,11 +811,11 @@ class Life:
             data = file.read()
         offer = Offer(version, self.rng.randbytes(16), override=True)
         place = Snapshot(f"{self.backend.scratch_prefix}in-1", version)
-        coming = spool.Spool(place, offer, serving_rules.snapshot)
+        coming = spool.Spool(self.backend, place, offer, serving_rules.snapshot)
         try:
             for start in range(0, len(data), 1000):
                 coming.add(data[start : start + 1000])
-            coming.finish()
+            coming.finish(client.machine)
             redo, kept = Redo("replace", source, history), self._kept()
             self.mark({self.stored, history, *self._gone()}, (history,), redo, kept)
             ready = keeper.prepare(client, coming.snapshot, offer)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import socket
 import sqlite3
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from backend import NOBODY, Snapshot
+from backend import MAX_CHUNK_SIZE, NOBODY, Snapshot
 from errors import BackupError
 from filebackend import FileBackend
+from filelog.layout2 import Kind
+from filelog.reader import LogReader
+from filelog.writer import check_log
 from protocol import Details, Metadata, Nack, NackCode, PacketType, encode_metadata, encode_nack
 from remote.link import Link, Refused
+from serving import rules
+from serving.keeper import log_of
+from serving.rules import Offer
+from serving.spool import Spool
 from socketbackend import SocketBackend
 from tests import peers, support
 from tests.peers import ServerProcess
@@ -117,13 +127,13 @@ def test_metadata_and_changes_wait_for_no_snapshot(url: str, tmp_path: Path) -> 
     support.make_backup(url, support.first_changes(2))
     flag = tmp_path / "flag"
     patch = (
-        "import filebackend, os, time\nreal = filebackend.write_log\n"
-        "def write_log(*arguments):\n"
+        "import os, serving.keeper, time\nreal = serving.keeper.check_log\n"
+        "def check_log(*arguments):\n"
         "    real(*arguments)\n"
         f"    open({str(flag)!r} + '.waiting', 'w').close()\n"
         f"    while os.path.exists({str(flag)!r}):\n"
         "        time.sleep(0.005)\n"
-        "filebackend.write_log = write_log"
+        "serving.keeper.check_log = check_log"
     )
     flag.touch()
     data = Path(node_database(tmp_path / "node", 5).path).read_bytes()
@@ -138,6 +148,46 @@ def test_metadata_and_changes_wait_for_no_snapshot(url: str, tmp_path: Path) -> 
         assert sending.receive() == (peers.NACK, (3).to_bytes(4, "big"))
         server.wait_for("a newer connection has written")
     assert FileBackend(url).status().version == 3
+
+
+NO_THREAD = RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["", "no thread is left"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [MAX_CHUNK_SIZE, MAX_CHUNK_SIZE],
+        [MAX_CHUNK_SIZE, MAX_CHUNK_SIZE, 7],
+        [1, MAX_CHUNK_SIZE, MAX_CHUNK_SIZE - 1],
+        [600_000, 600_000, 5, 900_000, MAX_CHUNK_SIZE],
+        [11],
+    ],
+    ids=str,
+)
+def test_the_log_is_written_of_pieces_of_any_size(
+    sizes: list[int], threads: bool, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = support.make_backup(url)
+    if not threads:
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", mock.Mock(side_effect=NO_THREAD))
+    snapshot = Snapshot(f"{backup}.scratch-in-1", 5)
+    pieces = [random.randbytes(size) for size in sizes]
+    spool = Spool(FileBackend(url), snapshot, Offer(5, ME), rules.snapshot)
+    with contextlib.closing(spool):
+        for piece in pieces:
+            spool.add(piece)
+        spool.finish("their machine")
+        check_log(log_of(snapshot))
+        with contextlib.closing(LogReader(log_of(snapshot))) as reader:
+            found = [(head, payload) for head, payload in reader]
+            assert "their machine took it over" in reader.taken_over()
+        assert Path(snapshot.path).read_bytes() == b"".join(pieces)
+    (*snapshots, (last, _)) = found
+    assert b"".join(payload for _, payload in snapshots) == b"".join(pieces)
+    assert {(head.version, head.chain) for head, _ in found} == {(5, snapshot.chain)}
+    assert (last.kind, last.session) == (Kind.OWNER, ME)
+    assert not list(backup.parent.glob("*.scratch-*"))
 
 
 def test_only_the_owner_replaces_a_backup(url: str, tmp_path: Path) -> None:
