@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 
+import durable
 from backend import (
     FOREIGN_KEYS_OFF,
     MAX_CHANGE_SIZE,
@@ -291,6 +292,10 @@ class LogReader:
         """The last record of all that is there, also behind damage."""
         start = layout2.FIRST_RECORD
         return layout2.find_last(self.pread, start, self.allocated, self.backup_id)
+
+    def forget(self) -> None:
+        """Let the page cache go of what was read."""
+        durable.forget(self._fd, self.position)
 
     def close(self) -> None:
         """Close the file."""

@@ -133,6 +133,10 @@ class LogWriter:
         durable.flush(self._fd)
         self._unflushed = 0
 
+    def forget(self) -> None:
+        """Let the page cache go of what was flushed: it is large, and read once more only."""
+        durable.forget(self._fd, self._end - self._unflushed)
+
     def finish(self) -> None:
         """Zero the space ahead and flush."""
         step = durable.PREALLOCATE_STEP
@@ -208,10 +212,12 @@ def copy_log(
 
 def check_log(path: str) -> None:
     """Read the whole log at ``path``; raises Damaged if not all of it checks."""
-    reader = LogReader(path)
+    reader, forgotten = LogReader(path), 0
     try:
-        for _ in reader:
-            pass
+        for head, _ in reader:
+            if head.end - forgotten > SMALL_FLUSH_STEP:
+                reader.forget()
+                forgotten = head.end
         if reader.damage is not None:
             raise reader.damage
         if reader.tail.kind is not TailKind.CLEAN:

@@ -15,6 +15,7 @@ from backend import MAX_CHUNK_SIZE, Snapshot
 from errors import BackupError, DiskError
 from filebackend import FileBackend
 from filelog import former, layout2
+from filelog.layout2 import Head
 from protocol import ALL_HELD, NackCode
 from serving import room, rules
 from serving.client import Client, Stored
@@ -277,9 +278,13 @@ class Spool:
         self._await_log()
         head = self._head._replace(length=len(piece), flags=flags)
         try:
-            self._logging = self._logger.submit(self._log.add_piece, head, piece)
+            self._logging = self._logger.submit(self._write, head, piece)
         except RuntimeError:  # No thread is left.
-            self._log.add_piece(head, piece)
+            self._write(head, piece)
+
+    def _write(self, head: Head, piece: bytes) -> None:
+        self._log.add_piece(head, piece)
+        self._log.forget()
 
     def _await_log(self) -> None:
         logging, self._logging = self._logging, None
