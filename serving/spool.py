@@ -198,6 +198,9 @@ class Arrival:
             is_full = isinstance(error, DiskError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             code = NackCode.NO_ROOM if is_full or isinstance(error, NoRoom) else NackCode.INVALID
             self._refuse(error.problem, code)
+        except BaseException:
+            self.drop()  # A piece may be missing, in the database or in the log: nobody may go on.
+            raise
 
     def _refuse(self, why: str, code: NackCode) -> None:
         self.drop()
@@ -280,6 +283,8 @@ class Spool:
         try:
             self._logging = self._logger.submit(self._write, head, piece)
         except RuntimeError:  # No thread is left.
+            # The piece is in the queue all the same: it would be written again by the next thread.
+            self._logger = ThreadPoolExecutor(1)
             self._write(head, piece)
 
     def _write(self, head: Head, piece: bytes) -> None:
@@ -302,10 +307,10 @@ class Spool:
 
     def close(self) -> None:
         """Remove the scratch files."""
-        with contextlib.suppress(OSError):  # What is still in memory may find no room.
-            self._file.close()
         self._logger.shutdown()
-        self._log.close()
+        for file in self._file, self._log:
+            with contextlib.suppress(OSError):  # What is still in memory may find no room.
+                file.close()
         restore.remove_database(self.snapshot.path)
         restore.remove_database(f"{self.snapshot.path}-backup")
         durable.discard(log_of(self.snapshot))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import re
 import socket
@@ -20,7 +21,7 @@ from errors import BackupError
 from filebackend import FileBackend
 from filelog.layout2 import Kind
 from filelog.reader import LogReader
-from filelog.writer import check_log
+from filelog.writer import LogWriter, check_log
 from protocol import Details, Metadata, Nack, NackCode, PacketType, encode_metadata, encode_nack
 from remote.link import Link, Refused
 from serving import rules
@@ -187,6 +188,68 @@ def test_the_log_is_written_of_pieces_of_any_size(
     assert b"".join(payload for _, payload in snapshots) == b"".join(pieces)
     assert {(head.version, head.chain) for head, _ in found} == {(5, snapshot.chain)}
     assert (last.kind, last.session) == (Kind.OWNER, ME)
+    assert not list(backup.parent.glob("*.scratch-*"))
+
+
+def logged(snapshot: Snapshot) -> bytes:
+    """What stands in the log of a snapshot that came."""
+    with contextlib.closing(LogReader(log_of(snapshot))) as reader:
+        return b"".join(payload for head, payload in reader if head.kind == Kind.SNAPSHOT)
+
+
+def test_a_thread_that_starts_late_writes_nothing_twice(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = support.make_backup(url)
+    snapshot = Snapshot(f"{backup}.scratch-in-1", 5)
+    pieces = [random.randbytes(MAX_CHUNK_SIZE) for _ in range(4)]
+    spool = Spool(FileBackend(url), snapshot, Offer(5, ME), rules.snapshot)
+    with contextlib.closing(spool):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", mock.Mock(side_effect=NO_THREAD))
+            spool.add(pieces[0])
+            spool.add(pieces[1])
+        spool.add(pieces[2])
+        spool.add(pieces[3])
+        spool.finish("their machine")
+        assert logged(snapshot) == b"".join(pieces)
+
+
+def test_a_snapshot_that_lacks_a_piece_is_not_gone_on_with(url: str, tmp_path: Path) -> None:
+    """Its database may be whole, and its log not."""
+    backup = support.make_backup(url)
+    patch = (
+        "from filelog import writer\n"
+        "real, pieces = writer.LogWriter.add_piece, []\n"
+        "def add_piece(*arguments):\n"
+        "    pieces.append(1)\n"
+        "    if len(pieces) == 3:\n"
+        "        raise MemoryError\n"
+        "    real(*arguments)\n"
+        "writer.LogWriter.add_piece = add_piece"
+    )
+    snapshot = node_database(tmp_path / "node", 3, None, *FILLER)
+    with ServerProcess(url, patch=patch) as server:
+        SocketBackend(server.url).replace(snapshot)
+        assert server.logged("out of memory")
+    with contextlib.closing(LogReader(str(backup))) as reader:
+        found = b"".join(payload for head, payload in reader if head.kind == Kind.SNAPSHOT)
+    assert found == Path(snapshot.path).read_bytes()
+
+
+def test_a_log_that_fails_when_it_is_closed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over NFS, where what was written may find no room then."""
+    backup = support.make_backup(url)
+    snapshot = Snapshot(f"{backup}.scratch-in-1", 5)
+    spool = Spool(FileBackend(url), snapshot, Offer(5, ME), rules.snapshot)
+    real = LogWriter.close
+
+    def close(log: LogWriter) -> None:
+        real(log)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(LogWriter, "close", close)
+    spool.close()
     assert not list(backup.parent.glob("*.scratch-*"))
 
 
