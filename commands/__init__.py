@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 import unwind
-from commands import channels, create, look, recover, salvage, serve, standing, watch
+from commands import attach, channels, create, look, recover, salvage, serve, standing, watch
 from commands.shared import main
 
 __all__ = [
+    "attach",
     "channels",
     "create",
     "look",

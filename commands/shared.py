@@ -117,6 +117,20 @@ def in_words(rule: Rule) -> str:
     )
 
 
+def report_rule(urls: Sequence[str], acks: int | None) -> None:
+    """What several destinations are good for."""
+    if len(urls) == 1:
+        return
+    rule = Rule(len(urls), acks or len(urls))
+    click.echo(f"{in_words(rule)}.")
+    if rule.may_split:
+        click.echo(
+            f"Warning: {rule.k} of {rule.n} is no majority: two nodes that cannot see each other"
+            " could each find enough destinations.",
+            err=True,
+        )
+
+
 def chosen_urls(urls: Sequence[str], lightning_dir: str | None) -> tuple[str, ...]:
     """The URLs that were typed, or those of the node's backup.lock, or what a standby follows."""
     if bool(urls) == (lightning_dir is not None):

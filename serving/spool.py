@@ -245,7 +245,7 @@ class Spool:
         self.snapshot, self.offer, self.rule = snapshot, offer, rule
         self.size = 0
         self._head = layout2.snapshot_head(snapshot, offer.owner, time.time_ns())
-        self._unlogged = b""
+        self._unlogged = bytearray()
         """What came last, at most MAX_CHUNK_SIZE: it may be the end, whose head says so."""
         self._logger = ThreadPoolExecutor(1)
         self._logging: Future[None] | None = None
@@ -263,29 +263,26 @@ class Spool:
             yield
         except OSError as error:
             raise DiskError(self.snapshot.path, error, "write") from error
+        except RuntimeError as error:  # No thread is left.
+            raise BackupError(f"It cannot be written now: {error}.") from error
 
     def add(self, piece: bytes) -> None:
         """Take a piece of at most MAX_CHUNK_SIZE bytes."""
         self.size += len(piece)
         with self._writing():
             self._file.write(piece)
-            if len(self._unlogged) + len(piece) <= MAX_CHUNK_SIZE:
-                self._unlogged += piece
-                return
             missing = MAX_CHUNK_SIZE - len(self._unlogged)
-            self._add_to_log(self._unlogged + piece[:missing])
-            self._unlogged = piece[missing:]
+            self._unlogged += piece[:missing]
+            if len(piece) > missing:
+                self._log_unlogged()
+                self._unlogged += piece[missing:]
 
-    def _add_to_log(self, piece: bytes, flags: int = 0) -> None:
+    def _log_unlogged(self, flags: int = 0) -> None:
         """Have it written, and flushed, while the next one comes."""
+        piece, self._unlogged = bytes(self._unlogged), bytearray()
         self._await_log()
         head = self._head._replace(length=len(piece), flags=flags)
-        try:
-            self._logging = self._logger.submit(self._write, head, piece)
-        except RuntimeError:  # No thread is left.
-            # The piece is in the queue all the same: it would be written again by the next thread.
-            self._logger = ThreadPoolExecutor(1)
-            self._write(head, piece)
+        self._logging = self._logger.submit(self._write, head, piece)
 
     def _write(self, head: Head, piece: bytes) -> None:
         self._log.add_piece(head, piece)
@@ -300,7 +297,7 @@ class Spool:
         """All of it came, from ``machine``, and is written."""
         with self._writing():
             self._file.close()
-            self._add_to_log(self._unlogged, layout2.FINAL)
+            self._log_unlogged(layout2.FINAL)
             self._await_log()
             self._log.add_first_owner(self.offer.owner, machine)
             self._log.finish()

@@ -10,9 +10,7 @@ import socket
 import sqlite3
 import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -151,10 +149,6 @@ def test_metadata_and_changes_wait_for_no_snapshot(url: str, tmp_path: Path) -> 
     assert FileBackend(url).status().version == 3
 
 
-NO_THREAD = RuntimeError("can't start new thread")
-
-
-@pytest.mark.parametrize("threads", [True, False], ids=["", "no thread is left"])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -166,12 +160,8 @@ NO_THREAD = RuntimeError("can't start new thread")
     ],
     ids=str,
 )
-def test_the_log_is_written_of_pieces_of_any_size(
-    sizes: list[int], threads: bool, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_log_is_written_of_pieces_of_any_size(sizes: list[int], url: str) -> None:
     backup = support.make_backup(url)
-    if not threads:
-        monkeypatch.setattr(ThreadPoolExecutor, "submit", mock.Mock(side_effect=NO_THREAD))
     snapshot = Snapshot(f"{backup}.scratch-in-1", 5)
     pieces = [random.randbytes(size) for size in sizes]
     spool = Spool(FileBackend(url), snapshot, Offer(5, ME), rules.snapshot)
@@ -189,30 +179,6 @@ def test_the_log_is_written_of_pieces_of_any_size(
     assert {(head.version, head.chain) for head, _ in found} == {(5, snapshot.chain)}
     assert (last.kind, last.session) == (Kind.OWNER, ME)
     assert not list(backup.parent.glob("*.scratch-*"))
-
-
-def logged(snapshot: Snapshot) -> bytes:
-    """What stands in the log of a snapshot that came."""
-    with contextlib.closing(LogReader(log_of(snapshot))) as reader:
-        return b"".join(payload for head, payload in reader if head.kind == Kind.SNAPSHOT)
-
-
-def test_a_thread_that_starts_late_writes_nothing_twice(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backup = support.make_backup(url)
-    snapshot = Snapshot(f"{backup}.scratch-in-1", 5)
-    pieces = [random.randbytes(MAX_CHUNK_SIZE) for _ in range(4)]
-    spool = Spool(FileBackend(url), snapshot, Offer(5, ME), rules.snapshot)
-    with contextlib.closing(spool):
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", mock.Mock(side_effect=NO_THREAD))
-            spool.add(pieces[0])
-            spool.add(pieces[1])
-        spool.add(pieces[2])
-        spool.add(pieces[3])
-        spool.finish("their machine")
-        assert logged(snapshot) == b"".join(pieces)
 
 
 def test_a_snapshot_that_lacks_a_piece_is_not_gone_on_with(url: str, tmp_path: Path) -> None:
@@ -300,6 +266,20 @@ def test_what_is_kept_is_limited(url: str, tmp_path: Path) -> None:
             replace(6, True)
         SocketBackend(server.url).replace(node_database(tmp_path / "last", 7))
         eventually(lambda: len(list(path.parent.glob("*.old-*"))) == 2)
+
+
+def test_no_thread_is_left_for_the_log(url: str, tmp_path: Path) -> None:
+    path = support.make_backup(url)
+    before = names(path) | {"node.bkp.writer"}
+    patch = (
+        "import concurrent.futures as f\n"
+        'def submit(*_): raise RuntimeError("can\'t start new thread")\n'
+        "f.ThreadPoolExecutor.submit = submit"
+    )
+    with ServerProcess(url, patch=patch) as server:
+        found = refusal(server, node_database(tmp_path / "node", 4))
+        assert "cannot be written now: can't start new thread" in found.problem
+        eventually(lambda: names(path) == before)
 
 
 FILLER = ["CREATE TABLE filler (x)", "INSERT INTO filler VALUES (randomblob(20 << 20))"]
