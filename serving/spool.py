@@ -204,7 +204,9 @@ class Arrival:
 
     def _refuse(self, why: str, code: NackCode) -> None:
         self.drop()
-        self._client.refuse(f"a snapshot of version {self._offer.version}: {why.rstrip('.')}", code)
+        text = f"a snapshot of version {self._offer.version}: {why.rstrip('.')}"
+        with self._keeper.lock:  # A server that stops holds it: what fails for that is no reason.
+            self._client.refuse(text, code)
 
     def drop(self) -> None:
         """Remove what came."""

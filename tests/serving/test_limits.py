@@ -19,7 +19,7 @@ import pytest
 
 import protocol
 import space
-from backend import MAX_CHANGE_SIZE, NOBODY, Snapshot, bump, chain_after
+from backend import MAX_CHANGE_SIZE, MAX_CHUNK_SIZE, NOBODY, Snapshot, bump, chain_after
 from filebackend import FileBackend
 from filelog.layout2 import BUMPS, FINAL, Head, Kind
 from protocol import Metadata, NackCode, PacketType, RecordPacker
@@ -294,6 +294,34 @@ def test_one_snapshot_of_strangers_is_looked_at_at_a_time(url: str, backup: Path
         waits.unlink()
         assert all(client.receive()[0] == NACK for client in [*clients, node])
         assert len(looks.read_text().split()) == 4 and max(looks.read_text()) == "2"
+
+
+def test_a_server_that_stops_refuses_no_snapshot(url: str, backup: Path) -> None:
+    """What fails then is no reason: the client goes on when it is there again."""
+    ends = backup.with_name("ends")
+    ends.touch()
+    patch = (
+        "import os, threading, time\n"
+        "def wait():\n"
+        f"    while os.path.exists({str(ends)!r}):\n"
+        "        time.sleep(0.005)\n"
+        "threading.Thread(target=wait).start()"  # It does not end before that.
+    )
+    piece = bytes(MAX_CHUNK_SIZE)
+    with ServerProcess(url, patch=patch) as server, NewClient(server) as client:
+        head = client.head(piece, kind=Kind.SNAPSHOT, flags=0, session=OWNER, chain=bytes(16))
+
+        def is_there_after_a_piece() -> bool:
+            client.sock.sendall(client.packed(head, piece))
+            return bool(list(backup.parent.glob("*.scratch-*")))
+
+        eventually(is_there_after_a_piece)
+        server.process.terminate()
+        server.wait_for("stopped")
+        eventually(lambda: not is_there_after_a_piece())
+        ends.unlink()
+        with pytest.raises(ConnectionError):
+            client.receive()
 
 
 def test_one_client_at_a_time_is_told_the_status(url: str, backup: Path) -> None:
