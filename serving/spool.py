@@ -253,8 +253,8 @@ class Spool:
         self._logging: Future[None] | None = None
         """The piece that is on its way into the log."""
         with self._writing(), contextlib.ExitStack() as undo:
+            undo.callback(durable.discard, log_of(snapshot))
             self._log = backend.begin_log(log_of(snapshot))
-            undo.callback(durable.discard, self._log.path)
             undo.callback(self._log.close)
             self._file = os.fdopen(durable.create(snapshot.path), "wb")
             undo.pop_all()

@@ -11,11 +11,12 @@ import sqlite3
 import threading
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from backend import MAX_CHUNK_SIZE, NOBODY, Snapshot
-from errors import BackupError
+from errors import BackupError, DiskError
 from filebackend import FileBackend
 from filelog.layout2 import Kind
 from filelog.reader import LogReader
@@ -201,6 +202,18 @@ def test_a_snapshot_that_lacks_a_piece_is_not_gone_on_with(url: str, tmp_path: P
     with contextlib.closing(LogReader(str(backup))) as reader:
         found = b"".join(payload for head, payload in reader if head.kind == Kind.SNAPSHOT)
     assert found == Path(snapshot.path).read_bytes()
+
+
+def test_a_log_that_cannot_be_begun_leaves_nothing(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = support.make_backup(url)
+    backend, snapshot = FileBackend(url), Snapshot(f"{backup}.scratch-in-1", 5)
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "full"))
+    monkeypatch.setattr("durable.write_all", full)
+    with pytest.raises(DiskError):
+        Spool(backend, snapshot, Offer(5, ME), rules.snapshot)
+    assert full.called and not list(backup.parent.glob("*.scratch-*"))
 
 
 def test_a_log_that_fails_when_it_is_closed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
