@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import durable
@@ -210,11 +210,16 @@ def copy_log(
     check_log(path)
 
 
-def check_log(path: str) -> None:
-    """Read the whole log at ``path``; raises Damaged if not all of it checks."""
+def check_log(path: str, passed: Callable[[Head, bytes], None] = lambda *_: None) -> None:
+    """Read the whole log at ``path``; raises Damaged if not all of it checks.
+
+    Args:
+        passed: called with each record.
+    """
     reader, forgotten = LogReader(path), 0
     try:
-        for head, _ in reader:
+        for head, payload in reader:
+            passed(head, payload)
             if head.end - forgotten > SMALL_FLUSH_STEP:
                 reader.forget()
                 forgotten = head.end

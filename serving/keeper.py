@@ -11,7 +11,7 @@ from typing import NamedTuple
 import space
 from backend import NOBODY, NOTICE, RELEASE, TAG_SIZE, Snapshot, Status, log, taken_over, utc
 from decisions import may_write
-from errors import BackupError, Unsound
+from errors import BackupError, DiskError, Unsound
 from filebackend import FileBackend
 from filelog import former
 from filelog.layout2 import Head, Kind, decode_roster
@@ -166,19 +166,19 @@ class Keeper:
             Dropped: its connection was cut before its turn came.
         """
         with (self._owners_look if client.claims else self._guests_look).turn(client):
-            ready = self._prepare(client, snapshot, offer)
+            ready = self._prepare(snapshot, offer)
             if ready.compared != self.backend.newest.backup_id:
                 # An earlier one of this node, most likely: killed when it had sent all.
-                ready = self._prepare(client, snapshot, offer)
+                ready = self._prepare(snapshot, offer)
             return ready
 
-    def _prepare(self, client: Client, snapshot: Snapshot, offer: Offer) -> Ready:
+    def _prepare(self, snapshot: Snapshot, offer: Offer) -> Ready:
         backend, backup_id = self.backend, self.backend.newest.backup_id
         is_known = offer.override or self._node[0] == backup_id
         # The node of the backup that is here stands in its snapshot.
         space.require(snapshot.path, 0 if is_known else backend.snapshot_size)
-        built = log_of(snapshot)
-        found = examine(snapshot.path, None if is_known else backend.path, lambda: check_log(built))
+        of_backup = None if is_known else backend.path
+        found = examine(snapshot.path, of_backup, lambda: _check_log(snapshot))
         if found.problems:
             raise Unsound(f"It is not sound: {'; '.join(found.problems)}.")
         if found.version != snapshot.version:
@@ -187,7 +187,7 @@ class Keeper:
             found = found._replace(of_backup=self._node[1])
         else:
             self._node = backup_id, found.of_backup
-        return Ready(built, snapshot, offer, found, backup_id)
+        return Ready(log_of(snapshot), snapshot, offer, found, backup_id)
 
     def is_writer(self, client: Client) -> bool:
         """Whether ``client`` was the last to write."""
@@ -351,6 +351,22 @@ class Keeper:
 def log_of(snapshot: Snapshot) -> str:
     """Where the log of a snapshot is written as it comes."""
     return f"{snapshot.path}-log"
+
+
+def _check_log(snapshot: Snapshot) -> None:
+    """Read the whole log of ``snapshot``, which must begin with the database that is looked at."""
+    try:
+        with open(snapshot.path, "rb") as database:
+
+            def compare(head: Head, payload: bytes) -> None:
+                if head.kind == Kind.SNAPSHOT and database.read(len(payload)) != payload:
+                    raise BackupError("What was written of it is not what came.")
+
+            check_log(log_of(snapshot), compare)
+            if database.read(1):
+                raise BackupError("What was written of it is not all that came.")
+    except OSError as error:
+        raise DiskError(snapshot.path, error, "read") from error
 
 
 def _what(head: Head) -> str:

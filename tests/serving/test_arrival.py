@@ -232,6 +232,29 @@ def test_a_log_that_fails_when_it_is_closed(url: str, monkeypatch: pytest.Monkey
     assert not list(backup.parent.glob("*.scratch-*"))
 
 
+@pytest.mark.parametrize("lost", ["1", "2"], ids=["in the middle", "at the end"])
+def test_a_log_that_is_not_the_database_takes_no_place(lost: str, url: str, tmp_path: Path) -> None:
+    """Each of the two is sound by itself; the last piece is lost with its end moved, too."""
+    path = support.make_backup(url, support.first_changes(3))
+    patch = (
+        "import filelog.writer as s\nreal, seen = s.LogWriter.add_piece, []\n"
+        "def add_piece(self, head, piece):\n"
+        "    seen.append((head, piece))\n"
+        f"    if {lost} == 1 and len(seen) == 2: return\n"
+        f"    if {lost} == 2 and head.flags:\n"
+        "        head, piece = head._replace(length=4096), piece[:4096]\n"
+        "    real(self, head, piece)\n"
+        "s.LogWriter.add_piece = add_piece"
+    )
+    filler = ["CREATE TABLE filler (x)", "INSERT INTO filler VALUES (randomblob(3000000))"]
+    before = names(path) | {"node.bkp.writer"}
+    with ServerProcess(url, patch=patch) as server:
+        found = refusal(server, node_database(tmp_path / "node", 4, None, *filler))
+        assert found.code is NackCode.INVALID and "What was written of it is not" in found.problem
+        eventually(lambda: names(path) == before)
+    assert FileBackend(url).status().version == 3
+
+
 def test_only_the_owner_replaces_a_backup(url: str, tmp_path: Path) -> None:
     FileBackend(url).create(node_database(tmp_path / "first", 3), ME)
     with ServerProcess(url) as server:
