@@ -243,6 +243,10 @@ class Spool:
         size: bytes that came.
     """
 
+    _turn = threading.Lock()
+    """Held by the one of all that is written to its log, and flushed: a node's change, which
+    has to be flushed, too, waits for no more than that."""
+
     def __init__(self, backend: FileBackend, snapshot: Snapshot, offer: Offer, rule: Rule) -> None:
         self.snapshot, self.offer, self.rule = snapshot, offer, rule
         self.size = 0
@@ -287,8 +291,9 @@ class Spool:
         self._logging = self._logger.submit(self._write, head, piece)
 
     def _write(self, head: Head, piece: bytes) -> None:
-        self._log.add_piece(head, piece)
-        self._log.forget()
+        with self._turn:
+            self._log.add_piece(head, piece)
+            self._log.forget()
 
     def _await_log(self) -> None:
         logging, self._logging = self._logging, None
