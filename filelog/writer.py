@@ -71,18 +71,9 @@ class LogWriter:
         buffer = memoryview(bytearray(MAX_CHUNK_SIZE))
         with open(path, "rb") as source:
             while length := source.readinto(buffer):
-                piece = buffer[:length]
-                last = source.tell() == size
-                piece_head = head._replace(
-                    kind=Kind.SNAPSHOT,
-                    flags=layout2.FINAL if last else 0,
-                    backup_id=self.last.backup_id,
-                    offset=self._end,
-                    changes=0,
-                    length=length,
-                )
-                data = layout2.encode_head(piece_head, piece), piece
-                self._add(piece_head, *data, layout2.trailer(piece_head.offset))
+                flags = layout2.FINAL if source.tell() == size else 0
+                piece_head = head._replace(kind=Kind.SNAPSHOT, flags=flags, length=length)
+                self._add_piece(piece_head, buffer[:length])
             if source.tell() != size:
                 raise ConfigError(f"{path} changed while it was read.", "Stop whoever writes it.")
 
@@ -108,13 +99,16 @@ class LogWriter:
 
     def add_piece(self, head: Head, payload: bytes) -> None:
         """Add a piece of a snapshot as another log holds it; its size need not be known before."""
-        here = head._replace(backup_id=self.last.backup_id, offset=self._end, changes=0)
-        self._add(here, layout2.encode_head(here, payload), payload, layout2.trailer(here.offset))
+        self._add_piece(head, payload)
         self._snapshot_size += len(payload)
         if head.flags & layout2.FINAL:
             size = self._snapshot_size
-            header = layout2.encode_header(here.backup_id, time.time_ns(), size)
+            header = layout2.encode_header(self.last.backup_id, time.time_ns(), size)
             durable.write_all(self._fd, header, 0)
+
+    def _add_piece(self, head: Head, payload: bytes | memoryview) -> None:
+        here = head._replace(backup_id=self.last.backup_id, offset=self._end, changes=0)
+        self._add(here, layout2.encode_head(here, payload), payload, layout2.trailer(here.offset))
 
     def _add(self, head: Head, *parts: bytes | memoryview) -> None:
         for part in parts:
