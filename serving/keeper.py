@@ -30,15 +30,13 @@ Rule = Callable[[State, Offer], Decision]
 
 
 class Ready(NamedTuple):
-    """A new backup that only has to take its place.
+    """A new backup that only has to take its place: the log of a snapshot (see log_of).
 
     Attributes:
-        log: its file.
         found: what its database is.
         compared: id of the backup that it was compared with.
     """
 
-    log: str
     snapshot: Snapshot
     offer: Offer
     found: Findings
@@ -187,7 +185,7 @@ class Keeper:
             found = found._replace(of_backup=self._node[1])
         else:
             self._node = backup_id, found.of_backup
-        return Ready(log_of(snapshot), snapshot, offer, found, backup_id)
+        return Ready(snapshot, offer, found, backup_id)
 
     def is_writer(self, client: Client) -> bool:
         """Whether ``client`` was the last to write."""
@@ -241,7 +239,7 @@ class Keeper:
         Args:
             rule: says whether that may be: the backup may have changed meanwhile.
         """
-        _, snapshot, offer, found, compared = ready
+        snapshot, offer, found, compared = ready
         decision = rule(self.state(client), offer)
         if decision.reason is None and compared != self.backend.newest.backup_id:
             decision = Decision(Act.REFUSE, Reason.MOVED_ON)
@@ -257,7 +255,7 @@ class Keeper:
         )
 
     def _start_over(self, client: Client, ready: Ready) -> None:
-        kept = self.backend.put(ready.log)
+        kept = self.backend.put(log_of(ready.snapshot))
         self._node = self.backend.newest.backup_id, ready.found.node
         log.log(
             NOTICE,
