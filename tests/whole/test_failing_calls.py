@@ -305,7 +305,8 @@ def test_snapshot_that_finds_no_room_leaves_nothing(
 
     opened: list[int] = []
     create = durable.create
-    backend = FileBackend(f"file://{support.make_backup(f'file://{tmp_path}/node.bkp')}")
+    backend = FileBackend(f"file://{tmp_path}/node.bkp")
+    support.make_backup(backend.url)
     monkeypatch.setattr(durable, "create", full)
     spool = Spool(backend, Snapshot(str(path), 1), Offer(1), rules.snapshot)
     spool.add(b"some")  # It stays in memory.
